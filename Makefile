@@ -1,0 +1,54 @@
+# Everything starts here: `make quickstart`, `make test`, `make help`.
+PYTHON ?= python3
+VENV ?= .venv
+# Options for pip, for example the index of torch's CPU builds (pytorch.org/get-started) on a machine without a GPU.
+PIP_ARGS ?=
+EXTRAS ?= test
+DATA ?= data/sample
+RUN ?= runs/quickstart
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-long modularity benchmarks clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## make the environment in .venv and install the project into it
+
+$(VENV)/.installed: pyproject.toml
+	@echo "== making the environment in $(VENV) (torch is the large part)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(DATA)/dataset.json: | $(VENV)/.installed
+	@echo "== tokenizing the embedded corpus into $(DATA)"
+	$(BIN)/emotrain prepare sample --out $(DATA) --train-tokenizer --vocab-size 4096
+
+quickstart: $(DATA)/dataset.json  ## documents -> a small EMO -> its expert subsets -> a report, in minutes on a CPU
+	@echo "== training a small EMO; run this again to go on after an interruption"
+	$(BIN)/python launch/pretrain.py configs/quickstart.yaml data.path=$(DATA) training.run_dir=$(RUN)
+	@echo "== evaluating expert subsets on held-out documents"
+	$(BIN)/emotrain evaluate $(RUN) --data $(DATA) --keep 1.0 0.5 0.25 0.125
+	@echo "== writing the report"
+	$(BIN)/emotrain report $(RUN)
+	@echo "== done: open $(RUN)/report.html; numbers in $(RUN)/evaluation, checkpoints in $(RUN)/checkpoints"
+
+test: $(VENV)/.installed  ## run the tests (under 12 minutes on 2 cores)
+	@echo "== running the tests; their settings are in pyproject.toml"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: $(VENV)/.installed  ## run the tests marked long
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
+	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity
+
+benchmarks: $(VENV)/.installed  ## router and step timings against the standard MoE and transformers (idle machine, please)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e '.[bench]'
+	$(BIN)/python benchmarks/router.py
+	$(BIN)/python benchmarks/step.py --peer hf
+
+clean:  ## remove runs and prepared data (not the environment)
+	rm -rf runs data

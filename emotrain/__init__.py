@@ -1,0 +1,15 @@
+"""emotrain: pretrain modular Mixture-of-Experts language models (EMO, arXiv 2605.06663).
+
+Shapes are written as suffixes of a name, one letter an axis, everywhere in this repository:
+
+    B  sequences (rows) of a micro-batch        G  documents of a micro-batch
+    S  tokens of a sequence                     N  routed experts
+    T  tokens of a micro-batch, T = B * S       E  experts of a layer, routed and shared, E = N + shared
+    D  model width                              K  routed experts chosen for a token
+    H  hidden width of one expert               L  layers
+    V  vocabulary                               R  routed slots, R = T * K
+    F  2 * H, gate and up side by side          M  shared experts
+    C  attention head width                     A  attention heads
+"""
+
+__version__ = "0.1.0"

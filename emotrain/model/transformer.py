@@ -1,0 +1,139 @@
+"""The language model: embedding, pre-norm blocks of attention and experts, final norm, untied head (spec 1.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from emotrain.batch import PackedBatch
+from emotrain.config import ModelConfig
+from emotrain.model.attention import Attention, document_mask, rotary_table
+from emotrain.model.moe import MoELayer
+from emotrain.model.router import LayerRouting, RoutingReport, document_scores
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns. Logits are not among it: losses form them block by block (`Transformer.logits`)."""
+
+    hidden_TD: Tensor
+    """Normed final hidden states."""
+    routing: RoutingReport
+    """The routing of every layer."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in fp32, returned in the dtype of x."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), (x.shape[-1],), self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class Block(nn.Module):
+    """h = x + attention(norm(x)); out = h + experts(norm(h))."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.moe = MoELayer(config, layer)
+
+    def forward(self, x_BSD: Tensor, batch: PackedBatch, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None,
+                pool_size_G: Tensor | None, kept_GN: Tensor | None, z_logits: str) -> tuple[Tensor, LayerRouting | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask_B1SS)
+        y_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), batch, pool_size_G, kept_GN, z_logits)
+        return x_BSD + y_TD.view_as(x_BSD), routing
+
+
+class Transformer(nn.Module):
+    """A plain single-device model. Parallelism is applied to it from outside."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+
+    def forward(self, batch: PackedBatch, pool_sizes_LG: Tensor | None = None, kept: Sequence[Tensor] | None = None,
+                z_logits: str = "pool", num_layers: int | None = None) -> ModelOutput:
+        """Run the model. It is a pure function of its arguments: nothing depends on train or eval mode.
+
+        Args:
+            pool_sizes_LG: pool size of each document in each layer (`draw_pool_sizes`); None means no pool, as at inference.
+            kept: for each layer, the experts that may be used at all: bool [N], or [G, N] for each document its own.
+            z_logits: logits under the router z-loss, those of the `pool` or `all`.
+            num_layers: stop after this many blocks (expert selection needs no more); the hidden states are then those of
+                the last block run.
+        """
+        rows, length = batch.tokens_BS.shape
+        rotary = rotary_table(length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device)
+        mask_B1SS = document_mask(batch.document_BS) if self.config.attention.document_mask else None
+        x_BSD = self.embedding(batch.tokens_BS)
+        layers = []
+        for index, block in enumerate(self.blocks[:num_layers]):
+            kept_GN = None if kept is None else kept[index].expand(batch.num_documents, -1)
+            pool_size_G = None if pool_sizes_LG is None else pool_sizes_LG[index]
+            x_BSD, routing = block(x_BSD, batch, rotary, mask_B1SS, pool_size_G, kept_GN, z_logits)
+            if routing is not None:
+                layers.append(routing)
+        return ModelOutput(self.norm(x_BSD).flatten(0, 1), self._report(batch, layers))
+
+    def logits(self, output: ModelOutput) -> Tensor:
+        """Logits [T, V] of a forward pass."""
+        return self.head(output.hidden_TD)
+
+    @staticmethod
+    def _report(batch: PackedBatch, layers: list[LayerRouting]) -> RoutingReport:
+        document_T, valid_T = batch.document_T, batch.valid_T
+        ones_T1 = torch.ones_like(document_T)[:, None]
+        num_tokens = ones_T1.sum() if valid_T is None else valid_T.sum()
+        return RoutingReport(tuple(layers), num_tokens, document_scores(ones_T1, document_T, batch.num_documents)[:, 0],
+                             batch.document_ids_G >= 0)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> Transformer:
+        """Every matrix from a normal distribution cut at three deviations, norms one (spec 1.4). In place; returns self.
+
+        The generator lives on the CPU, so that a seed gives the same weights on every device.
+        """
+        generator, std = torch.Generator().manual_seed(seed), self.config.init_std
+        for parameter in self.parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
+                parameter.copy_(values)
+        return self
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameter counts by part, in total, and active for one token (spec 1.6), without allocating the model.
+
+    Routers count as active with all their rows.
+    """
+    with torch.device("meta"):
+        model = Transformer(config)
+    counts = {"embedding": 0, "head": 0, "attention": 0, "norms": 0, "routers": 0, "experts": 0}
+    for name, parameter in model.named_parameters():
+        part = next((part for part, key in (("routers", ".moe.router."), ("experts", ".moe.experts."), ("attention", ".attention."),
+                     ("norms", "norm.weight"), ("embedding", "embedding."), ("head", "head.")) if key in name))
+        counts[part] += parameter.numel()
+    one_expert = 3 * config.d_model * config.experts.hidden
+    idle = sum(max(0, config.experts_in_layer(layer) - config.experts.per_token) for layer in range(config.num_layers))
+    total = sum(counts.values())
+    return {**{f"{part}_parameters": count for part, count in counts.items()},
+            "total_parameters": total, "active_parameters": total - idle * one_expert}

@@ -1,0 +1,293 @@
+"""Training: one step (`forward_backward`) and the loop around it (`train`)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.batch import PackedBatch
+from emotrain.config import Config, save_config
+from emotrain.data.loader import Loader
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.losses import LossSums, language_model_sums, router_loss
+from emotrain.model.router import RoutingReport, draw_pool_sizes
+from emotrain.model.transformer import Transformer
+from emotrain.training import checkpoint
+from emotrain.training.metrics import (MetricsWriter, ProgressBar, flops_per_token, mean, peak_flops, peak_memory_gib, routing_metrics,
+                                       scalar_sums)
+from emotrain.training.optimizer import anneal_learning_rate, build_optimizer, clip_gradients, learning_rate
+
+log = logging.getLogger("emotrain")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one step over the whole global batch, and this rank's routing."""
+
+    loss: float
+    """What was optimised: cross entropy, z-losses and balance, weighted."""
+    cross_entropy: float
+    """Nats a target token."""
+    z: float
+    """Mean squared log-normaliser of the logits, unweighted."""
+    balance: float
+    """Mean over layers of the balance loss, unweighted; 1 is perfect."""
+    router_z: float
+    """Mean over layers of the router z-loss, unweighted."""
+    num_targets: int
+    """Positions with a loss."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    reports: Sequence[RoutingReport]
+    """This rank's routing, one report a micro-batch."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], config: Config, step: int, ranks: Ranks,
+                     stop: bool = False) -> StepResult:
+    """Put the clipped gradient of the global loss of one step into the parameters.
+
+    `losses.balance_scope=global_batch` balances over every document of the step. The `joint` schedule runs all forward
+    passes, sums the counts once, then runs the backward passes: exact. The `running` schedule balances each micro-batch
+    against the counts so far.
+
+    Args:
+        micro_batches: this rank's part of the global batch.
+        step: number of the update, counted from 1; keys the pool sizes.
+    """
+    losses = config.losses
+    num_targets, num_tokens = ranks.sum(torch.stack([
+        sum((b.targets_BS >= 0).sum() for b in micro_batches),
+        sum(b.targets_BS.new_tensor(b.targets_BS.numel()) if b.valid_T is None else b.valid_T.sum() for b in micro_batches)]))
+    num_targets = num_targets.clamp(min=1)
+    model.zero_grad(set_to_none=True)
+    reports: list[RoutingReport] = []
+    parts: list[tuple[Tensor, ...]] = []
+
+    def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
+        pool_sizes_LG = draw_pool_sizes(config.model.router.pool, batch.document_ids_G, config.model.num_layers, config.training.seed, step)
+        output = model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
+        return language_model_sums(output, model.head, batch, losses.z), output.routing
+
+    def backward(sums: LossSums, report: RoutingReport, counts: Sequence[Tensor]) -> None:
+        balance, router_z = router_loss(report, counts, num_tokens, losses)
+        loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
+        loss.backward()
+        parts.append(tuple(part.detach() for part in (
+            loss, sums.cross_entropy / num_targets, sums.z / num_targets, balance, router_z)))
+        reports.append(report)
+
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16) if _use_bfloat16(config, ranks.device) else nullcontext()
+    if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
+        with autocast:
+            passes = [forward(batch) for batch in micro_batches]
+        counts = _sum_counts([report for _, report in passes], ranks)
+        while passes:
+            backward(*passes.pop(0), counts)
+    else:
+        for batch in micro_batches:
+            with autocast:
+                sums, report = forward(batch)
+            scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
+            backward(sums, report, _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks()))
+
+    parameters = list(model.parameters())
+    ranks.sum_gradients(parameters)
+    grad_norm = clip_gradients(parameters, config.optimizer.clip_norm)
+    flags = scalar_sums([*(sum(column) for column in zip(*parts, strict=True)), num_targets.new_tensor(stop)])
+    loss, cross_entropy, z, balance, router_z, stops = ranks.sum(flags).tolist()
+    return StepResult(loss, cross_entropy, z, balance, router_z, int(num_targets), float(grad_norm), reports, stops > 0)
+
+
+def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
+    """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary of the run.
+
+    On SIGTERM or SIGINT the step in progress is finished, a checkpoint is written, and the summary says `interrupted`.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, data or checkpoint that cannot be used. OSError: disk full or not writable.
+        RuntimeError: too many updates in a row were not finite.
+    """
+    ranks = ranks or Ranks.join(config.training.device)
+    setup = config.training
+    _check_run(config, ranks)
+    run_dir = Path(setup.run_dir)
+    loader = Loader(config.data.path, config.data.sequence_length, setup.seed, cross_document_targets=config.data.cross_document_targets,
+                    repetition_filter=config.data.repetition_filter if config.data.repetition_filter.enabled else None,
+                    verify_checksums=config.data.verify_checksums)
+    if loader.vocab_size > config.model.vocab_size:
+        raise ValueError(f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} tokens of {config.data.path}; "
+                         f"raise it to at least that")
+    model = Transformer(config.model).initialize(setup.seed).to(ranks.device)
+    optimizer = build_optimizer(model, config.optimizer)
+    state = _starting_state(config, loader, model, optimizer)
+    last_step = config.num_steps + max(0, state.anneal_start_step)
+    if setup.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    if ranks.is_first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, run_dir / "config.yaml")
+    writer = MetricsWriter(run_dir, state.step, setup.tensorboard) if ranks.is_first else None
+    bar = ProgressBar(state.step, last_step, shown=ranks.is_first)
+    flops, peak = flops_per_token(config), peak_flops(config, ranks.device)
+    skipped_in_a_row, saved_step, tokens_per_second = 0, state.step, 0.0
+    log_time, log_step, started, first_step = time.perf_counter(), state.step, time.perf_counter(), state.step
+    metrics: dict[str, Any] = {}
+    interrupted = False
+
+    def save(lr: float) -> None:
+        if ranks.is_first:
+            path = checkpoint.save(run_dir, model, optimizer, config, state, Path(config.data.path) / "tokenizer.json", setup.keep_checkpoints)
+            log.info("checkpoint %s", path)
+        ranks.barrier()
+
+    batches = loader.prefetch(state.step, last_step - state.step, setup.global_batch, setup.micro_batch, ranks.rank, ranks.world_size)
+    with _stop_requests() as stop_requested, batches as steps:
+        for step, micro_batches in enumerate(steps, start=state.step + 1):
+            if state.anneal_start_step >= 0:
+                lr = anneal_learning_rate(state.anneal_start_lr, state.anneal_start_step, step, config.num_steps)
+            else:
+                lr = learning_rate(config.optimizer, step, last_step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            micro_batches = [batch.to(ranks.device) for batch in micro_batches]
+            result = forward_backward(model, micro_batches, config, step, ranks, stop_requested())
+            if result.finite:
+                optimizer.step()
+                skipped_in_a_row = 0
+            else:
+                skipped_in_a_row += 1
+                _report_skipped(result, micro_batches, step, setup.global_batch)
+                if skipped_in_a_row >= setup.max_skipped_steps:
+                    raise RuntimeError(f"step {step}: {skipped_in_a_row} updates in a row were not finite (training.max_skipped_steps="
+                                       f"{setup.max_skipped_steps}); lower optimizer.lr and go on from the last checkpoint")
+            state = checkpoint.TrainingState(
+                step, state.tokens + config.tokens_per_step, loader.fingerprint, setup.seed, setup.global_batch, lr,
+                state.skipped_steps + (not result.finite), state.anneal_start_step, state.anneal_start_lr)
+            is_last, interrupted = step == last_step, result.stop and step < last_step
+            logged = step % setup.log_every == 0 or is_last or interrupted
+            if logged:
+                now = time.perf_counter()
+                tokens_per_second = (step - log_step) * config.tokens_per_step / (now - log_time)
+                log_time, log_step = now, step
+                metrics = {"step": step, "tokens": state.tokens, "loss": result.loss, "cross_entropy": result.cross_entropy, "z_loss": result.z,
+                           "balance_loss": result.balance, "router_z_loss": result.router_z, "lr": lr, "grad_norm": result.grad_norm,
+                           "tokens_per_second": tokens_per_second, "memory_gib": peak_memory_gib(ranks.device),
+                           "skipped_steps": state.skipped_steps, **routing_metrics(result.reports, ranks)}
+                if peak is not None:
+                    metrics["mfu"] = tokens_per_second * flops / (peak * ranks.world_size)
+                if writer is not None:
+                    writer.write(metrics)
+            bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s  "
+                             f"load max/mean {mean(metrics.get('load_imbalance', [])):.2f}", logged)
+            if is_last or interrupted or (setup.checkpoint_every and step % setup.checkpoint_every == 0):
+                save(lr)
+                saved_step = step
+            if interrupted:
+                break
+    bar.close()
+    if writer is not None:
+        writer.close()
+    seconds = time.perf_counter() - started
+    return {"run_dir": str(run_dir), "step": state.step, "last_step": last_step, "tokens": state.tokens, "interrupted": interrupted,
+            "seconds": seconds, "mean_tokens_per_second": (state.step - first_step) * config.tokens_per_step / seconds,
+            "checkpoint_step": saved_step, "metrics": metrics}
+
+
+def _use_bfloat16(config: Config, device: torch.device) -> bool:
+    return config.training.precision == "bfloat16" or (config.training.precision == "auto" and device.type == "cuda")
+
+
+def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:
+    """For each layer, the slots of each expert over these reports and all ranks, in one collective."""
+    per_layer = [sum(report.layers[layer].counts_N for report in reports) for layer in range(len(reports[0].layers))]
+    if not per_layer:
+        return []
+    return ranks.sum(torch.cat(per_layer)).split([len(counts_N) for counts_N in per_layer])
+
+
+def _check_run(config: Config, ranks: Ranks) -> None:
+    setup = config.training
+    for key, value in (("training.run_dir", setup.run_dir), ("data.path", config.data.path)):
+        if not value:
+            raise ValueError(f"{key} is not set; name a folder, for example {key}={'runs/first' if 'run' in key else 'data/sample'}")
+    if config.num_steps < 1:
+        raise ValueError("neither training.steps nor training.tokens is set; say how long to train, for example training.steps=600")
+    if setup.global_batch % (setup.micro_batch * ranks.world_size):
+        raise ValueError(f"training.global_batch={setup.global_batch} is not a multiple of training.micro_batch={setup.micro_batch} x "
+                         f"{ranks.world_size} processes; change one of them")
+
+
+def _starting_state(config: Config, loader: Loader, model: Transformer, optimizer: torch.optim.Optimizer) -> checkpoint.TrainingState:
+    """Load what the run goes on from into model and optimizer; a fresh state where there is nothing."""
+    setup, run_dir = config.training, Path(config.training.run_dir)
+    existing = checkpoint.list_checkpoints(run_dir)
+    if setup.resume == "never" and existing:
+        raise ValueError(f"{run_dir} already holds checkpoints and training.resume=never; choose another training.run_dir or resume=auto")
+    source = existing[-1] if setup.resume == "auto" and existing else None
+    if setup.resume not in ("auto", "never"):
+        source = checkpoint.find(setup.resume)
+    anneals_now = source is None and bool(config.anneal.checkpoint)
+    if anneals_now:
+        source = checkpoint.find(config.anneal.checkpoint)
+    if source is None:
+        return checkpoint.TrainingState(0, 0, loader.fingerprint, setup.seed, setup.global_batch, 0.0)
+    state = checkpoint.restore(source, model, optimizer)
+    if state.data_fingerprint != loader.fingerprint:
+        raise ValueError(f"{source} was trained on other data than {config.data.path} at data.sequence_length={config.data.sequence_length} "
+                         f"(fingerprint {state.data_fingerprint}, here {loader.fingerprint}); give the same data, or start in a new run_dir")
+    for key, then, now in (("seed", state.seed, setup.seed), ("global_batch", state.global_batch, setup.global_batch)):
+        if then != now:
+            raise ValueError(f"{source} was trained with training.{key}={then}, here it is {now}: the data order would jump; use {then}")
+    if anneals_now:
+        state = replace(state, anneal_start_step=state.step, anneal_start_lr=state.lr)
+    elif (state.anneal_start_step >= 0) != bool(config.anneal.checkpoint):
+        raise ValueError(f"{source} was {'' if state.anneal_start_step >= 0 else 'not '}annealing; use the configuration it was written with, "
+                         f"or another training.run_dir")
+    log.info("going on from %s", source)
+    return state
+
+
+def _report_skipped(result: StepResult, micro_batches: Sequence[PackedBatch], step: int, global_batch: int) -> None:
+    first = (step - 1) * global_batch
+    ids = torch.cat([batch.document_ids_G for batch in micro_batches]).unique().tolist()
+    log.warning("step %d: skipped an update that is not finite (loss %s, gradient norm %s); sequences %d to %d, documents %s%s",
+                step, result.loss, result.grad_norm, first, first + global_batch - 1, ids[:20], " ..." if len(ids) > 20 else "")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Within the block, the first SIGTERM or SIGINT only sets a flag; the next one acts as usual."""
+    received: list[int] = []
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(number)
+        log.warning("%s: finishing the step, then saving a checkpoint", signal.Signals(number).name)
+        for name, handler in previous.items():
+            signal.signal(name, handler)
+
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        previous = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for name, handler in previous.items():
+            signal.signal(name, handler)

@@ -1,0 +1,183 @@
+"""What a run reports: one JSON object a line in RUN_DIR/metrics.jsonl, the same to TensorBoard, and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.config import Config
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.router import RoutingReport
+from emotrain.model.transformer import parameter_counts
+
+log = logging.getLogger("emotrain")
+
+PEAK_TFLOPS_BF16 = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 312.0}
+"""Dense bf16 peak by a part of the device's name (vendor data sheets)."""
+
+
+@torch.no_grad()
+def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str, Any]:
+    """Routing statistics of one step over all its micro-batches and ranks (a reader of `RoutingReport`, spec 6.2).
+
+    Per layer: `load_imbalance` = max / mean load, `dead_experts` without a single slot, `token_entropy_nats`,
+    `effective_experts` = exp(entropy of a document's mean routing), mean over documents, and pool sizes.
+    """
+    num_layers = len(reports[0].layers)
+    if not num_layers:
+        return {}
+    sums, lows_highs = [], []
+    for layer in range(num_layers):
+        parts = [report.layers[layer] for report in reports]
+        document_sums = torch.zeros(3, dtype=torch.float64, device=parts[0].counts_N.device)
+        extremes = document_sums.new_tensor([-torch.inf, -torch.inf])
+        for part, report in zip(parts, reports, strict=True):
+            scores_GN = part.document_scores_GN.double()
+            share_GN = scores_GN / scores_GN.sum(dim=1, keepdim=True).clamp(min=1e-30)
+            effective_G = torch.special.entr(share_GN).sum(dim=1).exp()
+            real_G = report.real_G
+            document_sums[0] += torch.where(real_G, effective_G, 0).sum()
+            document_sums[1] += real_G.sum()
+            if part.pool_size_G is not None:
+                size_G = part.pool_size_G.clamp(max=scores_GN.shape[1]).double()
+                document_sums[2] += torch.where(real_G, size_G, 0).sum()
+                spread = torch.stack([torch.where(real_G, -size_G, -torch.inf).max(), torch.where(real_G, size_G, -torch.inf).max()])
+                extremes = torch.maximum(extremes, spread)
+        entropy = sum(part.entropy_sum.double() for part in parts)[None]
+        tokens = sum(report.num_tokens.double() for report in reports)[None]
+        sums.append(torch.cat([sum(part.counts_N for part in parts).double(), entropy, tokens, document_sums]))
+        lows_highs.append(extremes)
+    flat = ranks.sum(torch.cat(sums)).cpu()
+    extremes_L2 = ranks.maximum(torch.stack(lows_highs)).cpu()
+    metrics: dict[str, Any] = {key: [] for key in ("load_imbalance", "dead_experts", "token_entropy_nats", "effective_experts",
+                                                   "pool_size_mean", "pool_size_min", "pool_size_max")}
+    for layer, values in enumerate(flat.split([len(s) for s in sums])):
+        counts_N, (entropy, tokens, effective, documents, pool) = values[:-5], values[-5:].tolist()
+        metrics["load_imbalance"].append((counts_N.max() / counts_N.mean().clamp(min=1e-30)).item())
+        metrics["dead_experts"].append(int((counts_N == 0).sum()))
+        metrics["token_entropy_nats"].append(entropy / tokens)
+        metrics["effective_experts"].append(effective / documents)
+        if extremes_L2[layer, 1] > -torch.inf:
+            metrics["pool_size_mean"].append(pool / documents)
+            metrics["pool_size_min"].append(int(-extremes_L2[layer, 0]))
+            metrics["pool_size_max"].append(int(extremes_L2[layer, 1]))
+    return {key: value for key, value in metrics.items() if value}
+
+
+def flops_per_token(config: Config) -> float:
+    """FLOPs of forward and backward for one token: 6 per active parameter outside the input embedding, and
+    12 * L * D * S / 2 for causal attention over a whole sequence (documents cut it shorter; not subtracted)."""
+    counts = parameter_counts(config.model)
+    matmul = counts["active_parameters"] - counts["embedding_parameters"]
+    return 6.0 * matmul + 6.0 * config.model.num_layers * config.model.d_model * config.data.sequence_length
+
+
+def peak_flops(config: Config, device: torch.device) -> float | None:
+    """Peak FLOP/s of one device, where it is known."""
+    if config.training.peak_tflops:
+        return config.training.peak_tflops * 1e12
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS_BF16.items() if part in name), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far: of the GPU's allocator, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsWriter:
+    """Appends metrics to RUN_DIR/metrics.jsonl and TensorBoard. Only the first rank writes.
+
+    A resumed run goes on from the checkpoint's step: lines after it are removed, so that each step stands once.
+    """
+
+    def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
+        self.path = run_dir / "metrics.jsonl"
+        kept = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= start_step:
+                        kept.append(line + "\n")
+                except (ValueError, KeyError, TypeError):
+                    log.warning("%s: dropped a line that is not a metrics record: %.60s", self.path, line)
+        partial = self.path.with_suffix(".jsonl.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+        self._file = open(self.path, "a", encoding="utf-8")
+        self._board = self._open_board(run_dir, start_step) if tensorboard else None
+
+    @staticmethod
+    def _open_board(run_dir: Path, start_step: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            log.warning("TensorBoard is not installed, metrics go to metrics.jsonl alone; pip install 'emotrain[tensorboard]'")
+            return None
+        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._board is None:
+            return
+        for key, value in metrics.items():
+            values = {f"{key}/layer_{i:02d}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+            for name, number in values.items():
+                if isinstance(number, (int, float)) and key != "step":
+                    self._board.add_scalar(name, number, metrics["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class ProgressBar:
+    """A live bar on a terminal; elsewhere a plain line at every logged step. Both on stderr."""
+
+    def __init__(self, start_step: int, num_steps: int, shown: bool):
+        self._last, self._live = num_steps, None
+        self._shown = shown
+        if shown and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._live = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+                                  TimeRemainingColumn(), console=Console(stderr=True))
+            self._live.start()
+            self._task = self._live.add_task("training", total=num_steps, completed=start_step, note="")
+
+    def update(self, step: int, note: str, logged: bool) -> None:
+        if self._live is not None:
+            self._live.update(self._task, completed=step, note=note)
+        elif self._shown and logged:
+            print(f"step {step}/{self._last}  {note}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def scalar_sums(values: Sequence[Tensor]) -> Tensor:
+    """Scalars of any dtype as one float64 vector, for a single collective."""
+    return torch.stack([value.detach().double() for value in values])

@@ -1,0 +1,6 @@
+"""The operations that EMO spends its time in. One public function an operation; each runs on a CPU."""
+
+from emotrain.kernels.grouped_mlp import SortedSlots, grouped_mlp, sort_slots
+from emotrain.kernels.linear_cross_entropy import linear_cross_entropy
+
+__all__ = ["SortedSlots", "grouped_mlp", "linear_cross_entropy", "sort_slots"]
