@@ -1,0 +1,127 @@
+"""The layout does not change the result: processes, micro-batches and schedule give the same loss, gradients and update.
+
+Everything is compared in fp64 with one process that runs the whole global batch as one micro-batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from emotrain.batch import PackedBatch
+from emotrain.config import config_from_dict
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.transformer import Transformer
+from emotrain.training.loop import forward_backward
+from emotrain.training.metrics import routing_metrics
+from emotrain.training.optimizer import build_optimizer
+
+pytestmark = pytest.mark.layout
+ROWS, LENGTH = 4, 24
+
+
+def config(**losses):
+    return config_from_dict({
+        "model": {"vocab_size": 64, "d_model": 16, "num_layers": 2, "num_heads": 2,
+                  "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
+                  "router": {"pool": {"kind": "uniform", "min": 1, "max": 7}}},
+        "losses": losses, "data": {"sequence_length": LENGTH},
+        "training": {"steps": 1, "global_batch": ROWS, "micro_batch": 1}})
+
+
+def global_batch(step: int) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
+    """Rows of two or three documents; some documents go on in the next row, the last row ends in padding."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, 64, (ROWS, LENGTH))
+    lengths = [[10, 14], [5, 12, 7], [24], [9, 11, 4]]
+    ids = [[100, 101], [101, 7, 8], [8], [8, 55, -1]]
+    return tokens, lengths, ids
+
+
+def micro_batches(step: int, size: int, rank: int, world_size: int) -> list[PackedBatch]:
+    tokens, lengths, ids = global_batch(step)
+    per_rank = ROWS // world_size
+    starts = range(rank * per_rank, (rank + 1) * per_rank, size)
+    return [PackedBatch.from_segments(tokens[s:s + size], lengths[s:s + size], ids[s:s + size], True) for s in starts]
+
+
+def train(settings, size: int, ranks: Ranks, steps: int = 5):
+    """Losses, gradients and parameters of a few steps, as flat fp64 numbers."""
+    model = Transformer(settings.model).initialize(3).double()
+    optimizer = build_optimizer(model, settings.optimizer)
+    record = []
+    for step in range(1, steps + 1):
+        result = forward_backward(model, micro_batches(step, size, ranks.rank, ranks.world_size), settings, step, ranks)
+        routing = routing_metrics(result.reports, ranks)
+        record.append(torch.tensor([result.loss, result.cross_entropy, result.z, result.balance, result.router_z, result.grad_norm,
+                                    result.num_targets, *routing["load_imbalance"], *routing["effective_experts"],
+                                    *routing["token_entropy_nats"], *routing["pool_size_mean"]], dtype=torch.float64))
+        record.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        optimizer.step()
+        record.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    return record
+
+
+def _worker(rank, world_size, settings, size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    torch.save(train(settings, size, Ranks(rank, world_size)), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run_processes(settings, size, world_size, folder):
+    if world_size == 1:
+        return [train(settings, size, Ranks())]
+    mp.start_processes(_worker, (world_size, settings, size, str(folder)), nprocs=world_size, start_method="fork")
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(1, 1), (1, 2), (2, 1), (2, 2), (4, 1)])
+def test_processes_and_micro_batches_do_not_change_training(world_size, size, tmp_path):
+    settings = config()
+    expected = train(settings, ROWS, Ranks())
+    for record in run_processes(settings, size, world_size, tmp_path):
+        for got, wanted in zip(record, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_the_running_schedule_is_exact_with_one_micro_batch_and_only_near_with_several():
+    joint, running = config(), config(balance_schedule="running")
+    one = train(running, ROWS, Ranks(), steps=1)
+    several = train(running, 1, Ranks(), steps=1)
+    exact = train(joint, 1, Ranks(), steps=1)
+    torch.testing.assert_close(one[1], exact[1], rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(several[1], exact[1], rtol=1e-6)
+    assert torch.dot(several[1], exact[1]) / several[1].norm() / exact[1].norm() > 0.9
+
+
+def test_scopes_count_what_they_say(tmp_path):
+    """data_parallel balances each micro-batch over ranks, micro_batch each one alone."""
+    whole = config(balance_scope="data_parallel")
+    torch.testing.assert_close(train(whole, ROWS, Ranks(), 1)[1], train(config(), ROWS, Ranks(), 1)[1])
+    # Two ranks with two rows each: one micro-batch a rank is the global batch again.
+    for record in run_processes(whole, 2, 2, tmp_path):
+        torch.testing.assert_close(record[1], train(config(), ROWS, Ranks(), 1)[1], rtol=1e-9, atol=1e-12)
+    # A micro-batch of one row counts itself alone: its experts look less balanced than those of the whole batch do.
+    balance = {scope: train(config(balance_scope=scope), 1, Ranks(), 1)[0][3] for scope in ("micro_batch", "global_batch")}
+    assert balance["micro_batch"] > balance["global_batch"]
+
+
+def test_padding_changes_no_loss_gradient_or_statistic():
+    """Appending a row of padding to the global batch changes nothing."""
+    settings = config()
+    tokens, lengths, ids = global_batch(1)
+    model = Transformer(settings.model).initialize(3).double()
+    results = []
+    for rows in (ROWS, ROWS + 1):
+        padded = np.concatenate([tokens, np.zeros((1, LENGTH), dtype=tokens.dtype)])[:rows]
+        batch = PackedBatch.from_segments(padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True)
+        result = forward_backward(model, [batch], settings, 1, Ranks())
+        results.append(({key: value for key, value in vars(result).items() if key != "reports"}, routing_metrics(result.reports, Ranks()),
+                        torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    for key, values in results[0][1].items():
+        assert values == pytest.approx(results[1][1][key], rel=1e-12), key
+    torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-9, atol=1e-13)
