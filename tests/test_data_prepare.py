@@ -226,7 +226,7 @@ def test_damaged_files_are_refused_by_name(name, damage, tokenizer_file, tmp_pat
     ({"eos_token": "</s>"}, r"no token '</s>' .* special tokens are <\|endoftext\|>"),
     ({"tokenizer": None, "train_tokenizer": True, "vocab_size": 100}, "vocab_size=100 cannot hold .* at least 257"),
     ({"fields": Fields(text="body")}, "no train documents in 1 files .*missing_text"),
-    ({"out": "no/where"}, "no: no such folder to write where in"),
+    ({"out": "a.jsonl/inner"}, "a.jsonl: not a folder; choose another --out"),
     ({"shard_tokens": 0}, "shard_tokens=0 must be positive"),
     ({"valid_fraction": 1.0}, "valid_fraction=1.0 must be"),
     ({"seed": -1}, "seed=-1 must be at least 0"),

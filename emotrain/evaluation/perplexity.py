@@ -66,18 +66,20 @@ def _split_rows(batch: PackedBatch, rows_per_batch: int) -> list[PackedBatch]:
 
 @torch.inference_mode()
 def document_losses(model: Transformer, batches: Sequence[PackedBatch], document_group_U: Tensor, subsets: Subsets | None = None,
-                    track: Track = untracked, description: str = "held-out documents", precision: torch.dtype | None = None) -> DocumentLosses:
+                    track: Track = untracked, description: str = "held-out documents",
+                    precision: torch.dtype | None = None) -> DocumentLosses:
     """Loss and routing of every document, without a document pool, as at inference (spec 2.5).
 
     Args:
         batches: of `pack`; `document_ids_G` in [0, U), or -1 for padding.
         document_group_U: int64, the group of each document.
         subsets: for each layer, the routed experts that each group keeps; None keeps all.
+        track, description: show progress.
         precision: run under autocast in this dtype; None means in the model's own.
     """
     device, num_documents = model.head.weight.device, len(document_group_U)
     document_group_U = document_group_U.to(device)
-    subsets = subsets and tuple(mask_JN.to(device) for mask_JN in subsets)
+    subsets = None if subsets is None else tuple(mask_JN.to(device) for mask_JN in subsets)
     loss_U = torch.zeros(num_documents, dtype=torch.float64, device=device)
     targets_U = torch.zeros(num_documents, dtype=torch.int64, device=device)
     routing = [torch.zeros(num_documents, model.config.routed_in_layer(layer), dtype=torch.float64, device=device)
@@ -86,7 +88,7 @@ def document_losses(model: Transformer, batches: Sequence[PackedBatch], document
         batch = batch.to(device)
         group_G = group_of_documents(batch, document_group_U)
         with autocast(device, precision):
-            output = model(batch, kept=subsets and [mask_JN[group_G] for mask_JN in subsets])
+            output = model(batch, kept=None if subsets is None else [mask_JN[group_G] for mask_JN in subsets])
             loss_T = token_losses(output.hidden_TD, model.head.weight, batch.targets_BS.reshape(-1))
         # Padding has no targets and no routing scores: adding it to document 0 adds zeros.
         document_G = batch.document_ids_G.clamp(min=0)

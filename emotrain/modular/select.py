@@ -127,7 +127,8 @@ def cross_domain(subsets: Subsets, shift: int = 1) -> Subsets:
     """
     num_groups = len(subsets[0])
     if shift % num_groups == 0:
-        raise ValueError(f"shift={shift} gives each of {num_groups} groups its own experts; use 1 to {num_groups - 1}, with two groups or more")
+        raise ValueError(f"shift={shift} gives each of {num_groups} groups its own experts; use 1 to {num_groups - 1}, with two groups "
+                         f"or more")
     return tuple(mask_JN.roll(-shift, 0) for mask_JN in subsets)
 
 

@@ -1,0 +1,103 @@
+"""The README is true: its commands run, its links lead somewhere, make knows its targets, and the quickstart works end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, write_documents
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)]
+COMMANDS = [line for block in BLOCKS for line in block]
+
+# What makes a command of minutes one of seconds; everything else runs as it is written.
+SMALLER = {
+    "prepare": ["--workers", "1"],
+    "pretrain": ["training.steps=3", "training.global_batch=2", "training.micro_batch=2", "data.sequence_length=64", "model.d_model=16",
+                 "model.num_layers=1", "model.experts.hidden=8", "training.tensorboard=false"],
+    "evaluate": ["--documents", "2", "--calibration-documents", "1"],
+}
+
+
+def run_as_written(line: str, folder: Path) -> subprocess.CompletedProcess:
+    words = shlex.split(line)
+    extra = next((more for name, more in SMALLER.items() if name in " ".join(words[:2])), [])
+    program = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", "emotrain.cli", *words[1:]]
+    return subprocess.run([*program, *extra], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A folder that looks like a clone, with somebody's own documents in it."""
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my-documents").mkdir()
+    write_documents(tmp_path / "my-documents" / "all.jsonl", documents_per_domain=30)
+    return tmp_path
+
+
+def test_the_commands_run_as_they_are_written(clone):
+    commands = [line for line in COMMANDS if line.split()[0] in ("emotrain", "python")]
+    assert len(commands) >= 3, "the README lost its commands, or this test its way of finding them"
+    for line in commands:
+        done = run_as_written(line, clone)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert (clone / "runs/mine/evaluation/evaluation.json").is_file()
+
+
+def test_inline_commands_are_known(clone):
+    for line in re.findall(r"`(emotrain [^`]+)`", README):
+        if "..." not in line:
+            done = run_as_written(f"{line} --help" if line.count(" ") == 1 else line, ROOT)
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+
+
+def test_links_and_targets_exist():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), target
+    make = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", make, re.MULTILINE), target
+
+
+def test_every_command_teaches():
+    names = ["prepare", "inspect", "evaluate", "report", "settings"]
+    overview = subprocess.run([sys.executable, "-m", "emotrain.cli", "--help"], capture_output=True, text=True, check=True).stdout
+    for name in names:
+        assert name in overview
+        text = subprocess.run([sys.executable, "-m", "emotrain.cli", name, "--help"], capture_output=True, text=True, check=True).stdout
+        assert "--json" in text or name == "report", f"{name} reports without --json"
+    assert "examples:" in subprocess.run([sys.executable, ROOT / "launch/pretrain.py", "--help"], capture_output=True, text=True, check=True).stdout
+
+
+def test_make_quickstart_end_to_end(tmp_path):
+    """The Makefile's own recipe, with the environment at hand instead of a new one, and three steps of training."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("configs", "launch", "Makefile", "pyproject.toml", "emotrain"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = tmp_path / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "bin" / "emotrain").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m emotrain.cli "$@"\n')
+    (environment / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" ${{SMALLER}}\n')
+    for script in (environment / "bin").iterdir():
+        script.chmod(0o755)
+    (environment / ".installed").touch()
+    done = subprocess.run(["make", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280,
+                          env={**os.environ, "SMALLER": " ".join(SMALLER["pretrain"])})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "done: open runs/quickstart/report.html" in done.stdout
+    page = (tmp_path / "runs/quickstart/report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>") or page.startswith("<!DOCTYPE html>")
+    evaluation = json.loads((tmp_path / "runs/quickstart/evaluation/evaluation.json").read_text())
+    assert set(evaluation["mean"]["increase_nats"]) == {"1.0", "0.5", "0.25", "0.125"}
+    assert len(evaluation["domains"]) >= 8
