@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -340,7 +341,7 @@ def check(config: Config) -> None:
         if key in CHOICES and value not in CHOICES[key]:
             raise ValueError(f"{key}={value} is not known; choose one of {', '.join(CHOICES[key])}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}={value} is not finite; give a finite number")
             if value < 0 or (value == 0 and key not in MAY_BE_ZERO):
                 raise ValueError(f"{key}={value} must be {'at least 0' if key in MAY_BE_ZERO else 'positive'}")
@@ -516,10 +517,10 @@ def _likeness(wanted: str, known: str) -> float:
     (section, _, leaf), (known_section, _, known_leaf) = wanted.rpartition("."), known.rpartition(".")
     words, known_words = leaf.split("_"), known_leaf.split("_")
     alike = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
-    if known_leaf == "".join(word[:1] for word in words):  # learning_rate, lr
+    if len(words) > 1 and known_leaf == "".join(word[:1] for word in words):  # learning_rate, lr
         alike = 0.9
-    elif any(len(word) > 2 and word in known_words for word in words):  # batch_size, global_batch
-        alike = max(alike, 0.7)
+    if common := max((len(word) for word in words if word in known_words), default=0):  # batch_size, global_batch
+        alike = max(alike, 0.6 + 0.01 * common)
     return alike + 0.2 * (section == known_section) if alike >= 0.6 else 0.0
 
 
@@ -530,11 +531,12 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if kind is str and isinstance(value, str):
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and is_number and (isinstance(value, int) or value.is_integer()):
+    if kind is int and is_number and (isinstance(value, int) or value.is_integer()) and abs(value) < 2**63:
         return int(value)
-    if kind is float and is_number and abs(value) <= sys.float_info.max or value != value:
+    if kind is float and is_number and not (isinstance(value, int) and abs(value) > sys.float_info.max):
         return float(value)
     if kind == tuple[int, ...] and isinstance(value, (list, tuple)) and all(type(v) is int and v > 0 for v in value):
         return tuple(value)
-    names = {bool: "true or false", str: "text", int: "a whole number", float: "a number", tuple[int, ...]: "a list of positive whole numbers"}
+    names = {bool: "true or false", str: "text", int: "a whole number below 2^63", float: "a number",
+             tuple[int, ...]: "a list of positive whole numbers"}
     raise ValueError(f"{key}={value!r} must be {names[kind]}")
