@@ -110,6 +110,10 @@ class ModelConfig:
     def routed_in_layer(self, layer: int) -> int:
         return self.experts_in_layer(layer) - self.experts.shared
 
+    def chosen_in_layer(self, layer: int) -> int:
+        """Routed experts that a token uses; all of them in a layer that was pruned to fewer than `per_token` asks for."""
+        return min(self.experts.per_token - self.experts.shared, self.routed_in_layer(layer))
+
     @property
     def head_dim(self) -> int:
         return self.d_model // self.num_heads
@@ -360,10 +364,10 @@ def check(config: Config) -> None:
         routed, chosen = model.routed_in_layer(layer), experts.per_token - experts.shared
         _require(routed >= 0, f"layer {layer} has {model.experts_in_layer(layer)} experts, fewer than "
                  f"model.experts.shared={experts.shared}; raise model.experts.count")
-        _require(chosen <= routed, f"model.experts.per_token={experts.per_token} needs {chosen} routed experts, layer {layer} has "
-                 f"{routed}; raise model.experts.count or lower per_token")
-        _require((chosen == 0) == (routed == 0), f"layer {layer} has {routed} routed experts and tokens choose none of them; "
-                 f"raise model.experts.per_token above model.experts.shared={experts.shared}")
+        _require(chosen <= routed or bool(experts.count_per_layer), f"model.experts.per_token={experts.per_token} needs {chosen} routed "
+                 f"experts, layer {layer} has {routed}; raise model.experts.count or lower per_token")
+        _require((chosen == 0) == (routed == 0), f"layer {layer} has {routed} routed experts and tokens choose {chosen or 'none'} of them; "
+                 f"only a dense model, whose experts are all shared, has none")
     _require(pool.min <= pool.max, f"model.router.pool.min={pool.min} is above model.router.pool.max={pool.max}; swap them")
     _require(config.data.sequence_length >= 2, "data.sequence_length=1 leaves nothing to predict; make it at least 2")
     filter_ = config.data.repetition_filter

@@ -292,3 +292,11 @@ def test_a_tiny_model_learns_a_batch_by_heart(overrides: dict) -> None:
         optimizer.step()
     assert losses[0] == pytest.approx(math.log(64), rel=0.02)
     assert losses[-1] < 0.1
+
+
+def test_a_layer_pruned_below_the_choices_uses_all_it_has() -> None:
+    """A pruned model may hold fewer routed experts in a layer than its tokens choose elsewhere."""
+    model = tiny_model(model__experts__count_per_layer=[9, 3])
+    output = model(tiny_batch())
+    assert [layer.experts_TK.shape[1] for layer in output.routing.layers] == [3, 2]
+    torch.testing.assert_close(output.routing.layers[1].weights_TK.sum(dim=1), torch.ones(32))

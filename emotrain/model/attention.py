@@ -29,16 +29,15 @@ class Attention(nn.Module):
 
 
 def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * frequency, fp32 [S, C], frequencies repeated for the two halves of a head."""
+    """cos and sin of position * frequency, fp32 [S, C / 2]: one column for each pair of a head."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle_SC = (torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency).repeat(1, 2)
-    return angle_SC.cos(), angle_SC.sin()
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    return angle.cos(), angle.sin()
 
 
-def rotate(x_BASC: Tensor, cos_SC: Tensor, sin_SC: Tensor) -> Tensor:
-    """Rotary embedding in fp32: pairs are (i, i + C/2)."""
+def rotate(x_BASC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding in fp32: pairs are (i, i + C / 2); `cos` and `sin` from `rotary_table`."""
     first, second = x_BASC.to(torch.promote_types(x_BASC.dtype, torch.float32)).chunk(2, dim=-1)
-    cos, sin = cos_SC.chunk(2, dim=-1)[0], sin_SC.chunk(2, dim=-1)[0]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BASC.dtype)
 
 

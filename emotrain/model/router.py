@@ -118,7 +118,7 @@ class DocumentPoolRouter(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.num_routed = config.routed_in_layer(layer)
-        self.num_chosen = config.experts.per_token - config.experts.shared
+        self.num_chosen = config.chosen_in_layer(layer)
         self.router = config.router
         # One row an expert of the bank, the shared ones last, as in the published checkpoints. Rows of shared experts are
         # read only where their weight is not 1.
