@@ -6,6 +6,8 @@ PIP_ARGS ?=
 EXTRAS ?= test
 DATA ?= data/sample
 RUN ?= runs/quickstart
+# Options of the quickstart's evaluation: a dozen held-out documents a subject keep it to a minute.
+EVALUATE ?= --documents 12
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -30,7 +32,7 @@ quickstart: $(DATA)/dataset.json  ## documents -> a small EMO -> its expert subs
 	@echo "== training a small EMO; run this again to go on after an interruption"
 	$(BIN)/python launch/pretrain.py configs/quickstart.yaml data.path=$(DATA) training.run_dir=$(RUN)
 	@echo "== evaluating expert subsets on held-out documents"
-	$(BIN)/emotrain evaluate $(RUN) --data $(DATA) --keep 1.0 0.5 0.25 0.125
+	$(BIN)/emotrain evaluate $(RUN) --data $(DATA) --keep 1.0 0.5 0.25 0.125 $(EVALUATE)
 	@echo "== writing the report"
 	$(BIN)/emotrain report $(RUN)
 	@echo "== done: open $(RUN)/report.html; numbers in $(RUN)/evaluation, checkpoints in $(RUN)/checkpoints"

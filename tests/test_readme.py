@@ -92,7 +92,7 @@ def test_make_quickstart_end_to_end(tmp_path):
     for script in (environment / "bin").iterdir():
         script.chmod(0o755)
     (environment / ".installed").touch()
-    done = subprocess.run(["make", "quickstart"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280,
+    done = subprocess.run(["make", "quickstart", f"EVALUATE={' '.join(SMALLER['evaluate'])}"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280,
                           env={**os.environ, "SMALLER": " ".join(SMALLER["pretrain"])})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done: open runs/quickstart/report.html" in done.stdout

@@ -21,10 +21,10 @@ class Attention(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None) -> Tensor:
         """`mask_B1SS`: bool, True where a query (third axis) may see a key; None means plain causal attention."""
         heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q_BASC, k_BASC, v_BASC = heads.split((self.num_heads, self.kv_heads, self.kv_heads), dim=1)
-        y_BASC = F.scaled_dot_product_attention(
-            rotate(q_BASC, *rotary), rotate(k_BASC, *rotary), v_BASC, attn_mask=mask_B1SS, is_causal=mask_B1SS is None,
-            enable_gqa=self.num_heads != self.kv_heads)
+        qk_BASC, v_BASC = heads.split((self.num_heads + self.kv_heads, self.kv_heads), dim=1)
+        q_BASC, k_BASC = rotate(qk_BASC, *rotary).split((self.num_heads, self.kv_heads), dim=1)
+        y_BASC = F.scaled_dot_product_attention(q_BASC, k_BASC, v_BASC, attn_mask=mask_B1SS, is_causal=mask_B1SS is None,
+                                                enable_gqa=self.num_heads != self.kv_heads)
         return self.out(y_BASC.transpose(1, 2).flatten(2))
 
 
@@ -37,8 +37,31 @@ def rotary_table(length: int, head_dim: int, theta: float, device: torch.device)
 
 def rotate(x_BASC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in fp32: pairs are (i, i + C / 2); `cos` and `sin` from `rotary_table`."""
-    first, second = x_BASC.to(torch.promote_types(x_BASC.dtype, torch.float32)).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BASC.dtype)
+    dtype = torch.promote_types(x_BASC.dtype, torch.float32)
+    return _Rotate.apply(x_BASC.to(dtype), cos.to(dtype), sin.to(dtype)).to(x_BASC.dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: nothing is kept but the angles, and half the passes of autograd's."""
+
+    @staticmethod
+    def forward(ctx, x_BASC, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _Rotate.rotated(x_BASC, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_BASC):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.rotated(grad_BASC, cos, -sin), None, None
+
+    @staticmethod
+    def rotated(x_BASC, cos, sin):
+        y_BASC = x_BASC * cos.repeat(1, 2)
+        (first, second), (y_first, y_second) = x_BASC.chunk(2, dim=-1), y_BASC.chunk(2, dim=-1)
+        y_first.addcmul_(second, sin, value=-1)
+        y_second.addcmul_(first, sin)
+        return y_BASC
 
 
 def document_mask(document_BS: Tensor) -> Tensor:
