@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
     results = summary(dict(evaluations))
     tables = [mean_table(evaluations), *(domain_table(result) for _, result in evaluations)]
     titles = ["", *(f"### {label}\n\n" for label, _ in evaluations)]
-    lines = [f"- {key}: {value:.4f}" for key, value in results.items() if isinstance(value, float)]
-    (out / "modularity.md").write_text("# The proof in small\n\n" + "\n".join(
-        title + table.markdown() for title, table in zip(titles, tables, strict=True)) + "\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    (out / "modularity.md").write_text("# The proof in small\n\n" + describe(results, dict(evaluations)) + "\n" + "\n".join(
+        title + table.markdown() for title, table in zip(titles, tables, strict=True)), encoding="utf-8")
     (out / "modularity.png").write_bytes(subset_figure(evaluations))
     (out / "modularity.json").write_text(json.dumps({**results, "evaluations": dict(evaluations)}, indent=1), encoding="utf-8")
     print((out / "modularity.md").read_text(encoding="utf-8"), file=sys.stderr)
@@ -76,6 +75,23 @@ def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         # Where a subset costs EMO nothing, no ratio says by how much it is better.
         results[f"standard_increase_over_emo_{keep}"] = standard["mean"]["increase_nats"][keep]["selected"] / ours if ours > 0 else None
     return results
+
+
+def describe(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
+    """What was compared and how it came out, in a few lines of Markdown."""
+    kept = evaluations["EMO"]["experts"]
+    lines = [f"- {evaluations['EMO']['step']:,} steps each; {kept['per_layer'][0]} experts a layer ({kept['shared']} shared), "
+             f"{kept['per_token']} a token; {len(evaluations['EMO']['domains'])} domains.",
+             f"- Full model, nats a token: EMO {results['emo_full_loss_nats']:.3f}, standard {results['standard_full_loss_nats']:.3f} "
+             f"({100 * (results['emo_full_loss_over_standard'] - 1):+.2f} %).",
+             f"- Mean cosine between the domains' routing in the last layer: EMO {results['emo_domain_cosine_last_layer']:.2f}, "
+             f"standard {results['standard_domain_cosine_last_layer']:.2f}."]
+    for keep in evaluations["EMO"]["mean"]["increase_nats"]:
+        if float(keep) < 1:
+            ratio = results[f"standard_increase_over_emo_{keep}"]
+            lines.append(f"- {100 * float(keep):g} % of the experts: EMO {results[f'emo_increase_nats_selected_{keep}']:+.3f} nats, standard "
+                         f"{results[f'standard_increase_nats_selected_{keep}']:+.3f}" + (f" ({ratio:.1f} times as much)." if ratio else "."))
+    return "\n".join(lines) + "\n"
 
 
 def _train_and_evaluate(name: str, config: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def fused(layer: Layer) -> tuple[list[Kernel], float]:
         Kernel("gate_up", index + rows + 2 * bank, 2 * inner + inner, 2 * gemm),
         Kernel("rows", index + word + inner + bank, rows, gemm),
         Kernel("combine", word + rows, layer.x),
-        # Backward. The weights' gradient leaves one partial sum for 64 hidden units.
-        Kernel("grad_hidden", 2 * index + word + rows + bank + 2 * inner, 2 * inner + inner + word * layer.hidden / 64, gemm),
+        # Backward. The weights' gradient leaves one partial sum for 128 hidden units.
+        Kernel("grad_hidden", 2 * index + word + rows + bank + 2 * inner, 2 * inner + inner + word * layer.hidden / 128, gemm),
         Kernel("weight_grad", index + inner + rows, bank, gemm),
         Kernel("weight_grad", index + 2 * inner + rows, 2 * bank, 2 * gemm),
         Kernel("rows", index + 2 * inner + 2 * bank, rows, 2 * gemm),
