@@ -6,8 +6,8 @@ PIP_ARGS ?=
 EXTRAS ?= test
 DATA ?= data/sample
 RUN ?= runs/quickstart
-# Options of the quickstart's evaluation: a dozen held-out documents a subject keep it to a minute.
-EVALUATE ?= --documents 12
+# Options of the quickstart's evaluation: a few held-out documents a subject keep it to a minute.
+EVALUATE ?= --documents 8 --calibration-documents 6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help

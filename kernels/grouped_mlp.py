@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emotrain.kernels.backends import choose_backend
+
 
 @dataclass(frozen=True)
 class SortedSlots:
@@ -37,7 +39,8 @@ def sort_slots(experts_TK: Tensor, counts_N: Tensor) -> SortedSlots:
     return SortedSlots(slot_R // experts_TK.shape[1], slot_R, counts_N.cumsum(0))
 
 
-def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor,
+                backend: str = "auto") -> Tensor:
     """Sum over a token's slots of weight * SwiGLU of the slot's expert: y = (silu(x Wg) * (x Wu)) Wd (spec 3.2).
 
     Args:
@@ -46,9 +49,19 @@ def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NF
         slots: `sort_slots` of the routing decision.
         gate_up_NFD: gate rows, then up rows, of each expert; F = 2 * H. Same dtype as `x_TD`.
         down_NHD: down projection, used as z @ down.
+        backend: what computes it; see `choose_backend`, also for errors.
     Returns:
         [T, D] in the dtype of `x_TD`, with zero rows for tokens without a routed slot.
     """
+    backend = choose_backend(backend, x_TD, gate_up_NFD.shape[0], has_megablocks=True)
+    if backend == "triton":
+        from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
+
+        return grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
+    if backend == "megablocks":
+        from emotrain.kernels.megablocks_adapter import grouped_mlp_megablocks
+
+        return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
     weights_R = weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return _grouped_mm_mlp(x_TD, weights_R, slots, gate_up_NFD, down_NHD)
@@ -78,17 +91,19 @@ class _LoopedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, weights_R, gate_up_NFD, down_NHD, token_R, ends_N):
-        bounds = _bounds(ends_N)
+        lengths = ends_N.diff(prepend=ends_N.new_zeros(1)).tolist()
         hidden_RF = x_TD.new_empty(token_R.shape[0], gate_up_NFD.shape[1])
         y_TD = torch.zeros_like(x_TD)
-        for expert, start, stop in bounds:
-            token = token_R[start:stop]
-            hidden_rF = torch.mm(x_TD.index_select(0, token), gate_up_NFD[expert].t(), out=hidden_RF[start:stop])
-            gate_rH, up_rH = hidden_rF.chunk(2, dim=-1)
-            y_rD = F.silu(gate_rH).mul_(up_rH) @ down_NHD[expert]
-            y_TD.index_add_(0, token, y_rD.mul_(weights_R[start:stop, None]))
+        for token_r, weight_r1, hidden_rF, gate_up_FD, down_HD in zip(
+                *_rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF), gate_up_NFD.unbind(), down_NHD.unbind(), strict=True):
+            if token_r.shape[0] == 0:
+                continue
+            torch.mm(x_TD.index_select(0, token_r), gate_up_FD.t(), out=hidden_rF)
+            gate_rH, up_rH = hidden_rF.chunk(2, dim=1)
+            act_rH = F.silu(gate_rH).mul_(up_rH).mul_(weight_r1)
+            y_TD.index_add_(0, token_r, act_rH @ down_HD)
         ctx.save_for_backward(x_TD, weights_R, gate_up_NFD, down_NHD, token_R, hidden_RF)
-        ctx.bounds = bounds
+        ctx.lengths = lengths
         return y_TD
 
     @staticmethod
@@ -96,27 +111,32 @@ class _LoopedMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):
         x_TD, weights_R, gate_up_NFD, down_NHD, token_R, hidden_RF = ctx.saved_tensors
         grad_x_TD, grad_weights_R = torch.zeros_like(x_TD), torch.zeros_like(weights_R)
-        grad_gate_up_NFD, grad_down_NHD = torch.zeros_like(gate_up_NFD), torch.zeros_like(down_NHD)
-        for expert, start, stop in ctx.bounds:
-            token, weight_r1 = token_R[start:stop], weights_R[start:stop, None]
-            gate_rH, up_rH = hidden_RF[start:stop].chunk(2, dim=-1)
-            sigmoid_rH = torch.sigmoid(gate_rH)
-            silu_rH = gate_rH * sigmoid_rH
+        grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
+        scratch_rF = hidden_RF.new_empty(max(ctx.lengths), hidden_RF.shape[1])
+        for token_r, weight_r1, grad_weight_r, hidden_rF, gate_up_FD, down_HD, grad_gate_up_FD, grad_down_HD in zip(
+                *_rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF),
+                gate_up_NFD.unbind(), down_NHD.unbind(), grad_gate_up_NFD.unbind(), grad_down_NHD.unbind(), strict=True):
+            if token_r.shape[0] == 0:
+                grad_gate_up_FD.zero_()
+                grad_down_HD.zero_()
+                continue
+            gate_rH, up_rH = hidden_rF.chunk(2, dim=1)
+            silu_rH = F.silu(gate_rH)
             act_rH = silu_rH * up_rH
-            grad_rD = grad_TD.index_select(0, token)
-            grad_act_rH = grad_rD @ down_NHD[expert].t()
-            torch.sum(act_rH * grad_act_rH, dim=1, out=grad_weights_R[start:stop])
-            torch.mm(act_rH.mul_(weight_r1).t(), grad_rD, out=grad_down_NHD[expert])
+            grad_rD = grad_TD.index_select(0, token_r)
+            grad_act_rH = grad_rD @ down_HD.t()
+            torch.sum(act_rH * grad_act_rH, dim=1, out=grad_weight_r)
+            torch.mm(act_rH.mul_(weight_r1).t(), grad_rD, out=grad_down_HD)
             grad_act_rH.mul_(weight_r1)
-            # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-            grad_gate_rH = (1 - sigmoid_rH).mul_(silu_rH).add_(sigmoid_rH).mul_(up_rH).mul_(grad_act_rH)
-            grad_hidden_rF = torch.cat((grad_gate_rH, silu_rH.mul_(grad_act_rH)), dim=1)
-            torch.mm(grad_hidden_rF.t(), x_TD.index_select(0, token), out=grad_gate_up_NFD[expert])
-            grad_x_TD.index_add_(0, token, grad_hidden_rF @ gate_up_NFD[expert])
+            grad_hidden_rF = scratch_rF[:token_r.shape[0]]
+            grad_gate_rH, grad_up_rH = grad_hidden_rF.chunk(2, dim=1)
+            torch.mul(grad_act_rH, silu_rH, out=grad_up_rH)
+            torch.ops.aten.silu_backward.grad_input(grad_act_rH.mul_(up_rH), gate_rH, grad_input=grad_gate_rH)
+            torch.mm(grad_hidden_rF.t(), x_TD.index_select(0, token_r), out=grad_gate_up_FD)
+            grad_x_TD.index_add_(0, token_r, grad_hidden_rF @ gate_up_FD)
         return grad_x_TD, grad_weights_R, grad_gate_up_NFD, grad_down_NHD, None, None
 
 
-def _bounds(ends_N: Tensor) -> list[tuple[int, int, int]]:
-    """(expert, first slot, one past the last slot) of every expert with slots. On a CPU this reads memory, no device."""
-    ends = ends_N.tolist()
-    return [(expert, start, stop) for expert, (start, stop) in enumerate(zip([0, *ends], ends, strict=False)) if stop > start]
+def _rows_by_expert(lengths: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of each expert as views, of every tensor; rows of empty slots, at the end, are left out."""
+    return [tensor[:sum(lengths)].split(lengths) for tensor in tensors]
