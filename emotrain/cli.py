@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("emotrain.inspection", "count a configuration's parameters, memory and FLOPs without building it"),
     "evaluate": ("emotrain.evaluation.sweep", "loss of each domain with all experts and with its best subsets"),
     "report": ("emotrain.evaluation.report", "write a run's curves and subsets as one HTML page"),
+    "kernels": ("emotrain.kernels.compile_check", "compile the GPU kernels without a GPU and check their machine code"),
     "settings": ("emotrain.settings", "list every setting with its default and meaning"),
 }
 """Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`, and its one-line help."""

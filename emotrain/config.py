@@ -66,7 +66,8 @@ class ExpertsConfig:
     count_per_layer: tuple[int, ...] = ()
     """Experts of each layer where layers differ (a pruned model); empty means `count` everywhere."""
     backend: str = "auto"
-    """Expert GEMMs: `auto` (the best for the device) or `torch`."""
+    """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts alone), or `auto`, the best one
+    for the device."""
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ CHOICES = {
     "model.router.shared_weight": ("one", "softmax"),
     "model.router.pool.kind": ("none", "fixed", "uniform"),
     "model.router.pool.per": ("layer", "document"),
-    "model.experts.backend": ("auto", "torch"),
+    "model.experts.backend": ("auto", "torch", "triton", "megablocks"),
     "losses.balance_scope": ("global_batch", "data_parallel", "micro_batch"),
     "losses.balance_schedule": ("joint", "running"),
     "losses.router_z_logits": ("pool", "all"),

@@ -17,6 +17,7 @@ class ExpertBank(nn.Module):
         super().__init__()
         routed, shared = config.routed_in_layer(layer), config.experts.shared
         hidden, width = config.experts.hidden, config.d_model
+        self.backend = config.experts.backend
         self.gate_up_NFD = nn.Parameter(torch.empty(routed, 2 * hidden, width)) if routed else None
         self.down_NHD = nn.Parameter(torch.empty(routed, hidden, width)) if routed else None
         self.shared_gate_up_MFD = nn.Parameter(torch.empty(shared, 2 * hidden, width)) if shared else None
@@ -24,7 +25,8 @@ class ExpertBank(nn.Module):
 
     def routed(self, x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots) -> Tensor:
         """Weighted sum of each token's routed experts -> [T, D]."""
-        return grouped_mlp(x_TD, weights_TK, slots, self.gate_up_NFD.to(x_TD.dtype), self.down_NHD.to(x_TD.dtype))
+        return grouped_mlp(x_TD, weights_TK, slots, self.gate_up_NFD.to(x_TD.dtype), self.down_NHD.to(x_TD.dtype),
+                           self.backend)
 
     def shared(self, x_TD: Tensor, weights_TM: Tensor | None = None) -> Tensor | None:
         """Sum of the shared experts, each with weight 1 unless `weights_TM` says otherwise -> [T, D]; None without any.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig, PoolConfig
+from emotrain.kernels import pool_routing
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class DocumentPoolRouter(nn.Module):
         self.num_routed = config.routed_in_layer(layer)
         self.num_chosen = config.chosen_in_layer(layer)
         self.router = config.router
+        self.backend = config.experts.backend
         # One row an expert of the bank, the shared ones last, as in the published checkpoints. Rows of shared experts are
         # read only where their weight is not 1.
         self.weight_ED = nn.Parameter(torch.empty(config.experts_in_layer(layer), config.d_model))
@@ -141,33 +143,19 @@ class DocumentPoolRouter(nn.Module):
     def _route(self, logits_TE: Tensor, batch: PackedBatch, pool_size_G: Tensor | None, kept_GN: Tensor | None,
                z_logits: str) -> LayerRouting:
         all_logits_TN = logits_TE[:, :self.num_routed]
-        document_T, valid_T = batch.document_T, batch.valid_T
-        pool_GN = kept_GN
-        if pool_size_G is not None:
-            with torch.no_grad():
-                free_TN = all_logits_TN if kept_GN is None else all_logits_TN.masked_fill(~kept_GN[document_T], -torch.inf)
-                scores_GN = document_scores(torch.softmax(free_TN, dim=1), document_T, batch.num_documents)
-                pool_GN = select_pool(scores_GN, pool_size_G)
-                pool_GN = pool_GN if kept_GN is None else pool_GN & kept_GN
-        logits_TN = all_logits_TN if pool_GN is None else all_logits_TN.masked_fill(~pool_GN[document_T], -torch.inf)
-        probabilities_TN, weights_TK, experts_TK = route(
-            logits_TN, self.num_chosen, self.router.gating, self.router.normalize_weights)
-        lse_T = torch.logsumexp(logits_TN if z_logits == "pool" else all_logits_TN, dim=1)
-        counted_TN, z_T = probabilities_TN, lse_T.square()
+        valid_T = batch.valid_T
+        routing = pool_routing(all_logits_TN, batch.document_T, batch.num_documents, self.num_chosen, pool_size_G, kept_GN, valid_T,
+                               self.router.gating, self.router.normalize_weights, self.backend)
+        lse_T = routing.lse_T if z_logits == "pool" else torch.logsumexp(all_logits_TN, dim=1)
+        counted_TN, z_T = routing.probabilities_TN, lse_T.square()
         if valid_T is not None:
-            weights_TK = torch.where(valid_T[:, None], weights_TK, 0)
-            experts_TK = torch.where(valid_T[:, None], experts_TK, self.num_routed)
-            counted_TN, z_T = torch.where(valid_T[:, None], probabilities_TN, 0), torch.where(valid_T, z_T, 0)
+            counted_TN, z_T = torch.where(valid_T[:, None], counted_TN, 0), torch.where(valid_T, z_T, 0)
         with torch.no_grad():
-            counts = experts_TK.new_zeros(self.num_routed + 1)
-            counts.scatter_add_(0, experts_TK.reshape(-1), torch.ones_like(experts_TK.reshape(-1)))
             entropy_sum = torch.special.entr(counted_TN).sum()
-            if pool_size_G is None:
-                scores_GN = document_scores(counted_TN, document_T, batch.num_documents)
         return LayerRouting(
-            weights_TK=weights_TK, experts_TK=experts_TK, counts_N=counts[:-1], probability_sum_N=counted_TN.sum(dim=0),
-            z_sum=z_T.sum(), entropy_sum=entropy_sum, document_scores_GN=scores_GN, pool_size_G=pool_size_G,
-            shared_weights_TM=self._shared_weights(logits_TE), logits_TN=all_logits_TN.detach())
+            weights_TK=routing.weights_TK, experts_TK=routing.experts_TK, counts_N=routing.counts_N,
+            probability_sum_N=counted_TN.sum(dim=0), z_sum=z_T.sum(), entropy_sum=entropy_sum, document_scores_GN=routing.scores_GN,
+            pool_size_G=pool_size_G, shared_weights_TM=self._shared_weights(logits_TE), logits_TN=all_logits_TN.detach())
 
     def _shared_weights(self, logits_TE: Tensor) -> Tensor | None:
         if self.router.shared_weight == "one" or logits_TE.shape[1] - self.num_routed < 2:

@@ -1,0 +1,46 @@
+"""Rows to the order of their destinations and back, for expert parallelism: the readable twins.
+
+Destinations may be experts or ranks: whatever `sort_slots` sorted by. A token has a row for each of its slots in use.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from emotrain.kernels.backends import choose_backend
+from emotrain.kernels.grouped_mlp import SortedSlots
+
+
+def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto") -> Tensor:
+    """The row of its token for each sorted slot -> [R, D]; zeros for the empty slots at the end.
+
+    Backward adds the rows of each token. See `choose_backend` for `backend` and errors.
+    """
+    if choose_backend(backend, x_TD, slots.ends_N.shape[0]) == "triton":
+        from emotrain.kernels.triton_permute import permute_triton
+
+        return permute_triton(x_TD, slots)
+    return torch.where(_in_use(slots)[:, None], x_TD[slots.token_R], 0)
+
+
+def unpermute(rows_RD: Tensor, slots: SortedSlots, weights_TK: Tensor, backend: str = "auto") -> Tensor:
+    """Weighted sum of each token's rows -> [T, D], in the dtype of the rows; zeros for a token without any.
+
+    Args:
+        rows_RD: one row a sorted slot; those of empty slots may hold anything.
+        weights_TK: weight of each slot; those of empty slots may be anything.
+    """
+    if choose_backend(backend, rows_RD, slots.ends_N.shape[0]) == "triton":
+        from emotrain.kernels.triton_permute import unpermute_triton
+
+        return unpermute_triton(rows_RD, slots, weights_TK)
+    in_use_R = _in_use(slots)
+    weights_R = torch.where(in_use_R, weights_TK.reshape(-1)[slots.slot_R], 0)
+    weighted_RD = torch.where(in_use_R[:, None], rows_RD, 0) * weights_R[:, None].to(rows_RD.dtype)
+    return rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1]).index_add(0, slots.token_R, weighted_RD)
+
+
+def _in_use(slots: SortedSlots) -> Tensor:
+    """bool [R]: False for the empty slots at the end."""
+    return torch.arange(slots.token_R.shape[0], device=slots.token_R.device) < slots.ends_N[-1]
