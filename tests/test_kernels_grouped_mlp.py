@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_interpreter
+from helpers import tiny_batch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +20,7 @@ from emotrain.kernels.pool_routing import pool_routing
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
 from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig, default_tiles
+from emotrain.model.moe import MoELayer
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 
@@ -161,6 +163,26 @@ def test_a_whole_layer_agrees() -> None:
     with tiles(SMALL):
         for ours, theirs in zip(layer("triton"), layer("torch"), strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5 * theirs.abs().max().item(), rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_model_s_layer_agrees_under_either_setting(padded: bool) -> None:
+    """`experts.backend` reaches router and experts: the layer as the model builds it, with shared experts and padding."""
+    batch = tiny_batch(padded=padded)
+    x_TD, pool_size_G = torch.randn(32, 16), torch.randint(1, 9, (batch.num_documents,))
+    layers = {backend: MoELayer(tiny_config(model__experts__backend=backend).model, layer=0) for backend in ("torch", "triton")}
+    for parameter in layers["torch"].parameters():
+        torch.nn.init.normal_(parameter.data, std=0.3)
+    layers["triton"].load_state_dict(layers["torch"].state_dict())
+    results = {}
+    for backend, layer in layers.items():
+        y_TD, routing = layer(x_TD, batch, pool_size_G)
+        loss = y_TD.square().sum() + routing.probability_sum_N.square().sum() + routing.z_sum
+        results[backend] = [y_TD, routing.counts_N.float(), routing.document_scores_GN,
+                            *torch.autograd.grad(loss, list(layer.parameters()))]
+    for ours, theirs in zip(results["triton"], results["torch"], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5 * max(1, theirs.abs().max().item()), rtol=0)
 
 
 # ---- nothing unwritten, nothing unused, one order of every sum
