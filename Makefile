@@ -37,20 +37,26 @@ quickstart: $(DATA)/dataset.json  ## documents -> a small EMO -> its expert subs
 	$(BIN)/emotrain report $(RUN)
 	@echo "== done: open $(RUN)/report.html; numbers in $(RUN)/evaluation, checkpoints in $(RUN)/checkpoints"
 
-test: $(VENV)/.installed  ## run the tests (under 12 minutes on 2 cores)
+.megablocks/.installed: | $(VENV)/.installed
+	@echo "== fetching MegaBlocks' Python sources for the tests of its adapter"
+	@$(BIN)/python tests/megablocks_sources.py .megablocks && touch $@ || echo "== not to be had: those tests will be skipped"
+
+test: $(VENV)/.installed .megablocks/.installed  ## run the tests (a few minutes on 2 cores)
 	@echo "== running the tests; their settings are in pyproject.toml"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-long: $(VENV)/.installed  ## run the tests marked long
+test-long: $(VENV)/.installed .megablocks/.installed  ## run the tests marked long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
 	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity
 
-benchmarks: $(VENV)/.installed  ## router and step timings against the standard MoE and transformers (idle machine, please)
+benchmarks: $(VENV)/.installed  ## router, step and expert timings, also against transformers (on an idle machine), and the kernels' roofline
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e '.[bench]'
 	$(BIN)/python benchmarks/router.py
 	$(BIN)/python benchmarks/step.py --peer hf
+	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/roofline.py
 
 clean:  ## remove runs and prepared data (not the environment)
 	rm -rf runs data

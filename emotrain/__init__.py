@@ -10,6 +10,7 @@ Shapes are written as suffixes of a name, one letter an axis, everywhere in this
     V  vocabulary                               R  routed slots, R = T * K
     F  2 * H, gate and up side by side          M  shared experts
     C  attention head width                     A  attention heads
+    J  inner width of a GEMM, H or F            P  tiles or partial sums of a kernel
 """
 
 __version__ = "0.1.0"

@@ -44,9 +44,11 @@ class Table:
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=escape(self.title), box=box.SIMPLE, title_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(escape(name), justify="left" if index < self.names else "right", no_wrap=index >= self.names)
+        table = RichTable(title=escape(self.title), box=box.SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
+        for index, (name, *cells) in enumerate(zip(self.header, *self.rows, strict=True)):
+            # Cells and the words of the header stay whole, so that a narrow terminal folds headers and loses no name.
+            width = max(map(len, [*name.split(), *cells]), default=0)
+            table.add_column(escape(name), justify="left" if index < self.names else "right", min_width=width)
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
@@ -78,7 +80,7 @@ def domain_table(result: Mapping[str, Any]) -> Table:
         (name, str(domain["documents"]), f"{domain['loss_nats']:.3f}",
          *(plus_minus(domain["increase_nats"][keep]["selected"], domain["standard_error_nats"][keep]["selected"]) for keep in keeps))
         for name, domain in result["domains"].items())
-    header = ("domain", "documents", "full loss", *(f"+ with {kept_label(result, keep)}" for keep in keeps))
+    header = ("domain", "docs", "full loss", *(f"+ with {kept_label(result, keep)}" for keep in keeps))
     return Table("Each domain with the experts it chose, in nats/token; ± standard error over documents", header, rows)
 
 
