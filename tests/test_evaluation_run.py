@@ -7,13 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 
 from emotrain.cli import main
 from emotrain.config import save_config
 from emotrain.data.formats import SPLITS, write_manifest, write_shard
 from emotrain.evaluation import plots
-from emotrain.evaluation.report import compare, findings, write_report
+from emotrain.evaluation.plots import subset_figure
+from emotrain.evaluation.report import findings, write_report
 from emotrain.evaluation.sweep import DomainDocuments, SweepSettings, sweep
 from emotrain.evaluation.tables import Table, mean_table
 from emotrain.model.transformer import Transformer
@@ -220,15 +220,12 @@ def small_result(seed):
     return sweep(tiny_model(seed), domains, SweepSettings(keep=(1.0, 0.5, 0.25)), 16, 2)
 
 
-def test_evaluations_are_compared_in_one_table_and_one_plot(tmp_path):
-    emo, standard = small_result(0), small_result(1)
-    table = compare([("EMO", emo), ("standard", standard)], tmp_path / "new")
-    assert (tmp_path / "new/comparison.png").read_bytes().startswith(PNG)
-    assert table.markdown() == (tmp_path / "new/comparison.md").read_text()
+def test_evaluations_are_compared_in_one_table_and_one_plot():
+    evaluations = [("EMO", small_result(0)), ("standard", small_result(1))]
+    table = mean_table(evaluations)
+    assert subset_figure(evaluations).startswith(PNG)
     assert [row[:2] for row in table.rows] == [(label, f"{kept} of 9") for label in ("EMO", "standard") for kept in (9, 4, 2)]
-    assert table.rows[1][3].startswith(f"{emo['mean']['increase_nats']['0.5']['selected']:+.3f}")
-    with pytest.raises(ValueError, match="1 evaluations cannot be compared"):
-        compare([("EMO", emo)], tmp_path)
+    assert table.rows[1][3].startswith(f"{evaluations[0][1]['mean']['increase_nats']['0.5']['selected']:+.3f}")
 
 
 def test_tables_escape_what_would_break_them():

@@ -38,6 +38,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from emotrain.files import sha256_of
+
 if TYPE_CHECKING:
     import pyarrow as pa
 
@@ -51,8 +53,6 @@ MAX_OPEN_SHARDS = 256
 """Shards mapped at a time. A map holds a file descriptor, and a process commonly has 1,024; mapping again takes under a
 millisecond."""
 
-HASH_BYTES = 1 << 22
-"""Bytes hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,6 @@ def write_shard(path: Path, tokens: np.ndarray, offsets: np.ndarray, domains: Se
         file.flush()
         os.fsync(file.fileno())
     return ShardInfo(f"{path.parent.name}/{path.name}", len(offsets) - 1, len(tokens), path.stat().st_size, sha256_of(path))
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(HASH_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 class Dataset:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from emotrain.data.formats import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from emotrain.files import flush_to_disk
 
 LOCK = ".lock"
 """Held while a staging folder is being written; one that nobody holds was left behind by a process that died."""
@@ -58,15 +59,15 @@ class Staging:
         """Make the staged folder DIR, in place of the data set that was there. Everything is on the disk before."""
         for root, _, names in os.walk(self.folder):
             for name in names:
-                _sync(Path(root, name))
-            _sync(Path(root))
+                flush_to_disk(Path(root, name))
+            flush_to_disk(Path(root))
         self._check_target()
         if self.out.is_dir() and any(self.out.iterdir()):
             _exchange(self.folder, self.out)
             (self.folder / LOCK).write_text("the data set that was replaced\n")
         else:
             os.rename(self.folder, self.out)
-        _sync(self.out.parent)
+        flush_to_disk(self.out.parent)
         (self.out / LOCK).unlink()
 
     def _check_target(self) -> None:
@@ -121,12 +122,3 @@ def _exchange(one: Path, other: Path) -> None:
         os.rename(aside, other)
         raise
     os.rename(aside, one)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or the entries of a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

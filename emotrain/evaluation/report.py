@@ -7,14 +7,15 @@ import base64
 import html
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from emotrain.cli import add_json, finish
 from emotrain.config import Config, config_to_dict, flatten, load_config
 from emotrain.evaluation import plots
 from emotrain.evaluation.tables import Table, domain_table, keeps_everything, kept_label, mean_table, plain, routing_table
+from emotrain.files import write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e0e3e8; --page: #ffffff; --card: #f5f6f8 }
@@ -57,7 +58,7 @@ def write_report(run_dir: str | Path) -> Path:
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{html.escape(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
-    return write_text(run_dir / "report.html", page)
+    return write_whole(run_dir / "report.html", page.encode("utf-8"))
 
 
 def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -202,41 +203,13 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
     return result
 
 
-def compare(evaluations: plots.Evaluations, folder: str | Path) -> Table:
-    """Write comparison.md and comparison.png of several evaluations to a folder; returns the table.
-
-    Args:
-        evaluations: (label, result of `evaluate`) pairs, two to seven.
-    Raises:
-        ValueError: too few or too many. ModuleNotFoundError: matplotlib is not installed.
-    """
-    if not 2 <= len(evaluations) <= len(plots.COLORS):
-        raise ValueError(f"{len(evaluations)} evaluations cannot be compared in one plot; give 2 to {len(plots.COLORS)}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    table = mean_table(evaluations)
-    write_text(folder / "comparison.md", table.markdown())
-    write_bytes(folder / "comparison.png", plots.subset_figure(evaluations))
-    return table
-
-
-def write_text(path: Path, text: str) -> Path:
-    return write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file as a whole: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="training.run_dir of a run; the page is written there as report.html")
+    add_json(parser)
     parser.epilog = "example:\n  emotrain evaluate runs/quickstart --data data/sample\n  emotrain report runs/quickstart"
 
 
 def run(args: argparse.Namespace) -> int:
-    print(write_report(args.run_dir))
+    page = str(write_report(args.run_dir))
+    finish(args, {"report": page}, page)
     return 0

@@ -31,7 +31,7 @@ from emotrain.data.formats import Dataset
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.progress import progress_bar
-from emotrain.evaluation.report import write_bytes, write_text
+from emotrain.files import write_whole
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import Subsets, Track, cross_domain, experts_kept, greedy_select, random_select, untracked
@@ -301,10 +301,10 @@ def default_folder(checkpoint: Path) -> Path:
 def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write evaluation.json, evaluation.md and, where matplotlib is installed, subsets.png; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [write_text(folder / "evaluation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n"),
-               write_text(folder / "evaluation.md", "\n".join(table.markdown() for table in _tables(result)))]
+    written = [write_whole(folder / "evaluation.json", (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()),
+               write_whole(folder / "evaluation.md", "\n".join(table.markdown() for table in _tables(result)).encode())]
     try:
-        written.append(write_bytes(folder / "subsets.png", subset_figure([("", result)])))
+        written.append(write_whole(folder / "subsets.png", subset_figure([("", result)])))
     except ModuleNotFoundError as error:
         # A picture from before would now stand beside other numbers.
         (folder / "subsets.png").unlink(missing_ok=True)

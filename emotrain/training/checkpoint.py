@@ -14,7 +14,6 @@ whatever moment leaves either a whole checkpoint or one that no reader looks at.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from emotrain.config import Config, load_config, save_config
+from emotrain.files import flush_to_disk, sha256_of
 from emotrain.model.transformer import Transformer
 
 NAME = re.compile(r"step-(\d{8})")
@@ -84,7 +84,7 @@ def save(run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer, co
         if target.exists():
             shutil.rmtree(target)
         os.rename(staging, target)
-        _flush(root)
+        flush_to_disk(root)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         if type(error).__name__ == "SafetensorError":
@@ -137,7 +137,7 @@ def verify(path: Path) -> None:
             raise ValueError(f"{path}: {name} is missing; use another checkpoint")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} bytes where {size} were written; use another checkpoint")
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             raise ValueError(f"{file}: contents differ from the checksum in {MANIFEST}; use another checkpoint")
 
 
@@ -221,22 +221,9 @@ def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _write_manifest(folder: Path) -> None:
     files: dict[str, Any] = {}
     for file in sorted(folder.iterdir()):
-        _flush(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        flush_to_disk(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
-    _flush(manifest)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    flush_to_disk(manifest)
+    flush_to_disk(folder)

@@ -195,8 +195,8 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
                     metrics["mfu"] = tokens_per_second * flops / (peak * ranks.world_size)
                 if writer is not None:
                     writer.write(metrics)
-            bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s  "
-                             f"load max/mean {mean(metrics.get('load_imbalance', [])):.2f}", logged)
+            load = f"  load max/mean {mean(metrics['load_imbalance']):.2f}" if "load_imbalance" in metrics else ""
+            bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s{load}", logged)
             if is_last or interrupted or (setup.checkpoint_every and step % setup.checkpoint_every == 0):
                 save(lr)
                 saved_step = step
