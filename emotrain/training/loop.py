@@ -152,7 +152,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     interrupted = False
 
-    def save(lr: float) -> None:
+    def save() -> None:
         if ranks.is_first:
             path = checkpoint.save(run_dir, model, optimizer, config, state, Path(config.data.path) / "tokenizer.json", setup.keep_checkpoints)
             log.info("checkpoint %s", path)
@@ -198,7 +198,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
             load = f"  load max/mean {mean(metrics['load_imbalance']):.2f}" if "load_imbalance" in metrics else ""
             bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s{load}", logged)
             if is_last or interrupted or (setup.checkpoint_every and step % setup.checkpoint_every == 0):
-                save(lr)
+                save()
                 saved_step = step
             if interrupted:
                 break
