@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import LossConfig, ModelConfig
+from emotrain.config import ModelConfig
 from emotrain.interop.huggingface import load_huggingface
 from emotrain.model.losses import router_loss
 from emotrain.model.router import DocumentPoolRouter, LayerRouting, draw_pool_sizes
@@ -40,7 +40,7 @@ def run_router(weight_ED: Tensor, x_TD: Tensor, document_BS: Tensor, per_token: 
     sizes_LG = draw_pool_sizes(config.router.pool, documents, num_layers=1, seed=0, step=0)
     routing = router(x_TD, batch, sizes_LG[0])
     report = Transformer._report(batch, [routing])
-    return routing, router_loss(report, [routing.counts_N], report.num_tokens, LossConfig()), router
+    return routing, router_loss(report, [routing.counts_N], report.num_tokens), router
 
 
 def test_worked_example() -> None:

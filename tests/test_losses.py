@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_batch, tiny_config, tiny_model
+from helpers import tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emotrain.batch import IGNORE
-from emotrain.config import LossConfig
 from emotrain.kernels import linear_cross_entropy
 from emotrain.model.losses import language_model_sums, load_balance_loss, router_loss
 from emotrain.model.router import draw_pool_sizes
@@ -136,7 +135,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
     sizes_LG = draw_pool_sizes(model.config.router.pool, whole.document_ids_G, 2, seed=0, step=1)
     report = model(whole, sizes_LG).routing
     counts = [layer.counts_N for layer in report.layers]
-    balance, z = router_loss(report, counts, report.num_tokens, LossConfig())
+    balance, z = router_loss(report, counts, report.num_tokens)
     by_layer = [load_balance_loss(c, layer.probability_sum_N, 32) for c, layer in zip(counts, report.layers, strict=True)]
     assert balance.item() == pytest.approx(sum(by_layer).item() / 2)
     assert z.item() == pytest.approx(sum(layer.z_sum.item() for layer in report.layers) / 2 / 32)
@@ -146,7 +145,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
         part = type(whole)(whole.tokens_BS[row:row + 1], whole.targets_BS[row:row + 1],
                            whole.document_BS[row:row + 1] - documents.start, whole.document_ids_G[documents])
         part_report = model(part, sizes_LG[:, documents]).routing
-        totals += torch.stack(router_loss(part_report, counts, report.num_tokens, LossConfig())).detach()
+        totals += torch.stack(router_loss(part_report, counts, report.num_tokens)).detach()
     torch.testing.assert_close(totals, torch.stack([balance, z]).detach())
 
 
@@ -154,4 +153,4 @@ def test_a_dense_model_has_no_router_loss() -> None:
     dense = tiny_model(model__experts__count=1, model__experts__per_token=1)
     report = dense(tiny_batch()).routing
     assert report.layers == () and report.num_tokens == 32
-    assert [value.item() for value in router_loss(report, [], report.num_tokens, tiny_config().losses)] == [0, 0]
+    assert [value.item() for value in router_loss(report, [], report.num_tokens)] == [0, 0]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from emotrain.batch import PackedBatch
-from emotrain.config import LossConfig
 from emotrain.kernels import linear_cross_entropy
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import ModelOutput
@@ -57,7 +56,7 @@ def load_balance_loss(counts_N: Tensor, probability_sum_N: Tensor, num_tokens: T
     return counts_N.shape[0] * (share_N * probability_sum_N).sum() / num_tokens
 
 
-def router_loss(report: RoutingReport, counts: Sequence[Tensor], num_tokens: Tensor | float, losses: LossConfig) -> tuple[Tensor, Tensor]:
+def router_loss(report: RoutingReport, counts: Sequence[Tensor], num_tokens: Tensor | float) -> tuple[Tensor, Tensor]:
     """Balance and z-loss of one micro-batch, each the mean over layers, unweighted.
 
     Args:

@@ -86,7 +86,7 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
         return language_model_sums(output, model.head, batch, losses.z), output.routing
 
     def backward(sums: LossSums, report: RoutingReport, counts: Sequence[Tensor]) -> None:
-        balance, router_z = router_loss(report, counts, num_tokens, losses)
+        balance, router_z = router_loss(report, counts, num_tokens)
         loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         loss.backward()
         parts.append(tuple(part.detach() for part in (
