@@ -249,6 +249,10 @@ class TrainingConfig:
     peak_tflops: float = 0.0
     """Peak of one device in TFLOP/s, for MFU; 0 means the known value of the device, or none."""
 
+    def uses_bfloat16(self, device_type: str) -> bool:
+        """Whether `precision` means autocast to bfloat16 on a device of this type."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
 
 @dataclass(frozen=True)
 class Config:

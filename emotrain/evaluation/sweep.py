@@ -237,8 +237,7 @@ def _device(name: str) -> torch.device:
 
 def _precision(config: Config, device: torch.device) -> torch.dtype | None:
     """The precision of training: bfloat16 by autocast, or None for fp32."""
-    use_bfloat16 = config.training.precision == "bfloat16" or (config.training.precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if use_bfloat16 else None
+    return torch.bfloat16 if config.training.uses_bfloat16(device.type) else None
 
 
 def read_domains(data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings) -> dict[str, DomainDocuments]:

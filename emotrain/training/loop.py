@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
             loss, sums.cross_entropy / num_targets, sums.z / num_targets, balance, router_z)))
         reports.append(report)
 
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16) if _use_bfloat16(config, ranks.device) else nullcontext()
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16) if config.training.uses_bfloat16(ranks.device.type) else nullcontext()
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         with autocast:
             passes = [forward(batch) for batch in micro_batches]
@@ -129,8 +129,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
     _check_run(config, ranks)
     run_dir = Path(setup.run_dir)
     loader = Loader(config.data.path, config.data.sequence_length, setup.seed, cross_document_targets=config.data.cross_document_targets,
-                    repetition_filter=config.data.repetition_filter if config.data.repetition_filter.enabled else None,
-                    verify_checksums=config.data.verify_checksums)
+                    repetition_filter=config.data.repetition_filter, verify_checksums=config.data.verify_checksums)
     if loader.vocab_size > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} tokens of {config.data.path}; "
                          f"raise it to at least that")
@@ -159,7 +158,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
         ranks.barrier()
 
     batches = loader.prefetch(state.step, last_step - state.step, setup.global_batch, setup.micro_batch, ranks.rank, ranks.world_size)
-    with _stop_requests() as stop_requested, batches as steps:
+    with _stop_requests() as stop_requested, batches as steps, closing(bar), closing(writer) if writer else nullcontext():
         for step, micro_batches in enumerate(steps, start=state.step + 1):
             if state.anneal_start_step >= 0:
                 lr = anneal_learning_rate(state.anneal_start_lr, state.anneal_start_step, step, config.num_steps)
@@ -202,17 +201,10 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
                 saved_step = step
             if interrupted:
                 break
-    bar.close()
-    if writer is not None:
-        writer.close()
     seconds = time.perf_counter() - started
     return {"run_dir": str(run_dir), "step": state.step, "last_step": last_step, "tokens": state.tokens, "interrupted": interrupted,
             "seconds": seconds, "mean_tokens_per_second": (state.step - first_step) * config.tokens_per_step / seconds,
             "checkpoint_step": saved_step, "metrics": metrics}
-
-
-def _use_bfloat16(config: Config, device: torch.device) -> bool:
-    return config.training.precision == "bfloat16" or (config.training.precision == "auto" and device.type == "cuda")
 
 
 def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:

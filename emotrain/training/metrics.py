@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
+from emotrain.files import write_whole
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import parameter_counts
 
@@ -116,9 +116,7 @@ class MetricsWriter:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     log.warning("%s: dropped a line that is not a metrics record: %.60s", self.path, line)
-        partial = self.path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_whole(self.path, "".join(kept).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = self._open_board(run_dir, start_step) if tensorboard else None
 
