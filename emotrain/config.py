@@ -7,10 +7,8 @@ An unknown setting, a value of the wrong type and a combination that cannot work
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
-import inspect
 import math
 import sys
 import typing
@@ -239,19 +237,57 @@ class TrainingConfig:
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0 means only at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep; 0 keeps all."""
+    """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer one is whole."""
+    async_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written (from a copy in host memory)."""
+    on_checkpoint_error: str = "stop"
+    """What a checkpoint that cannot be written (disk full, folder not writable) does to the run: `stop`, or `warn`: say so and go
+    on to the next one. The last whole checkpoint stays either way."""
     log_every: int = 10
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether metrics also go to TensorBoard files, where the package is installed."""
     max_skipped_steps: int = 10
     """Abort after this many updates in a row were skipped for a loss or gradient that is not finite."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a collective that does not end stops the run, naming rank, step and collective."""
     peak_tflops: float = 0.0
     """Peak of one device in TFLOP/s, for MFU; 0 means the known value of the device, or none."""
 
     def uses_bfloat16(self, device_type: str) -> bool:
         """Whether `precision` means autocast to bfloat16 on a device of this type."""
         return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share the model. Every process has its own data; processes = replicate * shard, and
+    shard = ep * expert_dp. The layout does not change the result."""
+
+    replicate: int = 1
+    """Copies of the model (HSDP). Each is spread over `shard` processes; copies sum their gradients."""
+    shard: int = 0
+    """Processes that one copy of parameters, gradients and optimizer state is spread over (FSDP2); 0 means all that
+    `replicate` leaves."""
+    ep: int = 1
+    """Processes that the routed experts of a layer are spread over (expert parallelism), folded out of `shard`. Neighbouring
+    ranks: at most the GPUs of a node keeps the exchange of tokens on NVLink."""
+    recompute: str = "none"
+    """What backward computes again to save memory: `none`, `selective` (experts, norms and router; attention and matrix products
+    are kept), or `full` (whole blocks). Routing decisions are never made twice."""
+    reshard_after_forward: bool = True
+    """Whether parameters are gathered again in backward. False keeps them gathered after forward: more memory, less
+    communication."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in RUN_DIR/profile."""
+
+    start: int = 0
+    """First step profiled; 0 means no profile."""
+    steps: int = 3
+    """Steps profiled."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +306,10 @@ class Config:
     """Length, batch, checkpoints, logging."""
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     """Annealing from a checkpoint."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the model."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiling."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -295,6 +335,8 @@ CHOICES = {
     "optimizer.schedule": ("cosine", "linear"),
     "training.precision": ("auto", "float32", "bfloat16"),
     "training.device": ("auto", "cpu", "cuda"),
+    "training.on_checkpoint_error": ("stop", "warn"),
+    "parallel.recompute": ("none", "selective", "full"),
 }
 """Settings that take one of a few words."""
 
@@ -302,7 +344,8 @@ MAY_BE_ZERO = {
     "model.experts.shared", "model.num_kv_heads", "losses.balance", "losses.router_z", "losses.z",
     "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps", "optimizer.final_ratio",
     "optimizer.beta1", "optimizer.beta2", "optimizer.lr", "anneal.tokens", "training.seed", "training.steps",
-    "training.tokens", "training.checkpoint_every", "training.keep_checkpoints", "training.peak_tflops",
+    "training.tokens", "training.checkpoint_every", "training.keep_checkpoints", "training.peak_tflops", "parallel.shard",
+    "profile.start",
 }
 """Numbers that may be zero; every other number must be positive, and none may be negative."""
 
@@ -396,42 +439,6 @@ def flatten(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
         key = f"{prefix}{item.name}"
         leaves += flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else [(key, value)]
     return leaves
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a settings class, on one line each."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body
-    docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())
-    return docs
-
-
-def settings_reference() -> str:
-    """The reference page `docs/settings.md`, generated from the dataclasses."""
-    lines = ["# Settings", "", "Generated by `emotrain settings`. Precedence, lowest first: these defaults < `base:` "
-             "files < the configuration file < `key=value` on the command line.", ""]
-
-    def section(cls: type, prefix: str) -> None:
-        lines.extend([f"## `{prefix.rstrip('.') or 'top level'}`", "", " ".join((cls.__doc__ or "").split()), "",
-                      "| setting | default | meaning |", "|---|---|---|"])
-        docs, defaults, nested = field_docs(cls), cls(), []
-        for item in dataclasses.fields(cls):
-            default = getattr(defaults, item.name)
-            if dataclasses.is_dataclass(default):
-                nested.append((type(default), f"{prefix}{item.name}."))
-            else:
-                shown = list(default) if isinstance(default, tuple) else default
-                lines.append(f"| `{prefix}{item.name}` | `{shown!r}` | {docs[item.name]} |")
-        if lines[-1] == "|---|---|---|":
-            del lines[-3:]
-        lines.append("")
-        for child, child_prefix in nested:
-            section(child, child_prefix)
-
-    section(Config, "")
-    return "\n".join(lines).rstrip() + "\n"
 
 
 def _require(holds: bool, message: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from emotrain.config import (CHOICES, MAY_BE_ZERO, Config, config_from_dict, config_to_dict, field_docs, flatten, load_config, save_config,
-                             settings_reference)
+from emotrain.config import (CHOICES, MAY_BE_ZERO, Config, config_from_dict, config_to_dict, flatten, load_config, save_config)
+from emotrain.settings import field_docs, settings_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 
