@@ -74,7 +74,7 @@ class Arms:
         self._backward(weights_TK, probabilities_TN.sum(dim=0), torch.logsumexp(logits_TN, dim=1).square().sum())
 
     def _route(self, pool_size_G: Tensor | None) -> LayerRouting:
-        routing = self.router(self.x_TD, self.batch, pool_size_G)
+        routing = self.router.statistics(*self.router(self.x_TD, self.batch, pool_size_G), self.batch, pool_size_G)
         self._backward(routing.weights_TK, routing.probability_sum_N, routing.z_sum)
         return routing
 

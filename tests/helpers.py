@@ -10,6 +10,7 @@ import torch
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig, config_from_dict
+from emotrain.model.router import DocumentPoolRouter, LayerRouting
 from emotrain.model.transformer import Transformer
 
 TINY: dict[str, Any] = {"model.vocab_size": 64, "model.d_model": 16, "model.num_layers": 2, "model.num_heads": 2,
@@ -52,3 +53,9 @@ def random_document_T(num_tokens: int, num_documents: int, seed: int) -> torch.T
     document_T = torch.randint(num_documents, (num_tokens,), generator=generator)
     document_T[:num_documents] = torch.arange(num_documents)
     return document_T[torch.randperm(num_tokens, generator=generator)]
+
+
+def route_all(router: DocumentPoolRouter, x_TD: torch.Tensor, batch: PackedBatch, pool_size_G: torch.Tensor | None = None,
+              kept_GN: torch.Tensor | None = None, z_logits: str = "pool") -> LayerRouting:
+    """A router's decision with its statistics."""
+    return router.statistics(*router(x_TD, batch, pool_size_G, kept_GN), batch, pool_size_G, z_logits)

@@ -1,5 +1,5 @@
 """Proves the expert kernels: `grouped_mlp` against a loop over tokens, on the CPU's own path and on torch's grouped GEMM
-(what a GPU runs), and the bank of routed and shared experts on top of it."""
+(what a GPU runs), and the shared experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from emotrain.kernels import SortedSlots, grouped_mlp, sort_slots
 from emotrain.kernels.grouped_mlp import _grouped_mm_mlp
-from emotrain.model.experts import ExpertBank
+from emotrain.model.experts import SharedExperts
 
 NUM_EXPERTS, WIDTH, HIDDEN, CHOSEN = 5, 8, 16, 3
 """Widths are multiples of 16 bytes in every type, which grouped_mm asks of rows."""
@@ -173,12 +173,12 @@ def test_grouped_mm_needs_rows_of_sixteen_bytes() -> None:
         F.grouped_mm(torch.randn(4, 6), torch.randn(2, 6, 6), offs=torch.tensor([2, 4], dtype=torch.int32))
 
 
-# ---- the bank
+# ---- shared experts
 
 
-def bank(shared: int, count: int = NUM_EXPERTS + 1) -> ExpertBank:
-    config = tiny_config(model__experts__count=count, model__experts__shared=shared, model__experts__per_token=min(count, shared + 2)).model
-    experts = ExpertBank(config, layer=0)
+def shared_experts(shared: int) -> SharedExperts:
+    experts = SharedExperts(tiny_config(model__experts__count=NUM_EXPERTS + 1, model__experts__shared=shared,
+                                        model__experts__per_token=shared + 2).model)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter.data, std=0.3)
     return experts.double()
@@ -187,18 +187,11 @@ def bank(shared: int, count: int = NUM_EXPERTS + 1) -> ExpertBank:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("shared", [1, 3])
 def test_shared_experts_are_the_sum_of_each_alone(shared: int, weighted: bool) -> None:
-    experts, x_TD = bank(shared), torch.randn(6, 16, dtype=torch.float64)
+    experts, x_TD = shared_experts(shared), torch.randn(6, 16, dtype=torch.float64)
     weights_TM = torch.rand(6, shared, dtype=torch.float64) if weighted else None
     expected_TD = torch.zeros_like(x_TD)
-    for expert, (gate_up_FD, down_HD) in enumerate(zip(experts.shared_gate_up_MFD, experts.shared_down_MHD, strict=True)):
+    for expert, (gate_up_FD, down_HD) in enumerate(zip(experts.gate_up_MFD, experts.down_MHD, strict=True)):
         gate_TH, up_TH = (x_TD @ gate_up_FD.T).chunk(2, dim=-1)
         weight_T1 = 1 if weights_TM is None else weights_TM[:, expert, None]
         expected_TD = expected_TD + weight_T1 * ((F.silu(gate_TH) * up_TH) @ down_HD)
-    torch.testing.assert_close(experts.shared(x_TD, weights_TM), expected_TD)
-
-
-def test_a_bank_holds_only_the_experts_it_has() -> None:
-    assert bank(shared=0).shared(torch.randn(2, 16, dtype=torch.float64)) is None
-    assert {name for name, _ in bank(shared=0).named_parameters()} == {"gate_up_NFD", "down_NHD"}
-    assert {name for name, _ in bank(shared=2, count=2).named_parameters()} == {"shared_gate_up_MFD", "shared_down_MHD"}
-    assert bank(shared=2).gate_up_NFD.shape == (NUM_EXPERTS - 1, 16, 16)
+    torch.testing.assert_close(experts(x_TD, weights_TM), expected_TD)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import route_all, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def run_router(weight_ED: Tensor, x_TD: Tensor, document_BS: Tensor, per_token: 
     documents, document_BS = torch.unique(document_BS, return_inverse=True)
     batch = PackedBatch(document_BS, document_BS, document_BS, documents)
     sizes_LG = draw_pool_sizes(config.router.pool, documents, num_layers=1, seed=0, step=0)
-    routing = router(x_TD, batch, sizes_LG[0])
+    routing = route_all(router, x_TD, batch, sizes_LG[0])
     report = Transformer._report(batch, [routing])
     return routing, router_loss(report, [routing.counts_N], report.num_tokens), router
 

@@ -88,11 +88,11 @@ def test_every_tensor_lands_in_its_place(tmp_path: Path) -> None:
     assert torch.equal(state["blocks.1.attention.qkv.weight"], torch.cat([tensors[f"{second}.self_attn.{x}_proj.weight"] for x in "qkv"]))
     assert torch.equal(state["blocks.1.attention.out.weight"], tensors[f"{second}.self_attn.o_proj.weight"])
     assert torch.equal(state["blocks.1.moe.router.weight_ED"], tensors[f"{second}.mlp.gate.weight"])
-    places = [*(("gate_up_NFD", "down_NHD", e) for e in range(5)), ("shared_gate_up_MFD", "shared_down_MHD", 0)]
+    places = [*(("experts.gate_up_NFD", "experts.down_NHD", e) for e in range(5)), ("shared.gate_up_MFD", "shared.down_MHD", 0)]
     for expert, (gate_up, down, i) in enumerate(places):
         theirs = [tensors[f"{first}.mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down")]
-        assert torch.equal(state[f"blocks.0.moe.experts.{gate_up}"][i], torch.cat(theirs[:2]))
-        assert torch.equal(state[f"blocks.0.moe.experts.{down}"][i], theirs[2].T)
+        assert torch.equal(state[f"blocks.0.moe.{gate_up}"][i], torch.cat(theirs[:2]))
+        assert torch.equal(state[f"blocks.0.moe.{down}"][i], theirs[2].T)
     assert (config.rope_theta, config.norm_eps, config.kv_heads, config.experts.per_token) == (10000.0, 1e-5, 2, 3)
     assert config.router.pool.kind == "none" and not config.router.normalize_weights and config.router.shared_weight == "one"
     assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import random_document_T, tiny_config
+from helpers import random_document_T, route_all, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -168,7 +168,7 @@ def flat_batch(document_T: Tensor, ids_G: Tensor | None = None, has_padding: boo
 
 
 def run(router: DocumentPoolRouter, x_TD: Tensor, document_T: Tensor, size_G: Tensor | None, **arguments) -> LayerRouting:
-    return router(x_TD, flat_batch(document_T), size_G, **arguments)
+    return route_all(router, x_TD, flat_batch(document_T), size_G, **arguments)
 
 
 def per_token(routing: LayerRouting, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,8 +244,8 @@ def test_padding_changes_no_statistic(size: int | None) -> None:
     router, x_TD = make_router(), torch.randn(20, WIDTH, dtype=torch.float64)
     document_T = torch.arange(3).repeat_interleave(torch.tensor([6, 6, 8]))
     size_3, size_2 = (None, None) if size is None else (torch.full((3,), size), torch.full((2,), size))
-    padded = router(x_TD, flat_batch(document_T, torch.tensor([5, 6, -1]), has_padding=True), size_3)
-    bare = router(x_TD[:12], flat_batch(document_T[:12], torch.tensor([5, 6])), size_2)
+    padded = route_all(router, x_TD, flat_batch(document_T, torch.tensor([5, 6, -1]), has_padding=True), size_3)
+    bare = route_all(router, x_TD[:12], flat_batch(document_T[:12], torch.tensor([5, 6])), size_2)
     for name in ("counts_N", "probability_sum_N", "z_sum", "entropy_sum"):
         torch.testing.assert_close(getattr(padded, name), getattr(bare, name), msg=name)
     torch.testing.assert_close(padded.document_scores_GN[:2], bare.document_scores_GN)
@@ -318,9 +318,10 @@ def test_the_pool_itself_carries_no_gradient_but_the_probabilities_do() -> None:
     assert routing.weights_TK.requires_grad and routing.probability_sum_N.requires_grad and routing.z_sum.requires_grad
 
 
-def test_router_arithmetic_is_fp32_under_autocast() -> None:
+def test_router_arithmetic_is_fp32_on_bf16_operands_under_autocast() -> None:
+    """As in the reference, whose gathered router weights are bf16 (spec 1.5)."""
     router, x_TD = make_router().float(), torch.randn(10, WIDTH).bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = run(router, x_TD, torch.zeros(10, dtype=torch.int64), torch.tensor([4]))
     assert routing.logits_TN.dtype == routing.weights_TK.dtype == torch.float32
-    torch.testing.assert_close(routing.logits_TN, (x_TD.float() @ router.weight_ED[:ROUTED].T).detach())
+    torch.testing.assert_close(routing.logits_TN, (x_TD.float() @ router.weight_ED[:ROUTED].bfloat16().float().T).detach())

@@ -85,8 +85,8 @@ def experts_oracle(moe: torch.nn.Module, x_TD: Tensor, pool_size: int | None) ->
         gate_H, up_H = (gate_up_FD @ x_D).chunk(2)
         return (gate_H * torch.sigmoid(gate_H) * up_H) @ down_HD
 
-    bank, shared = moe.experts, range(moe.experts.shared_gate_up_MFD.shape[0])
-    y_TD = torch.stack([sum(swiglu(x_D, bank.shared_gate_up_MFD[e], bank.shared_down_MHD[e]) for e in shared) for x_D in x_TD])
+    bank, shared = moe.experts, moe.shared
+    y_TD = torch.stack([sum(swiglu(x_D, *expert) for expert in zip(shared.gate_up_MFD, shared.down_MHD, strict=True)) for x_D in x_TD])
     if moe.router is None:
         return y_TD
     logits_TN = x_TD @ moe.router.weight_ED[:moe.router.num_routed].T
@@ -187,7 +187,7 @@ def test_parameter_names_shapes_and_types() -> None:
         "blocks.0.attention.qkv.weight": (32, 16), "blocks.0.attention.out.weight": (16, 16),
         "blocks.0.moe.router.weight_ED": (9, 16),
         "blocks.0.moe.experts.gate_up_NFD": (8, 16, 16), "blocks.0.moe.experts.down_NHD": (8, 8, 16),
-        "blocks.0.moe.experts.shared_gate_up_MFD": (1, 16, 16), "blocks.0.moe.experts.shared_down_MHD": (1, 8, 16)}
+        "blocks.0.moe.shared.gate_up_MFD": (1, 16, 16), "blocks.0.moe.shared.down_MHD": (1, 8, 16)}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not list(model.named_buffers())
 

@@ -88,10 +88,10 @@ def published_views(model: Transformer) -> dict[str, Tensor]:
             views[f"{prefix}.self_attn.{name}_proj.weight"] = weight
         views[f"{prefix}.self_attn.o_proj.weight"] = block.attention.out.weight
         views[f"{prefix}.mlp.gate.weight"] = block.moe.router.weight_ED
-        bank = block.moe.experts
-        experts = [*zip(bank.gate_up_NFD, bank.down_NHD, strict=True)]
-        if bank.shared_gate_up_MFD is not None:
-            experts += zip(bank.shared_gate_up_MFD, bank.shared_down_MHD, strict=True)
+        routed, shared = block.moe.experts, block.moe.shared
+        experts = [*zip(routed.gate_up_NFD, routed.down_NHD, strict=True)] if routed else []
+        if shared is not None:
+            experts += zip(shared.gate_up_MFD, shared.down_MHD, strict=True)
         for expert, (gate_up_FD, down_HD) in enumerate(experts):
             gate_HD, up_HD = gate_up_FD.chunk(2)
             for name, weight in (("gate", gate_HD), ("up", up_HD), ("down", down_HD.t())):

@@ -1,4 +1,4 @@
-"""A bank of SwiGLU experts: the routed ones by grouped GEMM, the shared ones on every token."""
+"""SwiGLU experts: the routed ones by grouped GEMM, the shared ones on every token."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from emotrain.config import ModelConfig
 from emotrain.kernels import SortedSlots, grouped_mlp
 
 
-class ExpertBank(nn.Module):
-    """N routed and M shared experts of one layer; N + M are the experts of the configuration (spec 1.2, 2.6)."""
+class RoutedExperts(nn.Module):
+    """The N routed experts of a layer (spec 3.2); under expert parallelism, this rank's part of them."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        routed, shared = config.routed_in_layer(layer), config.experts.shared
-        hidden, width = config.experts.hidden, config.d_model
+        routed, hidden, width = config.routed_in_layer(layer), config.experts.hidden, config.d_model
         self.backend = config.experts.backend
-        self.gate_up_NFD = nn.Parameter(torch.empty(routed, 2 * hidden, width)) if routed else None
-        self.down_NHD = nn.Parameter(torch.empty(routed, hidden, width)) if routed else None
-        self.shared_gate_up_MFD = nn.Parameter(torch.empty(shared, 2 * hidden, width)) if shared else None
-        self.shared_down_MHD = nn.Parameter(torch.empty(shared, hidden, width)) if shared else None
+        self.gate_up_NFD = nn.Parameter(torch.empty(routed, 2 * hidden, width))
+        self.down_NHD = nn.Parameter(torch.empty(routed, hidden, width))
 
-    def routed(self, x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots) -> Tensor:
         """Weighted sum of each token's routed experts -> [T, D]."""
-        return grouped_mlp(x_TD, weights_TK, slots, self.gate_up_NFD.to(x_TD.dtype), self.down_NHD.to(x_TD.dtype),
-                           self.backend)
+        return grouped_mlp(x_TD, weights_TK, slots, self.gate_up_NFD.to(x_TD.dtype), self.down_NHD.to(x_TD.dtype), self.backend)
 
-    def shared(self, x_TD: Tensor, weights_TM: Tensor | None = None) -> Tensor | None:
-        """Sum of the shared experts, each with weight 1 unless `weights_TM` says otherwise -> [T, D]; None without any.
+
+class SharedExperts(nn.Module):
+    """The M experts that every token uses (spec 1.2, 2.6)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        shared, hidden, width = config.experts.shared, config.experts.hidden, config.d_model
+        self.gate_up_MFD = nn.Parameter(torch.empty(shared, 2 * hidden, width))
+        self.down_MHD = nn.Parameter(torch.empty(shared, hidden, width))
+
+    def forward(self, x_TD: Tensor, weights_TM: Tensor | None = None) -> Tensor:
+        """Sum of the shared experts, each with weight 1 unless `weights_TM` says otherwise -> [T, D].
 
         Side by side they are one wide expert, so this is two GEMMs whatever their number.
         """
-        if self.shared_gate_up_MFD is None:
-            return None
-        gate_up_MFD, down_MHD = self.shared_gate_up_MFD.to(x_TD.dtype), self.shared_down_MHD.to(x_TD.dtype)
+        gate_up_MFD, down_MHD = self.gate_up_MFD.to(x_TD.dtype), self.down_MHD.to(x_TD.dtype)
         hidden_TMF = F.linear(x_TD, gate_up_MFD.flatten(0, 1)).unflatten(-1, gate_up_MFD.shape[:2])
         gate_TMH, up_TMH = hidden_TMF.chunk(2, dim=-1)
         act_TMH = F.silu(gate_TMH) * up_TMH

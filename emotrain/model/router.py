@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig, PoolConfig
-from emotrain.kernels import pool_routing
+from emotrain.kernels import PoolRouting, pool_routing
 
 
 @dataclass(frozen=True)
@@ -127,25 +127,29 @@ class DocumentPoolRouter(nn.Module):
         self.weight_ED = nn.Parameter(torch.empty(config.experts_in_layer(layer), config.d_model))
 
     def forward(self, x_TD: Tensor, batch: PackedBatch, pool_size_G: Tensor | None = None,
-                kept_GN: Tensor | None = None, z_logits: str = "pool") -> LayerRouting:
-        """Route every token. All arithmetic is in fp32 or wider.
+                kept_GN: Tensor | None = None) -> tuple[PoolRouting, Tensor]:
+        """Decide where every token goes -> the decision, and the logits [T, E]. All arithmetic is in fp32 or wider, on operands
+        of the type of `x_TD` (spec 1.5).
 
         Args:
             pool_size_G: draw the pool from the document's own scores with these sizes.
             kept_GN: bool, experts that each document may use at all (an expert subset).
-            z_logits: logits under the z-loss, those of the `pool` or `all`.
         """
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_ED = F.linear(x_TD.to(dtype), self.weight_ED.to(dtype))
-            return self._route(logits_ED, batch, pool_size_G, kept_GN, z_logits)
+            logits_TE = F.linear(x_TD.to(dtype), self.weight_ED.to(x_TD.dtype).to(dtype))
+            routing = pool_routing(logits_TE[:, :self.num_routed], batch.document_T, batch.num_documents, self.num_chosen, pool_size_G,
+                                   kept_GN, batch.valid_T, self.router.gating, self.router.normalize_weights, self.backend)
+        return routing, logits_TE
 
-    def _route(self, logits_TE: Tensor, batch: PackedBatch, pool_size_G: Tensor | None, kept_GN: Tensor | None,
-               z_logits: str) -> LayerRouting:
-        all_logits_TN = logits_TE[:, :self.num_routed]
-        valid_T = batch.valid_T
-        routing = pool_routing(all_logits_TN, batch.document_T, batch.num_documents, self.num_chosen, pool_size_G, kept_GN, valid_T,
-                               self.router.gating, self.router.normalize_weights, self.backend)
+    def statistics(self, routing: PoolRouting, logits_TE: Tensor, batch: PackedBatch, pool_size_G: Tensor | None = None,
+                   z_logits: str = "pool") -> LayerRouting:
+        """What losses and readers need of a decision. Apart from `forward`, so that it can run while tokens travel.
+
+        Args:
+            z_logits: logits under the z-loss, those of the `pool` or `all`.
+        """
+        all_logits_TN, valid_T = logits_TE[:, :self.num_routed], batch.valid_T
         lse_T = routing.lse_T if z_logits == "pool" else torch.logsumexp(all_logits_TN, dim=1)
         counted_TN, z_T = routing.probabilities_TN, lse_T.square()
         if valid_T is not None:

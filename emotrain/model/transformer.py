@@ -106,6 +106,8 @@ class Transformer(nn.Module):
         rotary = rotary_table(length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device)
         mask_B1SS = document_mask(batch.document_BS) if self.config.attention.document_mask else None
         x_BSD = self.embedding(batch.tokens_BS)
+        if torch.is_autocast_enabled(x_BSD.device.type):
+            x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
         layers = []
         for index, block in enumerate(self.blocks[:num_layers]):
             kept_GN = None if kept is None else kept[index].expand(batch.num_documents, -1)
@@ -153,7 +155,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         model = Transformer(config)
     counts = {"embedding": 0, "head": 0, "attention": 0, "norms": 0, "routers": 0, "experts": 0}
     for name, parameter in model.named_parameters():
-        part = next((part for part, key in (("routers", ".moe.router."), ("experts", ".moe.experts."), ("attention", ".attention."),
+        part = next((part for part, key in (("routers", ".moe.router."), ("experts", ".moe."), ("attention", ".attention."),
                      ("norms", "norm.weight"), ("embedding", "embedding."), ("head", "head.")) if key in name))
         counts[part] += parameter.numel()
     one_expert = 3 * config.d_model * config.experts.hidden
