@@ -230,7 +230,7 @@ def test_bfloat16_autocast_is_close_and_keeps_fp32_where_it_matters() -> None:
     exact = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(batch)
-    assert output.hidden_TD.dtype == torch.float32 and output.routing.layers[0].weights_TK.dtype == torch.float32
+    assert output.hidden_TD.dtype == torch.bfloat16 and output.routing.layers[0].weights_TK.dtype == torch.float32
     error = (output.hidden_TD - exact.hidden_TD).square().mean().sqrt() / exact.hidden_TD.square().mean().sqrt()
     assert 0 < error < 0.03
     output.hidden_TD.square().sum().backward()
