@@ -273,8 +273,8 @@ class ParallelConfig:
     """Processes that the routed experts of a layer are spread over (expert parallelism), folded out of `shard`. Neighbouring
     ranks: at most the GPUs of a node keeps the exchange of tokens on NVLink."""
     recompute: str = "none"
-    """What backward computes again to save memory: `none`, `selective` (experts, norms and router; attention and matrix products
-    are kept), or `full` (whole blocks). Routing decisions are never made twice."""
+    """What backward computes again to save memory: `none`, `selective` (the inside of the experts, where most of it is), or `full`
+    (whole blocks). Routing decisions are never made twice."""
     reshard_after_forward: bool = True
     """Whether parameters are gathered again in backward. False keeps them gathered after forward: more memory, less
     communication."""

@@ -12,35 +12,40 @@ from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.grouped_mlp import SortedSlots
 
 
-def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto") -> Tensor:
+def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto", num_rows: int | None = None) -> Tensor:
     """The row of its token for each sorted slot -> [R, D]; zeros for the empty slots at the end.
 
     Backward adds the rows of each token. See `choose_backend` for `backend` and errors.
+
+    Args:
+        num_rows: make only so many rows, where the host knows how many slots are in use.
     """
+    num_rows = slots.token_R.shape[0] if num_rows is None else num_rows
     if choose_backend(backend, x_TD, slots.ends_N.shape[0]) == "triton":
         from emotrain.kernels.triton_permute import permute_triton
 
-        return permute_triton(x_TD, slots)
-    return torch.where(_in_use(slots)[:, None], x_TD[slots.token_R], 0)
+        return permute_triton(x_TD, slots, num_rows)
+    return torch.where(_in_use(slots, num_rows)[:, None], x_TD.index_select(0, slots.token_R[:num_rows]), 0)
 
 
 def unpermute(rows_RD: Tensor, slots: SortedSlots, weights_TK: Tensor, backend: str = "auto") -> Tensor:
     """Weighted sum of each token's rows -> [T, D], in the dtype of the rows; zeros for a token without any.
 
     Args:
-        rows_RD: one row a sorted slot; those of empty slots may hold anything.
+        rows_RD: one row a sorted slot; those of empty slots may hold anything, or be left out.
         weights_TK: weight of each slot; those of empty slots may be anything.
     """
     if choose_backend(backend, rows_RD, slots.ends_N.shape[0]) == "triton":
         from emotrain.kernels.triton_permute import unpermute_triton
 
         return unpermute_triton(rows_RD, slots, weights_TK)
-    in_use_R = _in_use(slots)
-    weights_R = torch.where(in_use_R, weights_TK.reshape(-1)[slots.slot_R], 0)
+    num_rows = rows_RD.shape[0]
+    in_use_R = _in_use(slots, num_rows)
+    weights_R = torch.where(in_use_R, weights_TK.reshape(-1)[slots.slot_R[:num_rows]], 0)
     weighted_RD = torch.where(in_use_R[:, None], rows_RD, 0) * weights_R[:, None].to(rows_RD.dtype)
-    return rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1]).index_add(0, slots.token_R, weighted_RD)
+    return rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1]).index_add(0, slots.token_R[:num_rows], weighted_RD)
 
 
-def _in_use(slots: SortedSlots) -> Tensor:
+def _in_use(slots: SortedSlots, num_rows: int) -> Tensor:
     """bool [R]: False for the empty slots at the end."""
-    return torch.arange(slots.token_R.shape[0], device=slots.token_R.device) < slots.ends_N[-1]
+    return torch.arange(num_rows, device=slots.token_R.device) < slots.ends_N[-1]

@@ -59,10 +59,10 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
 
 
 @torch.compiler.disable
-def permute_triton(x_TD: Tensor, slots: SortedSlots) -> Tensor:
+def permute_triton(x_TD: Tensor, slots: SortedSlots, num_rows: int) -> Tensor:
     """`permute` in Triton."""
     check_operands("permute", x_TD)
-    return _Permute.apply(x_TD, *plan_slots(slots))
+    return _Permute.apply(x_TD, num_rows, *plan_slots(slots))
 
 
 @torch.compiler.disable
@@ -74,16 +74,16 @@ def unpermute_triton(rows_RD: Tensor, slots: SortedSlots, weights_TK: Tensor) ->
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, *plan):
+    def forward(ctx, x_TD, num_rows, *plan):
         ctx.save_for_backward(*plan)
         ctx.num_tokens = x_TD.shape[0]
-        return gather_rows(x_TD, SlotPlan(*plan))
+        return gather_rows(x_TD, SlotPlan(*plan), num_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RD):
         plan = SlotPlan(*ctx.saved_tensors)
-        return combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens, sorted_rows=True), *(None for _ in plan)
+        return combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens, sorted_rows=True), None, *(None for _ in plan)
 
 
 class _Unpermute(torch.autograd.Function):
@@ -96,21 +96,21 @@ class _Unpermute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
         rows_RD, weights_TK, *plan = ctx.saved_tensors
-        grad_weights_TK = torch.empty_like(weights_TK)
-        grad_RD = gather_rows(grad_TD.contiguous(), SlotPlan(*plan), weights_TK, rows_RD, grad_weights_TK)
+        grad_weights_TK = torch.zeros_like(weights_TK)
+        grad_RD = gather_rows(grad_TD.contiguous(), SlotPlan(*plan), rows_RD.shape[0], weights_TK, rows_RD, grad_weights_TK)
         return grad_RD, grad_weights_TK, *(None for _ in plan)
 
 
-def gather_rows(x_TD: Tensor, plan: SlotPlan, weights_TK: Tensor | None = None, other_RD: Tensor | None = None,
+def gather_rows(x_TD: Tensor, plan: SlotPlan, num_rows: int, weights_TK: Tensor | None = None, other_RD: Tensor | None = None,
                 dots_TK: Tensor | None = None) -> Tensor:
-    """The (weighted) row of its token for each sorted slot -> [R, D]; zeros for empty slots. Where given, `dots_TK` receives
-    the unweighted row's product with the slot's row of `other_RD`, zero for empty slots."""
-    num_slots, width = plan.token_R.shape[0], x_TD.shape[1]
-    rows_RD = x_TD.new_empty(num_slots, width)
+    """The (weighted) row of its token for each of the first `num_rows` sorted slots -> [R, D]; zeros for empty slots. Where
+    given, `dots_TK` receives the unweighted row's product with the slot's row of `other_RD`, zero for empty slots."""
+    width = x_TD.shape[1]
+    rows_RD = x_TD.new_empty(num_rows, width)
     weighted = weights_TK is not None
-    launch(gather_kernel, (triton.cdiv(num_slots, ROW_BLOCK),), None,
+    launch(gather_kernel, (triton.cdiv(num_rows, ROW_BLOCK),), None,
            x_TD, rows_RD, weights_TK if weighted else x_TD, other_RD if weighted else x_TD, dots_TK if weighted else x_TD,
-           plan.token_R, plan.slot_R, plan.ends_N, num_slots, plan.ends_N.shape[0],
+           plan.token_R, plan.slot_R, plan.ends_N, num_rows, plan.ends_N.shape[0],
            D=width, WEIGHTED=weighted, ROWS=ROW_BLOCK, COLUMNS=COLUMN_BLOCK, num_warps=4)
     return rows_RD
 

@@ -80,19 +80,33 @@ def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
     return placeholder if tensor is None else tensor
 
 
+def _route(logits_TN: Tensor, document_T: Tensor, pool_GN: Tensor | None, valid_T: Tensor | None,
+           num_chosen: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_tokens, num_routed = logits_TN.shape
+    probabilities_TN = logits_TN.new_empty(num_tokens, num_routed)
+    weights_TK, lse_T = logits_TN.new_empty(num_tokens, num_chosen), logits_TN.new_empty(num_tokens)
+    experts_TK, counts_N = document_T.new_empty(num_tokens, num_chosen), document_T.new_zeros(num_routed)
+    pool_u8 = None if pool_GN is None else pool_GN.contiguous().view(torch.uint8)
+    valid_u8 = None if valid_T is None else valid_T.contiguous().view(torch.uint8)
+    launch(route_kernel, (triton.cdiv(num_tokens, ROUTE_TOKENS),), None,
+           logits_TN, document_T.contiguous(), _or(pool_u8, lse_T), _or(valid_u8, lse_T),
+           probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, num_tokens, num_routed, logits_TN.stride(0),
+           K=num_chosen, HAS_POOL=pool_u8 is not None, HAS_VALID=valid_u8 is not None, **_route_options(num_routed))
+    return probabilities_TN, weights_TK, lse_T, experts_TK, counts_N
+
+
+# An operation of its own, so that activation recomputation can keep its results and never routes a token twice.
+_LIBRARY = torch.library.Library("emotrain", "DEF")
+_LIBRARY.define("route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
+                "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
+
+
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TN, document_T, pool_GN, valid_T, num_chosen):
-        num_tokens, num_routed = logits_TN.shape
-        probabilities_TN = logits_TN.new_empty(num_tokens, num_routed)
-        weights_TK, lse_T = logits_TN.new_empty(num_tokens, num_chosen), logits_TN.new_empty(num_tokens)
-        experts_TK, counts_N = document_T.new_empty(num_tokens, num_chosen), document_T.new_zeros(num_routed)
-        pool_u8 = None if pool_GN is None else pool_GN.contiguous().view(torch.uint8)
-        valid_u8 = None if valid_T is None else valid_T.contiguous().view(torch.uint8)
-        launch(route_kernel, (triton.cdiv(num_tokens, ROUTE_TOKENS),), None,
-               logits_TN, document_T.contiguous(), _or(pool_u8, lse_T), _or(valid_u8, lse_T),
-               probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, num_tokens, num_routed, logits_TN.stride(0),
-               K=num_chosen, HAS_POOL=pool_u8 is not None, HAS_VALID=valid_u8 is not None, **_route_options(num_routed))
+        probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = torch.ops.emotrain.route(
+            logits_TN, document_T, pool_GN, valid_T, num_chosen)
         ctx.save_for_backward(probabilities_TN, experts_TK)
         ctx.mark_non_differentiable(experts_TK, counts_N)
         ctx.set_materialize_grads(False)

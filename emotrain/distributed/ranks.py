@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,34 +51,6 @@ class Ranks:
         if self.world_size > 1:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter], bucket_bytes: int = 64 << 20) -> None:
-        """Replace every gradient by its sum over all ranks.
-
-        Losses are normalised by counts of the whole global batch, so the sum is the gradient, not the mean. Gradients travel
-        in flat buckets: one collective a bucket instead of one a parameter.
-        """
-        if self.world_size == 1:
-            return
-        bucket: list[Tensor] = []
-        size = 0
-        for parameter in parameters:
-            bucket.append(parameter.grad)
-            size += parameter.grad.nbytes
-            if size >= bucket_bytes:
-                self._sum_flat(bucket)
-                bucket, size = [], 0
-        if bucket:
-            self._sum_flat(bucket)
-
-    @staticmethod
-    def _sum_flat(gradients: list[Tensor]) -> None:
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat)
-        offset = 0
-        for gradient in gradients:
-            gradient.copy_(flat[offset:offset + gradient.numel()].view_as(gradient))
-            offset += gradient.numel()
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,12 +19,14 @@ class RoutedExperts(nn.Module):
         super().__init__()
         routed, hidden, width = config.routed_in_layer(layer), config.experts.hidden, config.d_model
         self.backend = config.experts.backend
+        self.local: Callable[[Tensor], Tensor] = lambda parameter: parameter
         self.gate_up_NFD = nn.Parameter(torch.empty(routed, 2 * hidden, width))
         self.down_NHD = nn.Parameter(torch.empty(routed, hidden, width))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots) -> Tensor:
         """Weighted sum of each token's routed experts -> [T, D]."""
-        return grouped_mlp(x_TD, weights_TK, slots, self.gate_up_NFD.to(x_TD.dtype), self.down_NHD.to(x_TD.dtype), self.backend)
+        gate_up_NFD, down_NHD = (self.local(parameter).to(x_TD.dtype) for parameter in (self.gate_up_NFD, self.down_NHD))
+        return grouped_mlp(x_TD, weights_TK, slots, gate_up_NFD, down_NHD, self.backend)
 
 
 class SharedExperts(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -131,19 +131,23 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:
-        """Every matrix from a normal distribution cut at three deviations, norms one (spec 1.4). In place; returns self.
+        """Fill every parameter with its `initial_values`. In place; returns self."""
+        for parameter, values in self.initial_values(seed):
+            parameter.copy_(values)
+        return self
+
+    def initial_values(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter with the values it starts from: every matrix from a normal distribution cut at three deviations, norms
+        one (spec 1.4).
 
         The generator lives on the CPU, so that a seed gives the same weights on every device.
         """
         generator, std = torch.Generator().manual_seed(seed), self.config.init_std
         for parameter in self.parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)
-            else:
-                values = torch.empty(parameter.shape, dtype=torch.float32)
+            values = torch.ones(parameter.shape)
+            if parameter.ndim > 1:
                 nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
-                parameter.copy_(values)
-        return self
+            yield parameter, values
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
 from emotrain.data.loader import Loader
+from emotrain.distributed.mesh import Layout
+from emotrain.distributed.parallelize import build_model, set_last_backward
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, language_model_sums, router_loss
 from emotrain.model.router import RoutingReport, draw_pool_sizes
@@ -99,17 +101,17 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
             passes = [forward(batch) for batch in micro_batches]
         counts = _sum_counts([report for _, report in passes], ranks)
         while passes:
+            set_last_backward(model, len(passes) == 1)
             backward(*passes.pop(0), counts)
     else:
-        for batch in micro_batches:
+        for index, batch in enumerate(micro_batches):
+            set_last_backward(model, index == len(micro_batches) - 1)
             with autocast:
                 sums, report = forward(batch)
             scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
             backward(sums, report, _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks()))
 
-    parameters = list(model.parameters())
-    ranks.sum_gradients(parameters)
-    grad_norm = clip_gradients(parameters, config.optimizer.clip_norm)
+    grad_norm = clip_gradients(list(model.parameters()), config.optimizer.clip_norm, ranks)
     flags = scalar_sums([*(sum(column) for column in zip(*parts, strict=True)), num_targets.new_tensor(stop)])
     loss, cross_entropy, z, balance, router_z, stops = ranks.sum(flags).tolist()
     return StepResult(loss, cross_entropy, z, balance, router_z, int(num_targets), float(grad_norm), reports, stops > 0)
@@ -133,13 +135,10 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
     if loader.vocab_size > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} tokens of {config.data.path}; "
                          f"raise it to at least that")
-    model = Transformer(config.model).initialize(setup.seed).to(ranks.device)
+    model = build_model(config, ranks)
     optimizer = build_optimizer(model, config.optimizer)
     state = _starting_state(config, loader, model, optimizer)
     last_step = config.num_steps + max(0, state.anneal_start_step)
-    if setup.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
     if ranks.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, run_dir / "config.yaml")
@@ -222,9 +221,7 @@ def _check_run(config: Config, ranks: Ranks) -> None:
             raise ValueError(f"{key} is not set; name a folder, for example {key}={'runs/first' if 'run' in key else 'data/sample'}")
     if config.num_steps < 1:
         raise ValueError("neither training.steps nor training.tokens is set; say how long to train, for example training.steps=600")
-    if setup.global_batch % (setup.micro_batch * ranks.world_size):
-        raise ValueError(f"training.global_batch={setup.global_batch} is not a multiple of training.micro_batch={setup.micro_batch} x "
-                         f"{ranks.world_size} processes; change one of them")
+    Layout.of(config, ranks.world_size)
 
 
 def _starting_state(config: Config, loader: Loader, model: Transformer, optimizer: torch.optim.Optimizer) -> checkpoint.TrainingState:

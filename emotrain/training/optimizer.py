@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from emotrain.config import OptimizerConfig
+from emotrain.distributed.parallelize import local_part, num_copies
+from emotrain.distributed.ranks import Ranks
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all parameters. Only the input embedding is exempt from weight decay: norms, routers, experts and head decay."""
-    decayed = [p for name, p in model.named_parameters() if name != "embedding.weight"]
-    exempt = [p for name, p in model.named_parameters() if name == "embedding.weight"]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    # A fused update takes the parameters of one mesh at a time, so that expert parallelism's have a group of their own.
+    groups: dict[Any, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        decay = 0.0 if name == "embedding.weight" else config.weight_decay
+        group = groups.setdefault((decay, getattr(parameter, "device_mesh", None)), {"params": [], "weight_decay": decay})
+        group["params"].append(parameter)
+    return torch.optim.AdamW(groups.values(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -33,10 +39,16 @@ def anneal_learning_rate(start_lr: float, start_step: int, step: int, num_steps:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them). Returns the norm before."""
-    gradients = [p.grad for p in parameters]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> torch.Tensor:
+    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them). Returns the norm before.
+
+    One norm over all parameters, wherever their parts are: each rank adds the squares of what it holds, divided by how many
+    ranks hold the same.
+    """
+    gradients = [local_part(p.grad) for p in parameters]
+    squares_P = torch.stack(torch._foreach_norm(gradients)).double().square()
+    copies_P = torch.tensor([num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device)
+    norm = ranks.sum((squares_P / copies_P).sum()).sqrt()
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
     return norm

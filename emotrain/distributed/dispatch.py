@@ -1,0 +1,140 @@
+"""Expert parallelism: tokens travel to the ranks that hold their experts and come back. Nothing is dropped or padded.
+
+A token goes once to each rank that holds at least one of its experts, with its routing weights and which of that rank's experts it
+chose, and comes back as one weighted sum. With 7 of 127 experts over 8 ranks that is 5.0 rows a token instead of 7.
+
+    rows_SD     sorted by destination      --exchange-->   rows_PD       sorted by origin
+    shared experts and statistics run                      grouped_mlp over this rank's experts
+    y_TD  = sum of a token's rows          <--exchange--   sums_PD       one a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from emotrain.kernels import PoolRouting, permute, sort_slots, unpermute
+from emotrain.model.experts import RoutedExperts
+
+Result = TypeVar("Result")
+
+
+class AllToAllDispatcher:
+    """Takes each token to its experts where the N experts of the layer are spread over R ranks, ceil(N / R) a rank and fewer on
+    the last."""
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int, backend: str = "auto"):
+        self.group, self.backend = group, backend
+        self.num_ranks, self.num_experts = group.size(), num_experts
+        self.per_rank = -(-num_experts // self.num_ranks)
+        self.num_local = min(self.per_rank, num_experts - group.rank() * self.per_rank)
+
+    @torch.compiler.disable
+    def __call__(self, x_TD: Tensor, routing: PoolRouting, experts: RoutedExperts, meanwhile: Callable[[], Result]) -> tuple[Tensor, Result]:
+        """As `LocalDispatcher`: weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`, which
+        runs while tokens travel."""
+        with torch.no_grad():
+            owner_TK = torch.where(routing.experts_TK < self.num_experts, routing.experts_TK // self.per_rank, self.num_ranks)
+            ranks_TR, send_R = self._destinations(owner_TK)
+            slots = sort_slots(ranks_TR, send_R)
+        send, received = self.split_sizes(send_R)
+        token_S, rank_S1 = slots.token_R[:sum(send)], (slots.slot_R[:sum(send)] % self.num_ranks)[:, None]
+        mine_SK = owner_TK.index_select(0, token_S) == rank_S1
+        local_SK = routing.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
+        weights_SK = torch.where(mine_SK, routing.weights_TK.index_select(0, token_S), 0)
+
+        there = _Exchange(self.group, send, received)
+        choices_PK = there.start(torch.where(mine_SK, local_SK, self.per_rank).to(self._choice_dtype))
+        weights_PK, rows_PD = _Depart.apply(there, weights_SK, permute(x_TD, slots, self.backend, sum(send)))
+        result = meanwhile()
+        weights_PK, rows_PD = _Arrive.apply(there, weights_PK, rows_PD)
+        sums_PD = experts(rows_PD, weights_PK, self._local_slots(choices_PK.long()))
+
+        back = _Exchange(self.group, received, send)
+        sums_SD, = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
+        return unpermute(sums_SD, slots, torch.ones_like(ranks_TR, dtype=routing.weights_TK.dtype), self.backend), result
+
+    def split_sizes(self, send_R: Tensor) -> tuple[list[int], list[int]]:
+        """Rows sent to and received from each rank. The one place of the forward pass where numbers reach the host."""
+        received_R = torch.empty_like(send_R)
+        dist.all_to_all_single(received_R, send_R, group=self.group)
+        send, received = torch.stack([send_R, received_R]).tolist()
+        return send, received
+
+    def _destinations(self, owner_TK: Tensor) -> tuple[Tensor, Tensor]:
+        """The ranks that each token goes to, [T, R] with R where it does not go, and the rows for each rank."""
+        ranks_R = torch.arange(self.num_ranks, device=owner_TK.device)
+        goes_TR1 = torch.zeros(len(owner_TK), self.num_ranks + 1, dtype=torch.bool, device=owner_TK.device).scatter_(1, owner_TK, True)
+        goes_TR = goes_TR1[:, :-1]
+        return torch.where(goes_TR, ranks_R, self.num_ranks), goes_TR.sum(0)
+
+    @property
+    def _choice_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.per_rank < 256 else torch.int32
+
+    def _local_slots(self, choices_PK: Tensor):
+        """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty slots."""
+        # per_rank marks a choice of another rank; the last ranks may hold fewer experts than that.
+        choices_PK = choices_PK.clamp(max=self.num_local)
+        counts = choices_PK.new_zeros(self.num_local + 1)
+        counts.scatter_add_(0, choices_PK.reshape(-1), torch.ones_like(choices_PK.reshape(-1)))
+        return sort_slots(choices_PK, counts[:-1])
+
+
+class _Exchange:
+    """Rows on their way between ranks: started in one place, waited for in another, in either direction."""
+
+    def __init__(self, group: dist.ProcessGroup, send: list[int], received: list[int]):
+        self.group, self.send, self.received = group, send, received
+        self._under_way: list[tuple[Tensor, dist.Work]] = []
+
+    def start(self, rows: Tensor, home: bool = False) -> Tensor:
+        """Send rows; returns the buffer that is whole after `wait`. `home` sends what had arrived back to where it came from."""
+        send, received = (self.received, self.send) if home else (self.send, self.received)
+        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows.contiguous(), received, send, group=self.group, async_op=True)
+        self._under_way.append((arriving, work))
+        return arriving
+
+    def wait(self) -> list[Tensor]:
+        """What has arrived, in the order it was sent."""
+        arrived, self._under_way = self._under_way, []
+        for _, work in arrived:
+            work.wait()
+        return [rows for rows, _ in arrived]
+
+
+# The two halves of an exchange are two nodes of the graph, so that in backward too what lies between them runs while gradients
+# travel: the engine takes ready nodes in reverse order of their making.
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, exchange, *tensors):
+        ctx.exchange = exchange
+        return tuple(exchange.start(rows) for rows in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *_grads):
+        return None, *ctx.exchange.wait()
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, exchange, *tensors):
+        ctx.exchange = exchange
+        exchange.wait()
+        return tuple(rows.view_as(rows) for rows in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        for grad in grads:
+            ctx.exchange.start(grad, home=True)
+        # Of the right shape and of no further use: `_Depart` hands on what comes home.
+        return None, *grads

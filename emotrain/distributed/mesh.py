@@ -1,0 +1,98 @@
+"""How the processes of a run are arranged. One equation, checked in one place:
+
+    processes = replicate * shard        shard = ep * expert_dp
+
+Every process has its own data. `shard` processes hold one copy of the model between them (FSDP2), `replicate` copies exist (HSDP).
+Routed experts are spread over `ep` neighbouring processes first, and each of those parts over the `expert_dp` that hold the same
+experts. The innermost axis is `ep`: consecutive ranks, which launchers place on one node.
+
+    8 processes, replicate=1, ep=4:    expert_dp 0 | 0 1 2 3
+                                       expert_dp 1 | 4 5 6 7      (rows are the groups that exchange tokens)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from emotrain.config import Config
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes."""
+
+    world_size: int
+    replicate: int
+    shard: int
+    ep: int
+
+    @property
+    def expert_dp(self) -> int:
+        """Processes of one copy of the model that hold the same routed experts."""
+        return self.shard // self.ep
+
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Layout:
+        """The layout that a configuration asks of this many processes.
+
+        Raises:
+            ValueError: one that cannot be; names the equation that fails.
+        """
+        parallel, model = config.parallel, config.model
+        shard = parallel.shard or world_size // parallel.replicate
+        _require(parallel.replicate * shard == world_size, f"processes = replicate * shard fails: {world_size} != {parallel.replicate} * "
+                 f"{shard or parallel.shard}; change parallel.replicate, parallel.shard or the number of processes")
+        _require(shard % parallel.ep == 0, f"shard = ep * expert_dp fails: parallel.ep={parallel.ep} does not divide shard={shard}; "
+                 f"choose a divisor")
+        layout = cls(world_size, parallel.replicate, shard, parallel.ep)
+        if parallel.ep > 1:
+            routed = [model.routed_in_layer(layer) for layer in range(model.num_layers)]
+            fewest = min((n for n in routed if n), default=0)
+            # ceil(N / ep) experts a rank, as torch.chunk: the last ranks must not end up with none.
+            _require(fewest > 0 and -(-fewest // parallel.ep) * (parallel.ep - 1) < fewest, f"parallel.ep={parallel.ep} leaves ranks without any "
+                     f"of the {fewest} routed experts of a layer; lower parallel.ep")
+            _require(model.experts.hidden % layout.expert_dp == 0, f"model.experts.hidden={model.experts.hidden} is not a multiple of "
+                     f"expert_dp={layout.expert_dp} (shard / ep), over which each expert is cut; change parallel.ep or parallel.shard")
+        _require(config.training.global_batch % (config.training.micro_batch * world_size) == 0,
+                 f"training.global_batch={config.training.global_batch} is not a multiple of training.micro_batch="
+                 f"{config.training.micro_batch} x {world_size} processes; change one of them")
+        return layout
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """The layout over this run's processes."""
+
+    layout: Layout
+    dense: DeviceMesh
+    """Axes (replicate, shard), or shard alone with one copy: everything but routed experts is spread over `shard` and copied over `replicate`."""
+    experts: DeviceMesh
+    """Axes (replicate, expert_dp), or expert_dp alone: the same for this rank's routed experts."""
+    ep: DeviceMesh | None
+    """Axis ep: the processes that exchange tokens; None without expert parallelism."""
+
+
+def build_meshes(layout: Layout, device_type: str) -> Meshes:
+    """Process groups of a layout. Every process of the default group must call this."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    copies = {"replicate": layout.replicate} if layout.replicate > 1 else {}
+
+    def mesh(**axes: int) -> DeviceMesh:
+        axes = copies | axes
+        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+
+    dense = mesh(shard=layout.shard)
+    if layout.ep == 1:
+        return Meshes(layout, dense, dense, None)
+    whole = mesh(expert_dp=layout.expert_dp, ep=layout.ep)
+    return Meshes(layout, dense, whole[(*copies, "expert_dp")], whole["ep"])
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)

@@ -1,0 +1,180 @@
+"""The parallel plan, applied to the plain model from outside, in one fixed order: expert parallelism, recomputation, compilation,
+FSDP2. Without process groups only the two in the middle apply."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from emotrain.config import Config
+from emotrain.distributed.dispatch import AllToAllDispatcher
+from emotrain.distributed.mesh import Layout, Meshes, build_meshes
+from emotrain.distributed.ranks import Ranks
+from emotrain.kernels.backends import HAS_TRITON
+from emotrain.model.transformer import Transformer
+
+ROUTING_DECISIONS = {torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable}
+"""Pools, choices and the order of slots."""
+
+
+def build_model(config: Config, ranks: Ranks) -> Transformer:
+    """The model of a run at its start, on its device, spread over the processes as configured. Every layout starts from the very
+    same values.
+
+    Raises:
+        ValueError: a layout that cannot be; see `Layout.of`.
+    """
+    layout = Layout.of(config, ranks.world_size)
+    if ranks.world_size == 1:
+        model = Transformer(config.model).initialize(config.training.seed).to(ranks.device)
+        return parallelize(model, config)
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parallelize(model, config, build_meshes(layout, ranks.device.type))
+    return materialize(model, config.training.seed, ranks.device)
+
+
+def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None) -> Transformer:
+    """Apply the plan in place.
+
+    Args:
+        model: with `meshes`, on the meta device: `materialize` follows.
+        meshes: None for a single process.
+    """
+    # First, so that FSDP sees the experts that this rank holds, and shards those.
+    if meshes is not None and meshes.ep is not None:
+        _spread_experts(model, config, meshes)
+    # Inside of FSDP's hooks: what they gather serves the computing again too.
+    if config.parallel.recompute != "none":
+        _recompute(model, config.parallel.recompute)
+    if config.training.compile:
+        for block in model.blocks:
+            block.compile(dynamic=True)
+    if meshes is not None:
+        _shard(model, config, meshes)
+    return model
+
+
+def materialize(model: Transformer, seed: int, device: torch.device) -> Transformer:
+    """Allocate the shards of a model on the meta device and fill each with its part of what one process would start from."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for parameter, values in model.initial_values(seed):
+            parts = distribute_tensor(values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.to_local().copy_(parts.to_local())
+    return model
+
+
+def set_last_backward(model: nn.Module, is_last: bool) -> None:
+    """Tell FSDP whether the next backward pass is the last one of the step."""
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(is_last)
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_copies(tensor: torch.Tensor) -> int:
+    """How many processes hold each element of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = (tensor.device_mesh.size(axis) for axis, placement in enumerate(tensor.placements) if isinstance(placement, Replicate))
+    return torch.Size(sizes).numel()
+
+
+def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
+    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens to the others'."""
+    for index, block in enumerate(model.blocks):
+        if block.moe.experts is None:
+            continue
+        experts = block.moe.experts
+        for name, parameter in experts.named_parameters():
+            spread = distribute_tensor(parameter.detach(), meshes.ep, [Shard(0)], src_data_rank=None)
+            setattr(experts, name, nn.Parameter(spread))
+        experts.local = local_part
+        block.moe.dispatcher = AllToAllDispatcher(meshes.ep.get_group(), config.model.routed_in_layer(index), config.model.experts.backend)
+
+
+def _recompute(model: Transformer, scope: str) -> None:
+    """Have backward compute activations again: of the experts, which hold most of them, or of whole blocks."""
+    for block in model.blocks:
+        parts = [block] if scope == "full" else [part for part in (block.moe.experts, block.moe.shared) if part is not None]
+        for part in parts:
+            # Nothing on the way draws random numbers, so that there is no generator's state to restore.
+            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_decided_once)
+
+
+def _decided_once() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of a forward pass and of its repetition, which takes over the routing decisions of the first."""
+    decisions: deque[Any] = deque()
+    return _Decisions(decisions, replay=False), _Decisions(decisions, replay=True)
+
+
+class _Decisions(TorchDispatchMode):
+    """Keeps the results of ROUTING_DECISIONS, or answers with those kept, in order."""
+
+    def __init__(self, decisions: deque[Any], replay: bool):
+        super().__init__()
+        self.decisions, self.replay = decisions, replay
+        self.kinds = ROUTING_DECISIONS | _triton_decisions()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if operation not in self.kinds:
+            return operation(*args, **(kwargs or {}))
+        if self.replay:
+            return self.decisions.popleft()
+        result = operation(*args, **(kwargs or {}))
+        self.decisions.append(tuple(part.detach() for part in result))
+        return result
+
+
+@cache
+def _triton_decisions() -> set[Any]:
+    """The Triton kernels' routing decision, where they are installed."""
+    if not HAS_TRITON:
+        return set()
+    from emotrain.kernels import triton_routing  # noqa: F401  (defines the operation)
+
+    return {torch.ops.emotrain.route.default}
+
+
+def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
+    """FSDP2 over routed experts, blocks and the rest, in fp32 with gathers in bf16 where the run computes in bf16 (spec 1.5)."""
+    bfloat16 = config.training.uses_bfloat16(meshes.dense.device_type)
+    # Rotary tables, masks and routing weights keep their own precision: inputs are not cast.
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bfloat16 else MixedPrecisionPolicy()
+    reshard = config.parallel.reshard_after_forward
+    # Where a rank holds few experts they are cut along their hidden width, which expert_dp divides; else along the experts.
+    cut = (lambda _: Shard(1)) if meshes.ep is not None else None
+    for block in model.blocks:
+        if block.moe.experts is not None:
+            fully_shard(block.moe.experts, mesh=meshes.experts, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut)
+        fully_shard(block, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=reshard)
+    # The root stays gathered between forward and backward: the loss reads the head outside of its forward pass.
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are divided by counts of the whole global batch, so gradients are summed, not averaged.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    _order_prefetches(model)
+
+
+def _order_prefetches(model: Transformer) -> None:
+    """Gather the next parameters while the present ones are in use, also where the host waits for split sizes."""
+    groups = []
+    for block in model.blocks:
+        groups += [block] if block.moe.experts is None else [block, block.moe.experts]
+    for this, following in zip(groups, groups[1:], strict=False):
+        this.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([this])
