@@ -33,7 +33,8 @@ class PackedBatch:
     targets_BS: Tensor
     """int64 id of the token to predict at each position; -100 where no loss is taken."""
     document_BS: Tensor
-    """int64 in [0, G): which document of this batch the token belongs to. An EOS token ends its own document."""
+    """int64 in [0, G): which document of this batch the token belongs to. An EOS token ends its own document. Documents follow one
+    another: along the flattened rows the numbers never fall, and none spans two rows."""
     document_ids_G: Tensor
     """int64 permanent id of each document in its data set; -1 is padding. Random draws are keyed by it."""
     has_padding: bool = False

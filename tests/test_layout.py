@@ -7,7 +7,7 @@ Everything is compared with one process that runs the whole global batch as one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
-from emotrain.model.attention import Attention, document_mask, rotary_table
+from emotrain.model.attention import Attention, DocumentEnds, DocumentMask, documents_of, rotary_table
 from emotrain.model.moe import MoELayer
 from emotrain.model.router import LayerRouting, RoutingReport, document_scores
 
@@ -72,9 +72,9 @@ class Block(nn.Module):
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoELayer(config, layer)
 
-    def forward(self, x_BSD: Tensor, batch: PackedBatch, rotary: tuple[Tensor, Tensor], mask_B1SS: Tensor | None,
+    def forward(self, x_BSD: Tensor, batch: PackedBatch, rotary: tuple[Tensor, Tensor], documents: DocumentMask | DocumentEnds | None,
                 pool_size_G: Tensor | None, kept_GN: Tensor | None, z_logits: str) -> tuple[Tensor, LayerRouting | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, mask_B1SS)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents)
         y_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), batch, pool_size_G, kept_GN, z_logits)
         return x_BSD + y_TD.view_as(x_BSD), routing
 
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         """
         rows, length = batch.tokens_BS.shape
         rotary = rotary_table(length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device)
-        mask_B1SS = document_mask(batch.document_BS) if self.config.attention.document_mask else None
+        documents = documents_of(batch) if self.config.attention.document_mask else None
         x_BSD = self.embedding(batch.tokens_BS)
         if torch.is_autocast_enabled(x_BSD.device.type):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
         for index, block in enumerate(self.blocks[:num_layers]):
             kept_GN = None if kept is None else kept[index].expand(batch.num_documents, -1)
             pool_size_G = None if pool_sizes_LG is None else pool_sizes_LG[index]
-            x_BSD, routing = block(x_BSD, batch, rotary, mask_B1SS, pool_size_G, kept_GN, z_logits)
+            x_BSD, routing = block(x_BSD, batch, rotary, documents, pool_size_G, kept_GN, z_logits)
             if routing is not None:
                 layers.append(routing)
         return ModelOutput(self.norm(x_BSD).flatten(0, 1), self._report(batch, layers))
