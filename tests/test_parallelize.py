@@ -1,0 +1,124 @@
+"""Proves the plan apart from its numbers (test_layout.py): layouts that cannot be are refused with the equation that fails, groups lie
+where they should, and recomputation keeps less and decides nothing twice."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import tiny_batch, tiny_config
+from test_dispatch import run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emotrain.config import Config, config_from_dict
+from emotrain.distributed.mesh import Layout, build_meshes
+from emotrain.distributed.parallelize import ROUTING_DECISIONS, build_model, parallelize
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.transformer import Transformer
+from emotrain.training.loop import forward_backward
+
+
+def layout_config(**parallel: int) -> Config:
+    return config_from_dict({"parallel": parallel, "training": {"global_batch": 1024, "micro_batch": 4}})
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(("world_size", "parallel", "expected"), [
+    (128, {}, (1, 128, 1, 128)), (128, {"ep": 8}, (1, 128, 8, 16)), (128, {"replicate": 4, "ep": 8}, (4, 32, 8, 4)),
+    (128, {"replicate": 16, "shard": 8, "ep": 8}, (16, 8, 8, 1)), (128, {"ep": 64}, (1, 128, 64, 2)), (1, {}, (1, 1, 1, 1))])
+def test_axes_follow_from_the_equations(world_size: int, parallel: dict, expected: tuple) -> None:
+    layout = Layout.of(layout_config(**parallel), world_size)
+    assert (layout.replicate, layout.shard, layout.ep, layout.expert_dp) == expected
+    assert layout.replicate * layout.ep * layout.expert_dp == world_size
+
+
+@pytest.mark.parametrize(("world_size", "parallel", "message"), [
+    (128, {"shard": 48}, "processes = replicate * shard fails: 128 != 1 * 48"),
+    (128, {"replicate": 3}, "processes = replicate * shard fails: 128 != 3 * 42"),
+    (2, {"replicate": 4}, "processes = replicate * shard fails: 2 != 4 * 0"),
+    (128, {"ep": 3}, "shard = ep * expert_dp fails: parallel.ep=3 does not divide shard=128"),
+    (1, {"ep": 2}, "parallel.ep=2 does not divide shard=1"),
+    (128, {"ep": 128}, "parallel.ep=128 leaves ranks without any of the 127 routed experts"),
+    (96, {"ep": 2}, "model.experts.hidden=1024 is not a multiple of expert_dp=48"),
+    (3, {}, "training.global_batch=1024 is not a multiple of training.micro_batch=4 x 3 processes")])
+def test_layouts_that_cannot_be_are_refused_in_one_line(world_size: int, parallel: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as refused:
+        Layout.of(layout_config(**parallel), world_size)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    dense = config_from_dict({"model": {"experts": {"count": 1, "shared": 1, "per_token": 1}}, "parallel": {"ep": 2}})
+    with pytest.raises(ValueError, match="leaves ranks without any of the 0 routed experts"):
+        Layout.of(dense, 2)
+
+
+def _groups(rank: int) -> None:
+    meshes = build_meshes(Layout(4, replicate=1, shard=4, ep=2), "cpu")
+    assert dist.get_process_group_ranks(meshes.ep.get_group()) == [rank // 2 * 2, rank // 2 * 2 + 1], "neighbours exchange tokens"
+    assert dist.get_process_group_ranks(meshes.experts.get_group()) == [rank % 2, rank % 2 + 2]
+    copies = build_meshes(Layout(4, replicate=2, shard=2, ep=2), "cpu")
+    assert copies.dense.mesh_dim_names == ("replicate", "shard") and copies.experts.mesh_dim_names == ("replicate", "expert_dp")
+    assert dist.get_process_group_ranks(copies.ep.get_group()) == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+def test_token_exchange_stays_among_neighbouring_ranks(tmp_path) -> None:
+    run(4, tmp_path, _groups)
+
+
+# ---- recomputation
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what runs, below the modes of recomputation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.ran[operation] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def test_recomputation_repeats_products_and_no_routing_decision() -> None:
+    ran, products = {}, {}
+    for recompute in ("none", "selective", "full"):
+        settings = tiny_config(parallel__recompute=recompute)
+        model = parallelize(Transformer(settings.model).initialize(0), settings)
+        with CountedOperations() as counted:
+            forward_backward(model, [tiny_batch()], settings, 1, Ranks())
+        ran[recompute] = {operation: counted.ran[operation] for operation in ROUTING_DECISIONS}
+        products[recompute] = sum(count for operation, count in counted.ran.items() if operation.overloadpacket is torch.ops.aten.mm)
+    assert ran["none"] == ran["selective"] == ran["full"] and sum(ran["none"].values()) >= 2 * settings.model.num_layers
+    assert products["none"] < products["selective"] < products["full"]
+
+
+def test_recomputation_keeps_less() -> None:
+    kept = {}
+    for recompute in ("none", "selective", "full"):
+        settings = tiny_config(parallel__recompute=recompute, model__experts__hidden=64)
+        model = parallelize(Transformer(settings.model).initialize(0), settings)
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = model(tiny_batch())
+        kept[recompute] = sum(sizes.values())
+        del output
+    assert kept["full"] < kept["selective"] < kept["none"]
+
+
+def test_one_process_needs_no_group() -> None:
+    assert not dist.is_initialized()
+    settings = tiny_config()
+    built, plain = build_model(settings, Ranks()), Transformer(settings.model).initialize(settings.training.seed)
+    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), plain.parameters(), strict=True))
