@@ -73,3 +73,23 @@ def test_random_documents_fill_the_rows(monkeypatch, documents):
     assert batch.num_documents == documents
     assert batch.document_T.unique().tolist() == list(range(documents))
     assert batch.tokens_BS.shape == (3, 32) and int(batch.tokens_BS.max()) < 7
+
+
+def test_dispatch_prints_the_bytes_of_the_exchange():
+    """At the published number of experts and choices the ratio is a matter of counting, and holds at any size."""
+    done = subprocess.run([sys.executable, BENCHMARKS / "dispatch.py", "--json", "--tokens", "256", "--width", "512", "--pools", "16"],
+                          capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["uniform"]["slots_per_token"] == 7
+    # 5.0 distinct ranks of 8 for 7 choices among 127 experts; routing weights travel on top.
+    assert 0.70 < result["bytes_over_row_per_expert"] < 0.74
+    assert result["pool_16"]["bytes_over_row_per_expert"] > 0
+
+
+def test_balance_schedule_prints_the_deviation_of_running(tiny_data):
+    result = measure("balance_schedule.py", "--micro-batches", "1", "2", "--data", str(tiny_data), "--steps", "2", *TINY_STEP,
+                     "model.vocab_size=320")
+    assert result["at_start"]["1"]["gradient_deviation"] < 1e-5, "with one micro-batch the schedules are the same"
+    assert 1e-4 < result["at_start"]["2"]["gradient_deviation"] < 1
+    assert result["trained_joint"].keys() == result["trained_running"].keys()

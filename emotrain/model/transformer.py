@@ -115,7 +115,7 @@ class Transformer(nn.Module):
             x_BSD, routing = block(x_BSD, batch, rotary, documents, pool_size_G, kept_GN, z_logits)
             if routing is not None:
                 layers.append(routing)
-        return ModelOutput(self.norm(x_BSD).flatten(0, 1), self._report(batch, layers))
+        return ModelOutput(self.norm(x_BSD.flatten(0, 1)), self._report(batch, layers))
 
     def logits(self, output: ModelOutput) -> Tensor:
         """Logits [T, V] of a forward pass."""
