@@ -184,7 +184,7 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
         down_NHD = torch.empty(num_experts, hidden, width, dtype=dtype, requires_grad=True)
         grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD).backward(x_TD.detach())
         grouped_mlp_triton(*(tensor.detach() for tensor in (x_TD, weights_TK)), slots, gate_up_NFD.detach(), down_NHD.detach())
-        unpermute(permute(x_TD, slots, "triton"), slots, weights_TK, "triton").backward(x_TD.detach())
+        unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(x_TD.detach())
     return list(seen.values())
 
 

@@ -28,22 +28,26 @@ def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto", num_rows: i
     return torch.where(_in_use(slots, num_rows)[:, None], x_TD.index_select(0, slots.token_R[:num_rows]), 0)
 
 
-def unpermute(rows_RD: Tensor, slots: SortedSlots, weights_TK: Tensor, backend: str = "auto") -> Tensor:
-    """Weighted sum of each token's rows -> [T, D], in the dtype of the rows; zeros for a token without any.
+def unpermute(rows_RD: Tensor, slots: SortedSlots, num_tokens: int, weights_TK: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """(Weighted) sum of each token's rows -> [T, D], in the dtype of the rows; zeros for a token without any.
 
     Args:
         rows_RD: one row a sorted slot; those of empty slots may hold anything, or be left out.
-        weights_TK: weight of each slot; those of empty slots may be anything.
+        num_tokens: T.
+        weights_TK: weight of each slot; those of empty slots may be anything. None adds the rows as they are, and backward needs
+            none of them.
     """
     if choose_backend(backend, rows_RD, slots.ends_N.shape[0]) == "triton":
         from emotrain.kernels.triton_permute import unpermute_triton
 
-        return unpermute_triton(rows_RD, slots, weights_TK)
+        return unpermute_triton(rows_RD, slots, num_tokens, weights_TK)
     num_rows = rows_RD.shape[0]
     in_use_R = _in_use(slots, num_rows)
-    weights_R = torch.where(in_use_R, weights_TK.reshape(-1)[slots.slot_R[:num_rows]], 0)
-    weighted_RD = torch.where(in_use_R[:, None], rows_RD, 0) * weights_R[:, None].to(rows_RD.dtype)
-    return rows_RD.new_zeros(weights_TK.shape[0], rows_RD.shape[1]).index_add(0, slots.token_R[:num_rows], weighted_RD)
+    rows_RD = torch.where(in_use_R[:, None], rows_RD, 0)
+    if weights_TK is not None:
+        weights_R = torch.where(in_use_R, weights_TK.reshape(-1)[slots.slot_R[:num_rows]], 0)
+        rows_RD = rows_RD * weights_R[:, None].to(rows_RD.dtype)
+    return rows_RD.new_zeros(num_tokens, rows_RD.shape[1]).index_add(0, slots.token_R[:num_rows], rows_RD)
 
 
 def _in_use(slots: SortedSlots, num_rows: int) -> Tensor:

@@ -66,10 +66,11 @@ def permute_triton(x_TD: Tensor, slots: SortedSlots, num_rows: int) -> Tensor:
 
 
 @torch.compiler.disable
-def unpermute_triton(rows_RD: Tensor, slots: SortedSlots, weights_TK: Tensor) -> Tensor:
-    """`unpermute` in Triton; products are formed in float32."""
+def unpermute_triton(rows_RD: Tensor, slots: SortedSlots, num_tokens: int, weights_TK: Tensor | None) -> Tensor:
+    """`unpermute` in Triton; products and sums are formed in float32."""
     check_operands("unpermute", rows_RD)
-    return _Unpermute.apply(rows_RD, weights_TK.float().contiguous(), *plan_slots(slots))
+    weights_TK = None if weights_TK is None else weights_TK.float().contiguous()
+    return _Unpermute.apply(rows_RD, num_tokens, weights_TK, *plan_slots(slots))
 
 
 class _Permute(torch.autograd.Function):
@@ -88,17 +89,18 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, weights_TK, *plan):
-        ctx.save_for_backward(rows_RD, weights_TK, *plan)
-        return combine_rows(rows_RD, SlotPlan(*plan).position_R, weights_TK.shape[0], weights_TK, sorted_rows=True)
+    def forward(ctx, rows_RD, num_tokens, weights_TK, *plan):
+        ctx.save_for_backward(None if weights_TK is None else rows_RD, weights_TK, *plan)
+        ctx.num_rows = rows_RD.shape[0]
+        return combine_rows(rows_RD, SlotPlan(*plan).position_R, num_tokens, weights_TK, sorted_rows=True)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
         rows_RD, weights_TK, *plan = ctx.saved_tensors
-        grad_weights_TK = torch.zeros_like(weights_TK)
-        grad_RD = gather_rows(grad_TD.contiguous(), SlotPlan(*plan), rows_RD.shape[0], weights_TK, rows_RD, grad_weights_TK)
-        return grad_RD, grad_weights_TK, *(None for _ in plan)
+        grad_weights_TK = None if weights_TK is None else torch.zeros_like(weights_TK)
+        grad_RD = gather_rows(grad_TD.contiguous(), SlotPlan(*plan), ctx.num_rows, weights_TK, rows_RD, grad_weights_TK)
+        return grad_RD, None, grad_weights_TK, *(None for _ in plan)
 
 
 def gather_rows(x_TD: Tensor, plan: SlotPlan, num_rows: int, weights_TK: Tensor | None = None, other_RD: Tensor | None = None,

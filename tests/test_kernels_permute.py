@@ -29,12 +29,14 @@ def slots_of(ranks_TK: Tensor) -> SortedSlots:
     return sort_slots(ranks_TK, torch.bincount(ranks_TK.flatten(), minlength=NUM_RANKS + 1)[:NUM_RANKS])
 
 
-def round_trip(x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor, backend: str) -> list[Tensor]:
-    """There, something done to the rows, and back: both results and the gradients of both inputs."""
-    rows_RD = permute(x_TD, slots, backend)
-    y_TD = unpermute(rows_RD * torch.linspace(0.5, 1.5, rows_RD.shape[0])[:, None].to(rows_RD.dtype), slots, weights_TK, backend)
+def round_trip(x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, backend: str, num_rows: int | None = None) -> list[Tensor]:
+    """There, something done to the rows, and back: both results and the gradients of the inputs."""
+    rows_RD = permute(x_TD, slots, backend, num_rows)
+    factor_R1 = torch.linspace(0.5, 1.5, slots.token_R.shape[0])[:rows_RD.shape[0], None].to(rows_RD.dtype)
+    y_TD = unpermute(rows_RD * factor_R1, slots, x_TD.shape[0], weights_TK, backend)
     cotangent_TD = torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD).to(y_TD.dtype)
-    return [rows_RD, y_TD, *torch.autograd.grad(y_TD, (x_TD, weights_TK), cotangent_TD)]
+    inputs = (x_TD,) if weights_TK is None else (x_TD, weights_TK)
+    return [rows_RD, y_TD, *torch.autograd.grad(y_TD, inputs, cotangent_TD)]
 
 
 def check(num_tokens: int, num_chosen: int, empty: float, width: int, dtype: torch.dtype, seed: int) -> None:
@@ -43,10 +45,25 @@ def check(num_tokens: int, num_chosen: int, empty: float, width: int, dtype: tor
     x_TD = torch.randn(num_tokens, width).to(dtype).requires_grad_()
     weights_TK = torch.rand(num_tokens, num_chosen).requires_grad_()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    for ours, theirs in zip(*(round_trip(x_TD, slots_of(ranks_TK), weights_TK, backend) for backend in ("triton", "torch")), strict=True):
-        assert ours.dtype == theirs.dtype
-        scale = max(theirs.abs().max().item(), 1) if theirs.numel() else 1
-        torch.testing.assert_close(ours, theirs, atol=tolerance * scale, rtol=0)
+    slots = slots_of(ranks_TK)
+    for arguments in ((weights_TK,), (None,), (weights_TK, int(slots.ends_N[-1])), (None, int(slots.ends_N[-1]))):
+        ours, theirs = (round_trip(x_TD, slots, arguments[0], backend, *arguments[1:]) for backend in ("triton", "torch"))
+        for our, their in zip(ours, theirs, strict=True):
+            assert our.dtype == their.dtype
+            scale = max(their.abs().max().item(), 1) if their.numel() else 1
+            torch.testing.assert_close(our, their, atol=tolerance * scale, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_of_empty_slots_need_not_be_made(weighted: bool, backend: str) -> None:
+    slots, x_TD = slots_of(destinations(20, 3, 0.4)), torch.randn(20, 40, requires_grad=True)
+    weights_TK = torch.rand(20, 3, requires_grad=True) if weighted else None
+    used = int(slots.ends_N[-1])
+    every, few = (round_trip(x_TD, slots, weights_TK, backend, num_rows) for num_rows in (None, used))
+    assert few[0].shape[0] == used < every[0].shape[0]
+    for with_all, without in zip(every[1:], few[1:], strict=True):
+        assert torch.equal(with_all, without)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -71,7 +88,7 @@ def test_the_twins_say_what_the_loop_says() -> None:
     in_order = [x_TD[token] for rank in range(NUM_RANKS) for token in range(6) for choice in range(3) if ranks_TK[token, choice] == rank]
     assert torch.equal(rows_RD[:len(in_order)], torch.stack(in_order)) and (rows_RD[len(in_order):] == 0).all()
     factor_T1 = torch.where(ranks_TK < NUM_RANKS, weights_TK, 0).sum(dim=1, keepdim=True)
-    torch.testing.assert_close(unpermute(rows_RD, slots, weights_TK, "torch"), factor_T1 * x_TD)
+    torch.testing.assert_close(unpermute(rows_RD, slots, 6, weights_TK, "torch"), factor_T1 * x_TD)
 
 
 def test_gradcheck_of_the_twins() -> None:
@@ -80,7 +97,8 @@ def test_gradcheck_of_the_twins() -> None:
     rows_RD = torch.randn(15, 4, dtype=torch.float64, requires_grad=True)
     weights_TK = torch.rand(5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x_TD: permute(x_TD, slots, "torch"), (x_TD,))
-    assert torch.autograd.gradcheck(lambda rows_RD, weights_TK: unpermute(rows_RD, slots, weights_TK, "torch"), (rows_RD, weights_TK))
+    assert torch.autograd.gradcheck(lambda rows_RD, weights_TK: unpermute(rows_RD, slots, 5, weights_TK, "torch"), (rows_RD, weights_TK))
+    assert torch.autograd.gradcheck(lambda rows_RD: unpermute(rows_RD, slots, 5, backend="torch"), (rows_RD,))
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -93,7 +111,7 @@ def test_empty_slots_are_neither_read_nor_left_unwritten(backend: str, poisoned_
     rows_RD = permute(x_TD, slots, backend)
     assert (rows_RD[used:] == 0).all()
     poison_RD = torch.where(torch.arange(36)[:, None] < used, 0.0, torch.nan)
-    y_TD = unpermute(rows_RD + poison_RD, slots, weights_TK, backend)
+    y_TD = unpermute(rows_RD + poison_RD, slots, 12, weights_TK, backend)
     grads = torch.autograd.grad(y_TD, (x_TD, weights_TK), torch.ones(12, 40))
     assert y_TD.isfinite().all() and all(grad.isfinite().all() for grad in grads)
     assert (grads[1][ranks_TK == NUM_RANKS] == 0).all()

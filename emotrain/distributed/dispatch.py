@@ -56,7 +56,7 @@ class AllToAllDispatcher:
 
         back = _Exchange(self.group, received, send)
         sums_SD, = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
-        return unpermute(sums_SD, slots, torch.ones_like(ranks_TR, dtype=routing.weights_TK.dtype), self.backend), result
+        return unpermute(sums_SD, slots, len(x_TD), backend=self.backend), result
 
     def split_sizes(self, send_R: Tensor) -> tuple[list[int], list[int]]:
         """Rows sent to and received from each rank. The one place of the forward pass where numbers reach the host."""
