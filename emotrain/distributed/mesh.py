@@ -13,6 +13,7 @@ experts. The innermost axis is `ep`: consecutive ranks, which launchers place on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from emotrain.config import Config
@@ -76,15 +77,19 @@ class Meshes:
     """Axis ep: the processes that exchange tokens; None without expert parallelism."""
 
 
-def build_meshes(layout: Layout, device_type: str) -> Meshes:
-    """Process groups of a layout. Every process of the default group must call this."""
+def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = None) -> Meshes:
+    """Process groups of a layout, with a limit on each of their collectives. Every process of the default group must call this."""
     from torch.distributed.device_mesh import init_device_mesh
 
     copies = {"replicate": layout.replicate} if layout.replicate > 1 else {}
 
     def mesh(**axes: int) -> DeviceMesh:
         axes = copies | axes
-        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        made = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        # These groups do not take over the limit of the default group.
+        for group in made.get_all_groups() if timeout_s is not None else ():
+            group.set_timeout(timedelta(seconds=timeout_s))
+        return made
 
     dense = mesh(shard=layout.shard)
     if layout.ep == 1:

@@ -38,7 +38,7 @@ def build_model(config: Config, ranks: Ranks) -> Transformer:
         return parallelize(model, config)
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, config, build_meshes(layout, ranks.device.type))
+    parallelize(model, config, build_meshes(layout, ranks.device.type, config.training.collective_timeout_s))
     return materialize(model, config.training.seed, ranks.device)
 
 

@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+
+class CollectiveError(RuntimeError):
+    """A collective did not end, or its other side is gone. The process groups are of no use afterwards."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run."""
+    """This process among those of the run. A context manager: leaving it leaves the process group."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def join(cls, device: str = "auto") -> Ranks:
+    def join(cls, device: str = "auto", timeout_s: float = 600.0) -> Ranks:
         """Join the process group that torchrun's variables describe, if any, and pick this process' device.
 
+        Args:
+            device: `auto`, `cpu` or `cuda`.
+            timeout_s: seconds after which a collective that does not end is an error.
         Raises:
             ValueError: device=cuda without a usable GPU.
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("training.device=cuda needs a GPU and a CUDA build of torch, none was found; use training.device=cpu")
         use_cuda = device != "cpu" and torch.cuda.is_available()
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if use_cuda else torch.device("cpu")
+        chosen = torch.device("cpu")
         if use_cuda:
+            # Some schedulers show each process its own GPU alone.
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
             torch.cuda.set_device(chosen)
-        world_size = int(os.environ.get("WORLD_SIZE", 1))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if use_cuda else "gloo", device_id=chosen if use_cuda else None)
-        return cls(int(os.environ.get("RANK", 0)), world_size, chosen)
+            limit = timedelta(seconds=timeout_s)
+            store, *_ = next(rendezvous("env://", timeout=limit))
+            # torchrun keeps its store when it starts processes again, with the addresses of the dead in it. Its count of starts may
+            # differ between nodes; there launch/torchrun.sh has it make a new store each time.
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+            # torch's record of the last collectives: it is what an error names the one at fault by.
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=limit, store=store, rank=int(os.environ["RANK"]),
+                                    world_size=world_size, device_id=chosen if use_cuda else None)
+        return cls(int(os.environ.get("RANK", "0")), world_size, chosen)
 
     @property
     def is_first(self) -> bool:
@@ -52,10 +73,22 @@ class Ranks:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; any that pickle takes. For what is small and rare."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 
-    def leave(self) -> None:
-        if self.world_size > 1 and dist.is_initialized():
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Leaving waits for collectives under way, and after one that failed that may be for ever.
+        broken = kind is not None and issubclass(kind, CollectiveError)
+        if self.world_size > 1 and dist.is_initialized() and not broken:
             dist.destroy_process_group()

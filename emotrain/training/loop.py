@@ -19,6 +19,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
 from emotrain.data.loader import Loader
+from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.parallelize import build_model, set_last_backward
 from emotrain.distributed.ranks import Ranks
@@ -29,6 +30,7 @@ from emotrain.training import checkpoint
 from emotrain.training.metrics import (MetricsWriter, ProgressBar, flops_per_token, mean, peak_flops, peak_memory_gib, routing_metrics,
                                        scalar_sums)
 from emotrain.training.optimizer import anneal_learning_rate, build_optimizer, clip_gradients, learning_rate
+from emotrain.training.profiling import part, profiled_steps
 
 log = logging.getLogger("emotrain")
 
@@ -53,6 +55,8 @@ class StepResult:
     """Global gradient norm before clipping."""
     reports: Sequence[RoutingReport]
     """This rank's routing, one report a micro-batch."""
+    micro_batch_losses: Sequence[Tensor]
+    """This rank's share of `loss`, one a micro-batch."""
     stop: bool
     """Whether any rank was asked to stop."""
 
@@ -80,18 +84,22 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
     num_targets = num_targets.clamp(min=1)
     model.zero_grad(set_to_none=True)
     reports: list[RoutingReport] = []
-    parts: list[tuple[Tensor, ...]] = []
+    terms: list[tuple[Tensor, ...]] = []
 
     def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
         pool_sizes_LG = draw_pool_sizes(config.model.router.pool, batch.document_ids_G, config.model.num_layers, config.training.seed, step)
-        output = model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
-        return language_model_sums(output, model.head, batch, losses.z), output.routing
+        with part("forward"):
+            output = model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
+        with part("loss"):
+            return language_model_sums(output, model.head, batch, losses.z), output.routing
 
     def backward(sums: LossSums, report: RoutingReport, counts: Sequence[Tensor]) -> None:
-        balance, router_z = router_loss(report, counts, num_tokens)
-        loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
-        loss.backward()
-        parts.append(tuple(part.detach() for part in (
+        with part("loss"):
+            balance, router_z = router_loss(report, counts, num_tokens)
+            loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
+        with part("backward"):
+            loss.backward()
+        terms.append(tuple(term.detach() for term in (
             loss, sums.cross_entropy / num_targets, sums.z / num_targets, balance, router_z)))
         reports.append(report)
 
@@ -111,10 +119,12 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
             scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
             backward(sums, report, _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks()))
 
-    grad_norm = clip_gradients(list(model.parameters()), config.optimizer.clip_norm, ranks)
-    flags = scalar_sums([*(sum(column) for column in zip(*parts, strict=True)), num_targets.new_tensor(stop)])
+    with part("clipping"):
+        grad_norm = clip_gradients(list(model.parameters()), config.optimizer.clip_norm, ranks)
+    flags = scalar_sums([*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)])
     loss, cross_entropy, z, balance, router_z, stops = ranks.sum(flags).tolist()
-    return StepResult(loss, cross_entropy, z, balance, router_z, int(num_targets), float(grad_norm), reports, stops > 0)
+    return StepResult(loss, cross_entropy, z, balance, router_z, int(num_targets), float(grad_norm), reports,
+                      [loss for loss, *_ in terms], stops > 0)
 
 
 def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
@@ -126,7 +136,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
         ValueError, FileNotFoundError: settings, data or checkpoint that cannot be used. OSError: disk full or not writable.
         RuntimeError: too many updates in a row were not finite.
     """
-    ranks = ranks or Ranks.join(config.training.device)
+    ranks = ranks or Ranks.join(config.training.device, config.training.collective_timeout_s)
     setup = config.training
     _check_run(config, ranks)
     run_dir = Path(setup.run_dir)
@@ -145,20 +155,18 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
     writer = MetricsWriter(run_dir, state.step, setup.tensorboard) if ranks.is_first else None
     bar = ProgressBar(state.step, last_step, shown=ranks.is_first)
     flops, peak = flops_per_token(config), peak_flops(config, ranks.device)
-    skipped_in_a_row, saved_step, tokens_per_second = 0, state.step, 0.0
+    skipped_in_a_row, tokens_per_second = 0, 0.0
     log_time, log_step, started, first_step = time.perf_counter(), state.step, time.perf_counter(), state.step
     metrics: dict[str, Any] = {}
     interrupted = False
 
-    def save() -> None:
-        if ranks.is_first:
-            path = checkpoint.save(run_dir, model, optimizer, config, state, Path(config.data.path) / "tokenizer.json", setup.keep_checkpoints)
-            log.info("checkpoint %s", path)
-        ranks.barrier()
-
     batches = loader.prefetch(state.step, last_step - state.step, setup.global_batch, setup.micro_batch, ranks.rank, ranks.world_size)
-    with _stop_requests() as stop_requested, batches as steps, closing(bar), closing(writer) if writer else nullcontext():
-        for step, micro_batches in enumerate(steps, start=state.step + 1):
+    checkpoints = checkpoint.CheckpointWriter(run_dir, setup.keep_checkpoints, setup.async_checkpoints, setup.on_checkpoint_error,
+                                              setup.collective_timeout_s)
+    steps = profiled_steps(batches, state.step + 1, config.profile, ranks, run_dir)
+    with (_stop_requests() as stop_requested, checkpoints, batches, closing(bar), closing(writer) if writer else nullcontext(),
+          closing(steps), collective_errors(ranks, setup.collective_timeout_s, lambda: state.step + 1)):
+        for step, micro_batches in steps:
             if state.anneal_start_step >= 0:
                 lr = anneal_learning_rate(state.anneal_start_lr, state.anneal_start_step, step, config.num_steps)
             else:
@@ -168,11 +176,13 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
             micro_batches = [batch.to(ranks.device) for batch in micro_batches]
             result = forward_backward(model, micro_batches, config, step, ranks, stop_requested())
             if result.finite:
-                optimizer.step()
+                with part("optimizer"):
+                    optimizer.step()
                 skipped_in_a_row = 0
             else:
                 skipped_in_a_row += 1
-                _report_skipped(result, micro_batches, step, setup.global_batch)
+                report_not_finite(step, result.loss, result.grad_norm, [float(loss) for loss in result.micro_batch_losses],
+                                  [batch.document_ids_G.tolist() for batch in micro_batches], setup.global_batch, setup.micro_batch, ranks)
                 if skipped_in_a_row >= setup.max_skipped_steps:
                     raise RuntimeError(f"step {step}: {skipped_in_a_row} updates in a row were not finite (training.max_skipped_steps="
                                        f"{setup.max_skipped_steps}); lower optimizer.lr and go on from the last checkpoint")
@@ -196,14 +206,14 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
             load = f"  load max/mean {mean(metrics['load_imbalance']):.2f}" if "load_imbalance" in metrics else ""
             bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s{load}", logged)
             if is_last or interrupted or (setup.checkpoint_every and step % setup.checkpoint_every == 0):
-                save()
-                saved_step = step
+                with part("checkpoint copy"):
+                    checkpoints.save(model, optimizer, config, state, Path(config.data.path) / "tokenizer.json")
             if interrupted:
                 break
     seconds = time.perf_counter() - started
     return {"run_dir": str(run_dir), "step": state.step, "last_step": last_step, "tokens": state.tokens, "interrupted": interrupted,
             "seconds": seconds, "mean_tokens_per_second": (state.step - first_step) * config.tokens_per_step / seconds,
-            "checkpoint_step": saved_step, "metrics": metrics}
+            "checkpoint_step": checkpoints.last.step if checkpoints.last else first_step, "metrics": metrics}
 
 
 def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:
@@ -254,16 +264,9 @@ def _starting_state(config: Config, loader: Loader, model: Transformer, optimize
     return state
 
 
-def _report_skipped(result: StepResult, micro_batches: Sequence[PackedBatch], step: int, global_batch: int) -> None:
-    first = (step - 1) * global_batch
-    ids = torch.cat([batch.document_ids_G for batch in micro_batches]).unique().tolist()
-    log.warning("step %d: skipped an update that is not finite (loss %s, gradient norm %s); sequences %d to %d, documents %s%s",
-                step, result.loss, result.grad_norm, first, first + global_batch - 1, ids[:20], " ..." if len(ids) > 20 else "")
-
-
 @contextmanager
 def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Within the block, the first SIGTERM or SIGINT only sets a flag; the next one acts as usual."""
+    """Within the block, the first SIGTERM, SIGINT or SIGUSR1 only sets a flag; the next one acts as usual."""
     received: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
@@ -274,7 +277,7 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
-        previous = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT)}
+        previous = {name: signal.signal(name, note) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         yield lambda: bool(received)
     finally:
