@@ -6,6 +6,9 @@ For each shape (tokens, width D, hidden width H, experts N, experts a token K), 
 
     fraction_of_matmul_peak   useful FLOPs a second over those of a dense 2048 x 2048 x 2048 matmul timed in the same rounds.
                               Useful: 3 GEMMs of D x H a slot, three times over (forward, and two as large in backward)
+    gemm_only_fraction        the same share for those GEMMs alone, through torch.mm into buffers that are there: what no path
+                              on torch's GEMM can exceed
+    speedup_over_torch        time of backend=torch, the readable twin, over ours (backend=auto: compiled where g++ is installed)
     speedup_over_grouped_mm   the same through torch's grouped GEMM and autograd
     speedup_over_loop         the same by a loop over experts and autograd, each expert's weights taken by `unbind`
 
@@ -15,6 +18,7 @@ All of them start from the sorted slots, and end with gradients of tokens, routi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +57,26 @@ def through_loop(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_N
     return torch.zeros_like(x_TD).index_add(0, slots.token_R, y_RD)
 
 
+def gemms_alone(tokens: int, width: int, hidden: int, num_experts: int, chosen: int) -> Callable[[], None]:
+    """The six GEMMs of each expert, forward and backward, on as many rows as it has on average."""
+    rows = tokens * chosen // num_experts
+    x_rD, hidden_rF, act_rH = torch.randn(rows, width), torch.randn(rows, 2 * hidden), torch.randn(rows, hidden)
+    gate_up_NFD, down_NHD = torch.randn(num_experts, 2 * hidden, width), torch.randn(num_experts, hidden, width)
+    y_rD, z_rF, z_rH, z_NFD, z_NHD = (torch.zeros_like(tensor) for tensor in (x_rD, hidden_rF, act_rH, gate_up_NFD, down_NHD))
+
+    def run() -> None:
+        for gate_up_FD, down_HD in zip(gate_up_NFD, down_NHD, strict=True):
+            torch.mm(x_rD, gate_up_FD.t(), out=z_rF)
+            torch.mm(act_rH, down_HD, out=y_rD)
+        for gate_up_FD, down_HD, z_FD, z_HD in zip(gate_up_NFD, down_NHD, z_NFD, z_NHD, strict=True):
+            torch.mm(x_rD, down_HD.t(), out=z_rH)
+            torch.mm(act_rH.t(), x_rD, out=z_HD)
+            torch.mm(hidden_rF.t(), x_rD, out=z_FD)
+            torch.mm(hidden_rF, gate_up_FD, out=y_rD)
+
+    return run
+
+
 def arm(experts: Callable[..., Tensor], tokens: int, width: int, hidden: int, num_experts: int, chosen: int) -> Callable[[], None]:
     """Forward + backward of `experts` on random numbers that are the same for every arm."""
     generator = torch.Generator().manual_seed(0)
@@ -86,12 +110,16 @@ def main() -> None:
     for name in args.shape or ["quickstart", "large"]:
         tokens, width, hidden, num_experts, chosen = SHAPES[name].values()
         arms = {key: arm(experts, tokens, width, hidden, num_experts, chosen) for key, experts in
-                (("ours", grouped_mlp), ("grouped_mm", through_grouped_mm), ("loop", through_loop))}
-        taken = time_in_turn(arms | {"matmul": lambda: square @ square}, args.repeats, warmup=2)
+                (("ours", grouped_mlp), ("torch", partial(grouped_mlp, backend="torch")), ("grouped_mm", through_grouped_mm),
+                 ("loop", through_loop))}
+        bounds = {"gemms": gemms_alone(*SHAPES[name].values()), "matmul": lambda: square @ square}
+        taken = time_in_turn(arms | bounds, args.repeats, warmup=2)
         flops = 3 * 3 * 2 * tokens * chosen * width * hidden
         rate, peak = flops / taken["ours"].median, 2 * SQUARE**3 / taken["matmul"].median
         result: dict[str, Any] = {
             "fraction_of_matmul_peak": rate / peak,
+            "gemm_only_fraction": flops / taken["gemms"].median / peak,
+            "speedup_over_torch": taken["torch"].median / taken["ours"].median,
             "speedup_over_grouped_mm": taken["grouped_mm"].median / taken["ours"].median,
             "speedup_over_loop": taken["loop"].median / taken["ours"].median,
             "gflops": rate / 1e6, "matmul_gflops": peak / 1e6,

@@ -3,6 +3,8 @@
 Slots (token, choice) are sorted by expert once; then each expert is a handful of GEMMs on its own rows. Rows are
 gathered just before an expert's first GEMM and added to the output just after its last one, so that no permuted copy of
 the tokens exists and an expert's rows are still in cache when they are used.
+
+This is the readable twin of triton_grouped_mlp.py, and of cpu_grouped_mlp.cpp for large float32 calls on a CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.kernels.backends import choose_backend
+from emotrain.kernels.cpu_grouped_mlp import grouped_mlp_cpu, worth_it
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NF
     Returns:
         [T, D] in the dtype of `x_TD`, with zero rows for tokens without a routed slot.
     """
+    may_compile = backend == "auto"
     backend = choose_backend(backend, x_TD, gate_up_NFD.shape[0], has_megablocks=True)
     if backend == "triton":
         from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
@@ -62,6 +66,8 @@ def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NF
         from emotrain.kernels.megablocks_adapter import grouped_mlp_megablocks
 
         return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
+    if may_compile and worth_it(x_TD, weights_TK, gate_up_NFD, down_NHD):
+        return grouped_mlp_cpu(x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD)
     weights_R = weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return _grouped_mm_mlp(x_TD, weights_R, slots, gate_up_NFD, down_NHD)

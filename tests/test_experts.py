@@ -1,7 +1,14 @@
-"""Proves the expert kernels: `grouped_mlp` against a loop over tokens, on the CPU's own path and on torch's grouped GEMM
-(what a GPU runs), and the shared experts."""
+"""Proves the expert kernels: `grouped_mlp` against a loop over tokens, in plain torch, through the kernel that is compiled for
+this CPU, and on torch's grouped GEMM (what a GPU runs), and the shared experts."""
 
 from __future__ import annotations
+
+import logging
+import multiprocessing
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +16,14 @@ from helpers import tiny_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from emotrain.kernels import SortedSlots, grouped_mlp, sort_slots
+from emotrain.kernels import SortedSlots, cpu_grouped_mlp, grouped_mlp, sort_slots
 from emotrain.kernels.grouped_mlp import _grouped_mm_mlp
 from emotrain.model.experts import SharedExperts
 
 NUM_EXPERTS, WIDTH, HIDDEN, CHOSEN = 5, 8, 16, 3
 """Widths are multiples of 16 bytes in every type, which grouped_mm asks of rows."""
+CPU_WIDTH, CPU_HIDDEN = 96, 32
+"""Multiples of 32, which the CPU's kernel asks of both."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +63,13 @@ CASES = {
 }
 
 
-def arguments(experts_TK: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def arguments(experts_TK: Tensor, dtype: torch.dtype, width: int = WIDTH, hidden: int = HIDDEN) -> list[Tensor]:
     """x, weights and both banks as leaves with gradient; weights of empty slots are 0."""
     num_tokens = experts_TK.shape[0]
     weights_TK = torch.where(experts_TK < NUM_EXPERTS, torch.rand(num_tokens, CHOSEN, dtype=dtype), 0)
-    tensors = [torch.randn(num_tokens, WIDTH, dtype=dtype), weights_TK, torch.randn(NUM_EXPERTS, 2 * HIDDEN, WIDTH, dtype=dtype) / 3,
-               torch.randn(NUM_EXPERTS, HIDDEN, WIDTH, dtype=dtype) / 3]
+    tensors = [torch.randn(num_tokens, width, dtype=dtype), weights_TK,
+               torch.randn(NUM_EXPERTS, 2 * hidden, width, dtype=dtype) * width**-0.5,
+               torch.randn(NUM_EXPERTS, hidden, width, dtype=dtype) * hidden**-0.5]
     return [tensor.requires_grad_() for tensor in tensors]
 
 
@@ -70,6 +80,38 @@ def slots_of(experts_TK: Tensor) -> SortedSlots:
 def run_grouped_mm(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
     """The path of a GPU; grouped_mm runs on a CPU too."""
     return _grouped_mm_mlp(x_TD, weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype), slots, gate_up_NFD, down_NHD)
+
+
+def run_cpu_kernel(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+    """The path of a CPU with a C++ compiler, whatever the size."""
+    assert cpu_grouped_mlp.supports(x_TD, weights_TK, gate_up_NFD, down_NHD)
+    return cpu_grouped_mlp.grouped_mlp_cpu(x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def compiled(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The CPU's kernel, compiled once for this file in a folder of its own."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    cpu_grouped_mlp.library.cache_clear()
+    assert cpu_grouped_mlp.library() is not None
+    yield
+    cpu_grouped_mlp.library.cache_clear()
+
+
+@pytest.fixture
+def uncompiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder where the kernel will be, still empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_grouped_mlp.library.cache_clear()
+    yield tmp_path / "emotrain"
+    cpu_grouped_mlp.library.cache_clear()
 
 
 def gradients(y_TD: Tensor, leaves: list[Tensor]) -> list[Tensor]:
@@ -134,8 +176,8 @@ class _Poison(torch.autograd.Function):
         return grad, None, None
 
 
-@pytest.mark.parametrize("path", [grouped_mlp, run_grouped_mm])
-def test_nothing_unused_reaches_the_result_or_a_gradient(path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", [grouped_mlp, run_grouped_mm, run_cpu_kernel])
+def test_nothing_unused_reaches_the_result_or_a_gradient(path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN in the weights of empty slots, in tokens without a slot, in idle experts, and in every row that grouped_mm
     leaves unwritten in its result and in the gradient of its input."""
     grouped_mm = F.grouped_mm
@@ -145,10 +187,12 @@ def test_nothing_unused_reaches_the_result_or_a_gradient(path, monkeypatch: pyte
         return _Poison.apply(grouped_mm(_Poison.apply(a_RD, stop, False), b_NDF, offs=offs), stop, True)
 
     monkeypatch.setattr(F, "grouped_mm", poisoned)
+    if path is run_cpu_kernel:
+        request.getfixturevalue("compiled")
     experts_TK = with_empty_slots(20)
     experts_TK[experts_TK == 3] = NUM_EXPERTS
     experts_TK[7] = NUM_EXPERTS
-    leaves = arguments(experts_TK, torch.float32)
+    leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
     clean = oracle(leaves[0], leaves[1], experts_TK, *leaves[2:])
     expected = [clean, *gradients(clean, leaves)]
     with torch.no_grad():
@@ -171,6 +215,119 @@ def test_grouped_mm_needs_rows_of_sixteen_bytes() -> None:
     """The rule of torch's grouped GEMM that the CPU path does not have: why widths of 6 train on a CPU only."""
     with pytest.raises(RuntimeError, match="16 bytes"):
         F.grouped_mm(torch.randn(4, 6), torch.randn(2, 6, 6), offs=torch.tensor([2, 4], dtype=torch.int32))
+
+
+# ---- the kernel for this CPU
+
+
+def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, atol=2e-6 * max(1.0, their.abs().max().item()), rtol=1e-5)
+
+
+def results(path, leaves: list[Tensor], experts_TK: Tensor) -> list[Tensor]:
+    y_TD = path(*leaves[:2], slots_of(experts_TK), *leaves[2:])
+    return [y_TD.detach(), *gradients(y_TD, leaves)]
+
+
+@pytest.mark.parametrize("width, hidden", [(32, 32), (CPU_WIDTH, CPU_HIDDEN), (64, 160)])
+@pytest.mark.parametrize("case", CASES)
+def test_cpu_kernel_agrees_with_the_oracle(case: str, width: int, hidden: int, compiled: None) -> None:
+    experts_TK = CASES[case]()
+    leaves = arguments(experts_TK, torch.float32, width, hidden)
+    ours = results(run_cpu_kernel, leaves, experts_TK)
+    if (experts_TK == NUM_EXPERTS).all():
+        assert not any(tensor.any() for tensor in ours)
+        return
+    expected_TD = oracle(*leaves[:2], experts_TK, *leaves[2:])
+    assert_near(ours, [expected_TD, *gradients(expected_TD, leaves)])
+
+
+def test_cpu_kernel_gives_the_same_bits_on_any_number_of_threads(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts of up to 300 rows in chunks of 24: many chunks add to the same tokens and the same weights."""
+    monkeypatch.setattr(cpu_grouped_mlp, "CHUNK_ROWS", 24)
+    experts_TK = with_empty_slots(300)
+    experts_TK[:, 0] = 2
+    leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            found.append(results(run_cpu_kernel, leaves, experts_TK))
+    finally:
+        torch.set_num_threads(before)
+    assert_near(found[0], results(grouped_mlp, leaves, experts_TK))
+    for other in found[1:]:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], other, strict=True))
+
+
+def test_cpu_kernel_saturates_and_propagates_as_torch_does(compiled: None) -> None:
+    """Gates of +-100 and more, where exp leaves the range of float32, and a token that is not a number."""
+    experts_TK = distinct_choices(20)
+    leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
+    with torch.no_grad():
+        leaves[0][:10] *= 100
+    assert_near(results(run_cpu_kernel, leaves, experts_TK), results(grouped_mlp, leaves, experts_TK))
+    with torch.no_grad():
+        leaves[0][3] = torch.nan
+    y_TD = run_cpu_kernel(*leaves[:2], slots_of(experts_TK), *leaves[2:])
+    assert y_TD.isnan().any(dim=1).nonzero().flatten().tolist() == [3] and y_TD[3].isnan().all()
+
+
+def test_cpu_kernel_takes_operands_that_are_not_contiguous(compiled: None) -> None:
+    experts_TK = distinct_choices(20)
+    leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
+    turned = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in leaves]
+    assert not turned[0].is_contiguous()
+    for ours, theirs in zip(results(run_cpu_kernel, turned, experts_TK), results(run_cpu_kernel, leaves, experts_TK), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_only_large_float32_calls_left_to_auto_ask_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled for a small model, another type, widths that no panel divides, or a backend asked for by name."""
+    asked = []
+    monkeypatch.setattr(cpu_grouped_mlp, "library", lambda: asked.append(True))
+    experts_TK = distinct_choices(20)
+
+    def ask(dtype: torch.dtype = torch.float32, width: int = CPU_WIDTH, backend: str = "auto") -> bool:
+        asked.clear()
+        leaves = arguments(experts_TK, dtype, width, CPU_HIDDEN)
+        grouped_mlp(*leaves[:2], slots_of(experts_TK), *leaves[2:], backend=backend)
+        return bool(asked)
+
+    assert not ask()
+    monkeypatch.setattr(cpu_grouped_mlp, "WORTH_COMPILING", experts_TK.numel() * CPU_WIDTH * CPU_HIDDEN)
+    assert ask()
+    assert not any([ask(torch.bfloat16), ask(torch.float64), ask(width=CPU_WIDTH + 8), ask(backend="torch")])
+
+
+@pytest.mark.parametrize("compiler", [None, "/bin/false"])
+def test_without_the_kernel_torch_runs_and_the_log_says_so_once(compiler: str | None, uncompiled: Path, monkeypatch: pytest.MonkeyPatch,
+                                                               caplog: pytest.LogCaptureFixture) -> None:
+    """Without a compiler, and with one that fails."""
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    monkeypatch.setattr(cpu_grouped_mlp, "WORTH_COMPILING", 0)
+    experts_TK = distinct_choices(20)
+    leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
+    with caplog.at_level(logging.WARNING, "emotrain"):
+        ours, again = (results(grouped_mlp, leaves, experts_TK) for _ in range(2))
+    assert [record.message.partition(",")[0] for record in caplog.records] == ["experts run in torch"]
+    expected = results(lambda *operands: grouped_mlp(*operands, backend="torch"), leaves, experts_TK)
+    for first, second, third in zip(ours, again, expected, strict=True):
+        assert torch.equal(first, third) and torch.equal(second, third)
+
+
+def test_processes_that_compile_at_once_end_with_one_library(uncompiled: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=lambda: sys.exit(cpu_grouped_mlp.library() is None)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert [path.suffix for path in uncompiled.iterdir()] == [".so"]
 
 
 # ---- shared experts
