@@ -18,6 +18,8 @@ COMMANDS = {
     "inspect": ("emotrain.inspection", "count a configuration's parameters, memory and FLOPs without building it"),
     "evaluate": ("emotrain.evaluation.sweep", "loss of each domain with all experts and with its best subsets"),
     "report": ("emotrain.evaluation.report", "write a run's curves and subsets as one HTML page"),
+    "plan": ("emotrain.distributed.plan", "predict memory, traffic and speed of a run on a cluster without one"),
+    "verify": ("emotrain.verify", "check a checkpoint's files against its checksums"),
     "kernels": ("emotrain.kernels.compile_check", "compile the GPU kernels without a GPU and check their machine code"),
     "settings": ("emotrain.settings", "list every setting with its default and meaning"),
 }
