@@ -38,7 +38,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config, load_config, save_config
-from emotrain.distributed.ranks import CollectiveError
 from emotrain.files import flush_to_disk, sha256_of
 from emotrain.model.transformer import Transformer
 from emotrain.training.tensor_files import (INDEX, StoredTensors, TensorFilesWriter, TensorPart, WrittenFile, load_parts, read_index,
@@ -128,9 +127,13 @@ class CheckpointWriter:
         Raises:
             OSError: this one (or, asynchronous, the one before) could not be written; older ones are untouched.
         """
+        self.save_parts(*_parts(model, optimizer), config, state, tokenizer)
+
+    def save_parts(self, parts: dict[str, TensorPart], num_updates: int, config: Config, state: TrainingState,
+                   tokenizer: Path | None = None) -> None:
+        """As `save`, of this rank's parts of parameters and moments, and AdamW's count of updates."""
         self.wait()
         started = time.perf_counter()
-        parts, num_updates = _parts(model, optimizer)
         if self.asynchronous:
             parts = self._copy_to_host(parts)
         write = partial(self._write, parts, config, state, num_updates, tokenizer, time.perf_counter() - started)
@@ -160,14 +163,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        # After a failed collective the other ranks are stuck or gone: a write under way would wait for them. Its thread is a daemon.
-        if isinstance(error, CollectiveError):
-            return
         try:
             self.wait()
-            if kind is None and self._group is not None:
-                # Who leaves closes its connections, which is an error to a rank that has still to hear the outcome on them.
-                dist.barrier(self._group)
         except Exception as own:
             if kind is None:
                 raise
@@ -357,7 +354,7 @@ def verify(path: Path, hashed: Callable[[list[str]], Iterable[str]] = lambda nam
     entries = read_manifest(path)
     for name, (size, _) in entries.items():
         file = path / name
-        if not file.is_file():
+        if file.is_symlink() or not file.is_file():
             raise ValueError(f"{path}: {name} is missing; use another checkpoint")
         if file.stat().st_size != size:
             raise ValueError(f"{file}: {file.stat().st_size} bytes where {size} were written; use another checkpoint")
@@ -399,22 +396,15 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
     Raises:
         ValueError: damaged, or of another shape than the model; names the first parameter that differs. On all ranks alike.
     """
-    distributed = dist.is_initialized() and dist.get_world_size() > 1
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    moments: dict[str, Tensor] = {}
 
-    def check() -> tuple[TrainingState, int, StoredTensors, dict[str, TensorPart]]:
-        stored = verify(path, lambda names: names[rank::world_size])
-        state, num_updates = _read_state(path)
+    def wanted(num_updates: int) -> dict[str, TensorPart]:
         if num_updates:
             for name, parameter in model.named_parameters():
                 moments.update({f"{moment}.{name}": torch.zeros_like(parameter) for moment in MOMENTS})
-        parts = {name: TensorPart.of(tensor) for name, tensor in [*model.named_parameters(), *moments.items()]}
-        _require_match(path, stored, parts)
-        return state, num_updates, stored, parts
+        return {name: TensorPart.of(tensor) for name, tensor in [*model.named_parameters(), *moments.items()]}
 
-    moments: dict[str, Tensor] = {}
-    state, num_updates, stored, parts = _on_every_rank(check, world_size)
-    load_parts(parts, path, stored, distributed)
+    state, num_updates = restore_parts(path, wanted)
     for name, parameter in model.named_parameters():
         optimizer.state.pop(parameter, None)
         if num_updates:
@@ -422,6 +412,24 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
             step = torch.tensor(float(num_updates), device=parameter.device)
             optimizer.state[parameter] = {"step": step, **{moment: moments[f"{moment}.{name}"] for moment in MOMENTS}}
     return state
+
+
+def restore_parts(path: Path, wanted: Callable[[int], dict[str, TensorPart]]) -> tuple[TrainingState, int]:
+    """Fill the parts that `wanted` names for AdamW's count of updates: parameters, and moments where it is not 0; see `restore`.
+    Returns the training state and that count."""
+    distributed = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+
+    def check() -> tuple[TrainingState, int, StoredTensors, dict[str, TensorPart]]:
+        stored = verify(path, lambda names: names[rank::world_size])
+        state, num_updates = _read_state(path)
+        parts = wanted(num_updates)
+        _require_match(path, stored, parts)
+        return state, num_updates, stored, parts
+
+    state, num_updates, stored, parts = _on_every_rank(check, world_size)
+    load_parts(parts, path, stored, distributed)
+    return state, num_updates
 
 
 def _parts(model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[dict[str, TensorPart], int]:

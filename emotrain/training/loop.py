@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, save_config
+from emotrain.config import Config, LossConfig, save_config
 from emotrain.data.loader import Loader
 from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.mesh import Layout
@@ -65,8 +65,49 @@ class StepResult:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
+class Engine:
+    """How a step reaches the parameters: of a plain model, or one under FSDP2. `distributed/deepspeed.py` has DeepSpeed's."""
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer | None = None):
+        self.model, self.optimizer = model, optimizer
+
+    @classmethod
+    def build(cls, config: Config, ranks: Ranks) -> Engine:
+        model = build_model(config, ranks)
+        return cls(model, build_optimizer(model, config.optimizer))
+
+    def zero_grad(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def forward(self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig) -> tuple[LossSums, RoutingReport]:
+        """Loss sums and routing of one micro-batch."""
+        with part("forward"):
+            output = self.model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
+        with part("loss"):
+            return language_model_sums(output, self.model.head, batch, losses.z), output.routing
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add a micro-batch's gradient to those of the step, which the last one sums over ranks."""
+        set_last_backward(self.model, is_last)
+        loss.backward()
+
+    def clip(self, max_norm: float, ranks: Ranks) -> Tensor | float:
+        """Clip the gradient of the step. Returns its norm before."""
+        return clip_gradients(list(self.model.parameters()), max_norm, ranks)
+
+    def update(self) -> None:
+        """Update the parameters by a clipped gradient that is finite."""
+        self.optimizer.step()
+
+    def restore(self, path: Path) -> checkpoint.TrainingState:
+        return checkpoint.restore(path, self.model, self.optimizer)
+
+    def save(self, writer: checkpoint.CheckpointWriter, config: Config, state: checkpoint.TrainingState, tokenizer: Path | None) -> None:
+        writer.save(self.model, self.optimizer, config, state, tokenizer)
+
+
 def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], config: Config, step: int, ranks: Ranks,
-                     stop: bool = False) -> StepResult:
+                     stop: bool = False, engine: Engine | None = None) -> StepResult:
     """Put the clipped gradient of the global loss of one step into the parameters.
 
     `losses.balance_scope=global_batch` balances over every document of the step. The `joint` schedule runs all forward
@@ -76,29 +117,27 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
     Args:
         micro_batches: this rank's part of the global batch.
         step: number of the update, counted from 1; keys the pool sizes.
+        engine: takes gradients to the parameters; by default that of a plain model or one under FSDP2.
     """
-    losses = config.losses
+    losses, engine = config.losses, engine or Engine(model)
     num_targets, num_tokens = ranks.sum(torch.stack([
         sum((b.targets_BS >= 0).sum() for b in micro_batches),
         sum(b.targets_BS.new_tensor(b.targets_BS.numel()) if b.valid_T is None else b.valid_T.sum() for b in micro_batches)]))
     num_targets = num_targets.clamp(min=1)
-    model.zero_grad(set_to_none=True)
+    engine.zero_grad()
     reports: list[RoutingReport] = []
     terms: list[tuple[Tensor, ...]] = []
 
     def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
         pool_sizes_LG = draw_pool_sizes(config.model.router.pool, batch.document_ids_G, config.model.num_layers, config.training.seed, step)
-        with part("forward"):
-            output = model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
-        with part("loss"):
-            return language_model_sums(output, model.head, batch, losses.z), output.routing
+        return engine.forward(batch, pool_sizes_LG, losses)
 
-    def backward(sums: LossSums, report: RoutingReport, counts: Sequence[Tensor]) -> None:
+    def backward(sums: LossSums, report: RoutingReport, counts: Sequence[Tensor], is_last: bool) -> None:
         with part("loss"):
             balance, router_z = router_loss(report, counts, num_tokens)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         with part("backward"):
-            loss.backward()
+            engine.backward(loss, is_last)
         terms.append(tuple(term.detach() for term in (
             loss, sums.cross_entropy / num_targets, sums.z / num_targets, balance, router_z)))
         reports.append(report)
@@ -109,28 +148,30 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
             passes = [forward(batch) for batch in micro_batches]
         counts = _sum_counts([report for _, report in passes], ranks)
         while passes:
-            set_last_backward(model, len(passes) == 1)
-            backward(*passes.pop(0), counts)
+            backward(*passes.pop(0), counts, is_last=not passes)
     else:
         for index, batch in enumerate(micro_batches):
-            set_last_backward(model, index == len(micro_batches) - 1)
             with autocast:
                 sums, report = forward(batch)
             scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
-            backward(sums, report, _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks()))
+            counts = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
+            backward(sums, report, counts, is_last=index == len(micro_batches) - 1)
 
     with part("clipping"):
-        grad_norm = clip_gradients(list(model.parameters()), config.optimizer.clip_norm, ranks)
+        grad_norm = engine.clip(config.optimizer.clip_norm, ranks)
     flags = scalar_sums([*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)])
     loss, cross_entropy, z, balance, router_z, stops = ranks.sum(flags).tolist()
     return StepResult(loss, cross_entropy, z, balance, router_z, int(num_targets), float(grad_norm), reports,
                       [loss for loss, *_ in terms], stops > 0)
 
 
-def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
+def train(config: Config, ranks: Ranks | None = None, build_engine: Callable[[Config, Ranks], Engine] = Engine.build) -> dict[str, Any]:
     """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary of the run.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint is written, and the summary says `interrupted`.
+
+    Args:
+        build_engine: makes the model and what updates it.
 
     Raises:
         ValueError, FileNotFoundError: settings, data or checkpoint that cannot be used. OSError: disk full or not writable.
@@ -145,9 +186,8 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
     if loader.vocab_size > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} tokens of {config.data.path}; "
                          f"raise it to at least that")
-    model = build_model(config, ranks)
-    optimizer = build_optimizer(model, config.optimizer)
-    state = _starting_state(config, loader, model, optimizer)
+    engine = build_engine(config, ranks)
+    state = _starting_state(config, loader, engine)
     last_step = config.num_steps + max(0, state.anneal_start_step)
     if ranks.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -171,13 +211,13 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
                 lr = anneal_learning_rate(state.anneal_start_lr, state.anneal_start_step, step, config.num_steps)
             else:
                 lr = learning_rate(config.optimizer, step, last_step)
-            for group in optimizer.param_groups:
+            for group in engine.optimizer.param_groups:
                 group["lr"] = lr
             micro_batches = [batch.to(ranks.device) for batch in micro_batches]
-            result = forward_backward(model, micro_batches, config, step, ranks, stop_requested())
+            result = forward_backward(engine.model, micro_batches, config, step, ranks, stop_requested(), engine)
             if result.finite:
                 with part("optimizer"):
-                    optimizer.step()
+                    engine.update()
                 skipped_in_a_row = 0
             else:
                 skipped_in_a_row += 1
@@ -207,7 +247,7 @@ def train(config: Config, ranks: Ranks | None = None) -> dict[str, Any]:
             bar.update(step, f"loss {result.cross_entropy:.3f}  {tokens_per_second:,.0f} tokens/s{load}", logged)
             if is_last or interrupted or (setup.checkpoint_every and step % setup.checkpoint_every == 0):
                 with part("checkpoint copy"):
-                    checkpoints.save(model, optimizer, config, state, Path(config.data.path) / "tokenizer.json")
+                    engine.save(checkpoints, config, state, Path(config.data.path) / "tokenizer.json")
             if interrupted:
                 break
     seconds = time.perf_counter() - started
@@ -234,8 +274,8 @@ def _check_run(config: Config, ranks: Ranks) -> None:
     Layout.of(config, ranks.world_size)
 
 
-def _starting_state(config: Config, loader: Loader, model: Transformer, optimizer: torch.optim.Optimizer) -> checkpoint.TrainingState:
-    """Load what the run goes on from into model and optimizer; a fresh state where there is nothing."""
+def _starting_state(config: Config, loader: Loader, engine: Engine) -> checkpoint.TrainingState:
+    """Load what the run goes on from into the engine; a fresh state where there is nothing."""
     setup, run_dir = config.training, Path(config.training.run_dir)
     existing = checkpoint.list_checkpoints(run_dir)
     if setup.resume == "never" and existing:
@@ -248,7 +288,7 @@ def _starting_state(config: Config, loader: Loader, model: Transformer, optimize
         source = checkpoint.find(config.anneal.checkpoint)
     if source is None:
         return checkpoint.TrainingState(0, 0, loader.fingerprint, setup.seed, setup.global_batch, 0.0)
-    state = checkpoint.restore(source, model, optimizer)
+    state = engine.restore(source)
     if state.data_fingerprint != loader.fingerprint:
         raise ValueError(f"{source} was trained on other data than {config.data.path} at data.sequence_length={config.data.sequence_length} "
                          f"(fingerprint {state.data_fingerprint}, here {loader.fingerprint}); give the same data, or start in a new run_dir")
