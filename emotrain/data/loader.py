@@ -29,6 +29,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 
@@ -51,7 +52,7 @@ class Loader:
         seed: of the order.
         cross_document_targets: whether the last token of a document predicts the first of the next one.
         repetition_filter: which sequences get no loss; None, or one that is not enabled, for no filter.
-        verify_checksums: hash each shard when it is first read from.
+        verify_checksums: hash what is read, each time; see `Dataset`.
         split: `train` or `valid`.
     Raises:
         FileNotFoundError: no data set there. ValueError: a damaged one, one without a whole sequence, or a bad argument.
@@ -86,7 +87,7 @@ class Loader:
     def eos_id(self) -> int:
         return self.dataset.eos_id
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the tokens, their order on disk, and how they are cut. With the seed, it fixes what
         every position means: a run that goes on with another fingerprint is another run."""
@@ -112,9 +113,9 @@ class Loader:
         tokens_BS = np.empty((len(windows), self.sequence_length), dtype=np.int64)
         lengths, ids = [], []
         for row, (shard_index, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
-            shard, stop = self.dataset.shard(self.split, shard_index), start + self.sequence_length
-            tokens_BS[row] = shard.tokens[start:stop]
-            first, row_lengths = documents_in_window(shard.offsets, start, stop)
+            stop = start + self.sequence_length
+            tokens_BS[row], first, offsets = self.dataset.window(self.split, shard_index, start, stop)
+            _, row_lengths = documents_in_window(offsets, start, stop)
             first += self.dataset.first_ids[self.split][shard_index]
             lengths.append(row_lengths.tolist())
             ids.append(range(first, first + len(row_lengths)))
