@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from emotrain.kernels import SortedSlots, grouped_mlp, sort_slots
 
 SHAPES = {
-    "quickstart": {"tokens": 8192, "width": 128, "hidden": 64, "experts": 31, "chosen": 3},
+    "quickstart": {"tokens": 8192, "width": 128, "hidden": 128, "experts": 31, "chosen": 3},
     "modularity": {"tokens": 8192, "width": 192, "hidden": 64, "experts": 63, "chosen": 3},
     "large": {"tokens": 8192, "width": 512, "hidden": 256, "experts": 64, "chosen": 7},
     "tiny": {"tokens": 64, "width": 16, "hidden": 16, "experts": 8, "chosen": 2},

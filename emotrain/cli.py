@@ -41,7 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         # Only the chosen command's module is imported: `emotrain --help` must not wait for torch.
         if name == chosen:
             importlib.import_module(module).add_arguments(subparser)
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse gives up on `key=value` words that come after an option.
+    if rest and (not hasattr(args, "settings") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.settings = [*args.settings, *rest]
     return guarded(importlib.import_module(COMMANDS[args.command][0]).run, args)
 
 

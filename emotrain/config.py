@@ -168,7 +168,8 @@ class DataConfig:
     """Whether the last token of a document is trained to predict the first of the next one in its sequence, as the
     reference does (spec 4.3)."""
     verify_checksums: bool = True
-    """Whether shards are hashed when they are first opened (about a second a gigabyte)."""
+    """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in evaluation, and for data sets prepared
+    without checksums of blocks, whole shards (a second or two a gigabyte)."""
     repetition_filter: RepetitionFilterConfig = field(default_factory=RepetitionFilterConfig)
     """Filter of periodic sequences."""
 

@@ -29,17 +29,25 @@ class SortedSlots:
     """int64: the position of each sorted slot in the flattened [T, K] choices."""
     ends_N: Tensor
     """int64: one past the last slot of each expert; `ends_N[-1]` slots are in use."""
+    in_use: int | None = None
+    """`ends_N[-1]` where the host knows it: no memory is taken for empty slots then."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a tensor of one row a slot needs."""
+        return self.token_R.shape[0] if self.in_use is None else self.in_use
 
 
-def sort_slots(experts_TK: Tensor, counts_N: Tensor) -> SortedSlots:
+def sort_slots(experts_TK: Tensor, counts_N: Tensor, in_use: int | None = None) -> SortedSlots:
     """Sort slots by expert; within an expert, tokens keep their order.
 
     Args:
         experts_TK: int64 expert of each slot in [0, N], where N marks an empty slot.
         counts_N: int64 slots of each expert.
+        in_use: their sum, where the host knows it.
     """
     slot_R = torch.sort(experts_TK.reshape(-1), stable=True).indices
-    return SortedSlots(slot_R // experts_TK.shape[1], slot_R, counts_N.cumsum(0))
+    return SortedSlots(slot_R // experts_TK.shape[1], slot_R, counts_N.cumsum(0), in_use)
 
 
 def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor,
@@ -68,24 +76,24 @@ def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NF
         return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
     if may_compile and worth_it(x_TD, weights_TK, gate_up_NFD, down_NHD):
         return grouped_mlp_cpu(x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD)
-    weights_R = weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype)
+    weights_R = weights_TK.reshape(-1)[slots.slot_R[:slots.num_rows]].to(x_TD.dtype)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return _grouped_mm_mlp(x_TD, weights_R, slots, gate_up_NFD, down_NHD)
-    return _LoopedMLP.apply(x_TD, weights_R, gate_up_NFD, down_NHD, slots.token_R, slots.ends_N)
+    return _LoopedMLP.apply(x_TD, weights_R, gate_up_NFD, down_NHD, slots.token_R[:slots.num_rows], slots.ends_N)
 
 
 def _grouped_mm_mlp(x_TD: Tensor, weights_R: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
     """The same through torch's grouped GEMM, without a host copy of the counts (CUDA, bfloat16)."""
-    ends_N = slots.ends_N.to(torch.int32)
+    ends_N, token_R = slots.ends_N.to(torch.int32), slots.token_R[:slots.num_rows]
     # grouped_mm leaves the rows after the last group unwritten, in its result and in the gradient of its input. Both ends
     # are masked, so that whatever is there reaches neither a sum nor a gradient, not even as 0 * inf.
-    in_use_R = torch.arange(slots.token_R.shape[0], device=x_TD.device) < ends_N[-1]
-    x_RD = torch.where(in_use_R[:, None], x_TD[slots.token_R], 0)
+    in_use_R = torch.arange(token_R.shape[0], device=x_TD.device) < ends_N[-1]
+    x_RD = torch.where(in_use_R[:, None], x_TD[token_R], 0)
     hidden_RF = F.grouped_mm(x_RD, gate_up_NFD.transpose(1, 2), offs=ends_N)
     gate_RH, up_RH = hidden_RF.chunk(2, dim=-1)
     y_RD = F.grouped_mm(F.silu(gate_RH) * up_RH, down_NHD, offs=ends_N)
     y_RD = torch.where(in_use_R[:, None], y_RD, 0) * torch.where(in_use_R, weights_R, 0)[:, None]
-    return torch.zeros_like(x_TD).index_add(0, slots.token_R, y_RD)
+    return torch.zeros_like(x_TD).index_add(0, token_R, y_RD)
 
 
 class _LoopedMLP(torch.autograd.Function):

@@ -12,19 +12,17 @@ from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.grouped_mlp import SortedSlots
 
 
-def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto", num_rows: int | None = None) -> Tensor:
+def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto") -> Tensor:
     """The row of its token for each sorted slot -> [R, D]; zeros for the empty slots at the end.
 
-    Backward adds the rows of each token. See `choose_backend` for `backend` and errors.
-
-    Args:
-        num_rows: make only so many rows, where the host knows how many slots are in use.
+    Where the host knows how many slots are in use, no rows are made for the others. Backward adds the rows of each token. See
+    `choose_backend` for `backend` and errors.
     """
-    num_rows = slots.token_R.shape[0] if num_rows is None else num_rows
+    num_rows = slots.num_rows
     if choose_backend(backend, x_TD, slots.ends_N.shape[0]) == "triton":
         from emotrain.kernels.triton_permute import permute_triton
 
-        return permute_triton(x_TD, slots, num_rows)
+        return permute_triton(x_TD, slots)
     return torch.where(_in_use(slots, num_rows)[:, None], x_TD.index_select(0, slots.token_R[:num_rows]), 0)
 
 

@@ -38,22 +38,23 @@ def grouped_mlp_triton(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gat
     # Inside an autograd function the gradient mode is always off: only out here can inference be told from training.
     keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, weights_TK, gate_up_NFD, down_NHD))
     return _GroupedMLP.apply(x_TD, weights_TK.float().contiguous(), gate_up_NFD, down_NHD, keeps,
-                             slots.token_R, slots.slot_R, slots.ends_N)
+                             slots.token_R, slots.slot_R, slots.ends_N, slots.in_use)
 
 
 class _GroupedMLP(torch.autograd.Function):
     """Keeps x, the combine weights and the pre-activation [R, F]; the activation is made again in backward."""
 
     @staticmethod
-    def forward(ctx, x_TD, weights_TK, gate_up_NFD, down_NHD, keeps_hidden, token_R, slot_R, ends_N):
-        plan = plan_slots(SortedSlots(token_R, slot_R, ends_N), tuned("gate_up", x_TD).rows)
-        num_slots, hidden = token_R.shape[0], down_NHD.shape[1]
-        hidden_RF = x_TD.new_empty(num_slots if keeps_hidden else 0, 2 * hidden)
-        act_RH = x_TD.new_empty(num_slots, hidden)
+    def forward(ctx, x_TD, weights_TK, gate_up_NFD, down_NHD, keeps_hidden, token_R, slot_R, ends_N, in_use):
+        slots = SortedSlots(token_R, slot_R, ends_N, in_use)
+        plan = plan_slots(slots, tuned("gate_up", x_TD).rows)
+        hidden = down_NHD.shape[1]
+        hidden_RF = x_TD.new_empty(slots.num_rows if keeps_hidden else 0, 2 * hidden)
+        act_RH = x_TD.new_empty(slots.num_rows, hidden)
         _gate_up(x_TD, gate_up_NFD, hidden_RF, act_RH, plan)
-        y_TKD = _multiply_rows(act_RH, down_NHD, plan, weights_TK, weighted=True)
+        y_RD = _multiply_rows(act_RH, down_NHD, plan, weights_TK, weighted=True)
         ctx.save_for_backward(x_TD, weights_TK, gate_up_NFD, down_NHD, hidden_RF, *plan)
-        return combine_rows(y_TKD, plan.position_R, weights_TK.shape[0])
+        return combine_rows(y_RD, plan.position_R, weights_TK.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -67,9 +68,9 @@ class _GroupedMLP(torch.autograd.Function):
         grad_gate_up_NFD = _weight_grad(grad_hidden_RF, x_TD, gate_up_NFD, plan) if needs_gate_up else None
         grad_x_TD = None
         if needs_x:
-            grad_TKD = _multiply_rows(grad_hidden_RF, gate_up_NFD, plan, weights_TK, weighted=False)
-            grad_x_TD = combine_rows(grad_TKD, plan.position_R, weights_TK.shape[0])
-        return grad_x_TD, grad_weights_TK if needs_weights else None, grad_gate_up_NFD, grad_down_NHD, None, None, None, None
+            grad_RD = _multiply_rows(grad_hidden_RF, gate_up_NFD, plan, weights_TK, weighted=False)
+            grad_x_TD = combine_rows(grad_RD, plan.position_R, weights_TK.shape[0])
+        return grad_x_TD, grad_weights_TK if needs_weights else None, grad_gate_up_NFD, grad_down_NHD, None, None, None, None, None
 
 
 def _gate_up(x_TD: Tensor, gate_up_NFD: Tensor, hidden_RF: Tensor, act_RH: Tensor, plan: SlotPlan) -> None:
@@ -81,15 +82,15 @@ def _gate_up(x_TD: Tensor, gate_up_NFD: Tensor, hidden_RF: Tensor, act_RH: Tenso
 
 
 def _multiply_rows(a_RJ: Tensor, bank_NJD: Tensor, plan: SlotPlan, weights_TK: Tensor, weighted: bool) -> Tensor:
-    """Each sorted row times its expert's matrix (times its weight), stored at its (token, choice) -> [T * K, D]. Rows of empty
-    slots stay unwritten; `combine_rows` does not read them."""
+    """Each sorted row times its expert's matrix (times its weight) -> [R, D]. Rows of empty slots stay unwritten; `combine_rows`
+    does not read them."""
     inner, width = bank_NJD.shape[1:]
-    y_TKD = a_RJ.new_empty(a_RJ.shape[0], width)
+    y_RD = a_RJ.new_empty(a_RJ.shape[0], width)
     config = tuned("rows", a_RJ)
     launch(rows_kernel, (plan.num_tiles * triton.cdiv(width, config.columns),), config,
-           a_RJ, bank_NJD, y_TKD, weights_TK, plan.slot_R, plan.ends_N, plan.tile_expert_P, plan.tile_row_P, plan.num_tiles,
+           a_RJ, bank_NJD, y_RD, weights_TK, plan.slot_R, plan.ends_N, plan.tile_expert_P, plan.tile_row_P, plan.num_tiles,
            J=inner, D=width, WEIGHTED=weighted, PRECISION=float32_precision())
-    return y_TKD
+    return y_RD
 
 
 def _grad_hidden(grad_TD: Tensor, down_NHD: Tensor, hidden_RF: Tensor, weights_TK: Tensor,
@@ -176,7 +177,7 @@ def gate_up_kernel(x_TD, gate_up_NFD, hidden_RF, act_RH, token_R, ends_N, tile_e
 
 
 @triton.jit
-def rows_kernel(a_RJ, bank_NJD, y_TKD, weights_TK, slot_R, ends_N, tile_expert_P, tile_row_P, num_tiles,
+def rows_kernel(a_RJ, bank_NJD, y_RD, weights_TK, slot_R, ends_N, tile_expert_P, tile_row_P, num_tiles,
                 J: tl.constexpr, D: tl.constexpr, WEIGHTED: tl.constexpr, PRECISION: tl.constexpr,
                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
     """(weight *) a @ bank for ROWS slots of one expert and COLUMNS of D."""
@@ -201,10 +202,11 @@ def rows_kernel(a_RJ, bank_NJD, y_TKD, weights_TK, slot_R, ends_N, tile_expert_P
         acc = tl.dot(a, bank, acc, input_precision=PRECISION)
         a_ptr += DEPTH
         bank_ptr += DEPTH * D
-    slot = tl.load(slot_R + first + i, mask=live, other=0)
     if WEIGHTED:
+        slot = tl.load(slot_R + first + i, mask=live, other=0)
         acc *= tl.load(weights_TK + slot, mask=live, other=0.0)[:, None]
-    tl.store(y_TKD + slot.to(tl.int64)[:, None] * D + d[None, :], acc.to(y_TKD.dtype.element_ty), mask=live[:, None] & (d[None, :] < D))
+    y_ptr = y_RD + first.to(tl.int64) * D + (i[:, None] * D + d[None, :])
+    tl.store(y_ptr, acc.to(y_RD.dtype.element_ty), mask=live[:, None] & (d[None, :] < D))
 
 
 @triton.jit

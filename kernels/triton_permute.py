@@ -48,8 +48,9 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
     """Cut every expert's slots into tiles of `rows`, on the device. As many tiles are launched as any routing may need; those
     left over end at once."""
     num_slots, num_experts = slots.token_R.shape[0], slots.ends_N.shape[0]
+    used = slots.num_rows
     # ceil(n / rows) <= (n - 1) / rows + 1 for an expert with slots, and 0 for one without.
-    num_tiles = num_slots // rows + min(num_experts, num_slots)
+    num_tiles = used // rows + min(num_experts, used)
     position_R, tile_expert_P, tile_row_P = (
         slots.ends_N.new_empty(size, dtype=torch.int32) for size in (num_slots, num_tiles, num_tiles))
     launch(plan_kernel, (triton.cdiv(max(num_slots, num_tiles), PLAN_BLOCK),), None,
@@ -59,10 +60,10 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
 
 
 @torch.compiler.disable
-def permute_triton(x_TD: Tensor, slots: SortedSlots, num_rows: int) -> Tensor:
+def permute_triton(x_TD: Tensor, slots: SortedSlots) -> Tensor:
     """`permute` in Triton."""
     check_operands("permute", x_TD)
-    return _Permute.apply(x_TD, num_rows, *plan_slots(slots))
+    return _Permute.apply(x_TD, slots.num_rows, *plan_slots(slots))
 
 
 @torch.compiler.disable
@@ -84,7 +85,7 @@ class _Permute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RD):
         plan = SlotPlan(*ctx.saved_tensors)
-        return combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens, sorted_rows=True), None, *(None for _ in plan)
+        return combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens), None, *(None for _ in plan)
 
 
 class _Unpermute(torch.autograd.Function):
@@ -92,7 +93,7 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx, rows_RD, num_tokens, weights_TK, *plan):
         ctx.save_for_backward(None if weights_TK is None else rows_RD, weights_TK, *plan)
         ctx.num_rows = rows_RD.shape[0]
-        return combine_rows(rows_RD, SlotPlan(*plan).position_R, num_tokens, weights_TK, sorted_rows=True)
+        return combine_rows(rows_RD, SlotPlan(*plan).position_R, num_tokens, weights_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,19 +118,18 @@ def gather_rows(x_TD: Tensor, plan: SlotPlan, num_rows: int, weights_TK: Tensor 
     return rows_RD
 
 
-def combine_rows(rows_RD: Tensor, position_R: Tensor, num_tokens: int, weights_TK: Tensor | None = None,
-                 sorted_rows: bool = False) -> Tensor:
+def combine_rows(rows_RD: Tensor, position_R: Tensor, num_tokens: int, weights_TK: Tensor | None = None) -> Tensor:
     """(Weighted) sum of each token's rows -> [T, D]. Rows of empty slots are not read.
 
     Args:
-        rows_RD: one row a slot, in sorted order where `sorted_rows`, else in the order of the flat (token, choice).
+        rows_RD: one row a sorted slot.
     """
     width = rows_RD.shape[1]
     y_TD = rows_RD.new_empty(num_tokens, width)
     num_chosen = position_R.shape[0] // max(num_tokens, 1)
     launch(combine_kernel, (triton.cdiv(num_tokens, ROW_BLOCK), triton.cdiv(width, COLUMN_BLOCK)), None,
            rows_RD, position_R, y_TD, rows_RD if weights_TK is None else weights_TK, num_tokens,
-           K=num_chosen, D=width, WEIGHTED=weights_TK is not None, SORTED=sorted_rows,
+           K=num_chosen, D=width, WEIGHTED=weights_TK is not None,
            ROWS=ROW_BLOCK, COLUMNS=COLUMN_BLOCK, num_warps=4)
     return y_TD
 
@@ -184,7 +184,7 @@ def gather_kernel(x_TD, rows_RD, weights_TK, other_RD, dots_TK, token_R, slot_R,
 
 @triton.jit
 def combine_kernel(rows_RD, position_R, y_TD, weights_TK, num_tokens, K: tl.constexpr, D: tl.constexpr,
-                   WEIGHTED: tl.constexpr, SORTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+                   WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """y[t] = sum over k of (weight *) row, for ROWS tokens and COLUMNS of D."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -193,9 +193,8 @@ def combine_kernel(rows_RD, position_R, y_TD, weights_TK, num_tokens, K: tl.cons
     for k in tl.static_range(K):
         slot = token * K + k
         position = tl.load(position_R + slot, mask=exists, other=-1)
-        row = position if SORTED else slot
         in_use = position >= 0
-        value = tl.load(rows_RD + row.to(tl.int64)[:, None] * D + d[None, :],
+        value = tl.load(rows_RD + position.to(tl.int64)[:, None] * D + d[None, :],
                         mask=in_use[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights_TK + slot, mask=in_use, other=0.0)[:, None]

@@ -101,12 +101,13 @@ def _once_to_each_rank(rank: int) -> None:
     sizes = []
 
     class Watched(AllToAllDispatcher):
-        def split_sizes(self, send_R):
-            sizes.append(super().split_sizes(send_R))
+        def split_sizes(self, send_R2):
+            sizes.append(super().split_sizes(send_R2))
             return sizes[-1]
 
     Watched(dist.group.WORLD, 4)(torch.randn(4, WIDTH, dtype=torch.float64), routing, part_of(bank(4), rank, 2), lambda: None)
-    assert sizes == [([2, 2], [2, 2])], "two of four tokens have an expert on each rank"
+    # Two of four tokens have an expert on each rank: three slots on either, from each of two ranks.
+    assert sizes == [([2, 2], [2, 2], 6)]
 
 
 def test_a_token_goes_once_to_each_rank_that_holds_one_of_its_experts(tmp_path) -> None:

@@ -4,6 +4,9 @@ out in whatever order programs run. (`test_kernels_compile.py` proves the machin
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import triton_interpreter
@@ -212,6 +215,22 @@ def test_the_same_bits_in_any_order(request: pytest.FixtureRequest) -> None:
         again = run(grouped_mlp_triton, leaves, slots, cotangent_TD)
     for first, second in zip(once, again, strict=True):
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_slots_that_are_known_to_be_empty_take_no_memory(backend: str) -> None:
+    """As after an exchange of tokens, where a row has slots for all choices of its token and this rank's experts fill few."""
+    leaves, slots = arguments(choices(20, 5, 3, empty=0.6), 5, 40, 24, torch.float32)
+    used = int(slots.ends_N[-1])
+    sizes = []
+
+    def results(known: int | None) -> list[Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (sizes.append(tensor.shape), tensor)[1], lambda tensor: tensor):
+            return run(partial(grouped_mlp, backend=backend), leaves, replace(slots, in_use=known), torch.ones(20, 40))
+
+    every, few = results(None), results(used)
+    assert all(torch.equal(a, b) for a, b in zip(every, few, strict=True))
+    assert (used, 48) in sizes and used < 60
 
 
 def test_no_tokens() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 import triton_interpreter
@@ -29,9 +32,9 @@ def slots_of(ranks_TK: Tensor) -> SortedSlots:
     return sort_slots(ranks_TK, torch.bincount(ranks_TK.flatten(), minlength=NUM_RANKS + 1)[:NUM_RANKS])
 
 
-def round_trip(x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, backend: str, num_rows: int | None = None) -> list[Tensor]:
+def round_trip(x_TD: Tensor, slots: SortedSlots, weights_TK: Tensor | None, backend: str) -> list[Tensor]:
     """There, something done to the rows, and back: both results and the gradients of the inputs."""
-    rows_RD = permute(x_TD, slots, backend, num_rows)
+    rows_RD = permute(x_TD, slots, backend)
     factor_R1 = torch.linspace(0.5, 1.5, slots.token_R.shape[0])[:rows_RD.shape[0], None].to(rows_RD.dtype)
     y_TD = unpermute(rows_RD * factor_R1, slots, x_TD.shape[0], weights_TK, backend)
     cotangent_TD = torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD).to(y_TD.dtype)
@@ -45,9 +48,10 @@ def check(num_tokens: int, num_chosen: int, empty: float, width: int, dtype: tor
     x_TD = torch.randn(num_tokens, width).to(dtype).requires_grad_()
     weights_TK = torch.rand(num_tokens, num_chosen).requires_grad_()
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    slots = slots_of(ranks_TK)
-    for arguments in ((weights_TK,), (None,), (weights_TK, int(slots.ends_N[-1])), (None, int(slots.ends_N[-1]))):
-        ours, theirs = (round_trip(x_TD, slots, arguments[0], backend, *arguments[1:]) for backend in ("triton", "torch"))
+    every = slots_of(ranks_TK)
+    few = replace(every, in_use=int(every.ends_N[-1]))
+    for slots, weights in itertools.product((every, few), (weights_TK, None)):
+        ours, theirs = (round_trip(x_TD, slots, weights, backend) for backend in ("triton", "torch"))
         for our, their in zip(ours, theirs, strict=True):
             assert our.dtype == their.dtype
             scale = max(their.abs().max().item(), 1) if their.numel() else 1
@@ -60,7 +64,7 @@ def test_rows_of_empty_slots_need_not_be_made(weighted: bool, backend: str) -> N
     slots, x_TD = slots_of(destinations(20, 3, 0.4)), torch.randn(20, 40, requires_grad=True)
     weights_TK = torch.rand(20, 3, requires_grad=True) if weighted else None
     used = int(slots.ends_N[-1])
-    every, few = (round_trip(x_TD, slots, weights_TK, backend, num_rows) for num_rows in (None, used))
+    every, few = (round_trip(x_TD, replace(slots, in_use=known), weights_TK, backend) for known in (None, used))
     assert few[0].shape[0] == used < every[0].shape[0]
     for with_all, without in zip(every[1:], few[1:], strict=True):
         assert torch.equal(with_all, without)

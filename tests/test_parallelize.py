@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.config import Config, config_from_dict
 from emotrain.distributed.mesh import Layout, build_meshes
-from emotrain.distributed.parallelize import ROUTING_DECISIONS, build_model, parallelize
+from emotrain.distributed.parallelize import ROUTING_DECISIONS, _cut, build_model, parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
 from emotrain.training.loop import forward_backward
@@ -69,6 +69,16 @@ def _groups(rank: int) -> None:
 
 def test_token_exchange_stays_among_neighbouring_ranks(tmp_path) -> None:
     run(4, tmp_path, _groups)
+
+
+@pytest.mark.parametrize(("shape", "num_ranks", "axis"), [
+    ((1, 2048, 2048), 128, 1),  # the shared expert
+    ((127, 2048, 2048), 128, 0), ((127, 2048, 2048), 16, 0), ((127, 2048, 2048), 256, 1),
+    ((128, 2048), 1024, 1),  # a router
+    ((100352, 2048), 128, 0), ((2048,), 1024, 0), ((3,), 2, 0)])
+def test_parameters_are_cut_where_nothing_is_padded(shape: tuple[int, ...], num_ranks: int, axis: int) -> None:
+    """FSDP pads the first axis to a multiple of the ranks: a shared expert over 128 ranks would weigh as much as 128."""
+    assert _cut(torch.nn.Parameter(torch.empty(shape, device="meta")), num_ranks).dim == axis
 
 
 # ---- recomputation

@@ -1,7 +1,7 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts and come back. Nothing is dropped or padded.
 
 A token goes once to each rank that holds at least one of its experts, with its routing weights and which of that rank's experts it
-chose, and comes back as one weighted sum. With 7 of 127 experts over 8 ranks that is 5.0 rows a token instead of 7.
+chose, and comes back as one weighted sum. With 7 of 127 experts over 8 ranks that is 4.9 rows a token instead of 7.
 
     rows_SD     sorted by destination      --exchange-->   rows_PD       sorted by origin
     shared experts and statistics run                      grouped_mlp over this rank's experts
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emotrain.kernels import PoolRouting, permute, sort_slots, unpermute
+from emotrain.kernels import PoolRouting, SortedSlots, permute, sort_slots, unpermute
 from emotrain.model.experts import RoutedExperts
 
 Result = TypeVar("Result")
@@ -39,9 +39,9 @@ class AllToAllDispatcher:
         runs while tokens travel."""
         with torch.no_grad():
             owner_TK = torch.where(routing.experts_TK < self.num_experts, routing.experts_TK // self.per_rank, self.num_ranks)
-            ranks_TR, send_R = self._destinations(owner_TK)
-            slots = sort_slots(ranks_TR, send_R)
-        send, received = self.split_sizes(send_R)
+            ranks_TR, send_R2 = self._destinations(owner_TK)
+        send, received, num_local_slots = self.split_sizes(send_R2)
+        slots = sort_slots(ranks_TR, send_R2[:, 0], sum(send))
         token_S, rank_S1 = slots.token_R[:sum(send)], (slots.slot_R[:sum(send)] % self.num_ranks)[:, None]
         mine_SK = owner_TK.index_select(0, token_S) == rank_S1
         local_SK = routing.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
@@ -49,40 +49,45 @@ class AllToAllDispatcher:
 
         there = _Exchange(self.group, send, received)
         choices_PK = there.start(torch.where(mine_SK, local_SK, self.per_rank).to(self._choice_dtype))
-        weights_PK, rows_PD = _Depart.apply(there, weights_SK, permute(x_TD, slots, self.backend, sum(send)))
+        weights_PK, rows_PD = _Depart.apply(there, weights_SK, permute(x_TD, slots, self.backend))
         result = meanwhile()
         weights_PK, rows_PD = _Arrive.apply(there, weights_PK, rows_PD)
-        sums_PD = experts(rows_PD, weights_PK, self._local_slots(choices_PK.long()))
+        sums_PD = experts(rows_PD, weights_PK, self._local_slots(choices_PK.long(), num_local_slots))
 
         back = _Exchange(self.group, received, send)
         sums_SD, = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
         return unpermute(sums_SD, slots, len(x_TD), backend=self.backend), result
 
-    def split_sizes(self, send_R: Tensor) -> tuple[list[int], list[int]]:
-        """Rows sent to and received from each rank. The one place of the forward pass where numbers reach the host."""
-        received_R = torch.empty_like(send_R)
-        dist.all_to_all_single(received_R, send_R, group=self.group)
-        send, received = torch.stack([send_R, received_R]).tolist()
-        return send, received
+    def split_sizes(self, send_R2: Tensor) -> tuple[list[int], list[int], int]:
+        """Rows sent to and received from each rank, and the slots of this rank's experts that the latter bring. The one place of
+        the forward pass where numbers reach the host.
+
+        Args:
+            send_R2: rows and slots for each rank.
+        """
+        received_R2 = torch.empty_like(send_R2)
+        dist.all_to_all_single(received_R2, send_R2, group=self.group)
+        rows_R3 = torch.stack([send_R2[:, 0], received_R2[:, 0], received_R2[:, 1]]).tolist()
+        return rows_R3[0], rows_R3[1], sum(rows_R3[2])
 
     def _destinations(self, owner_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that each token goes to, [T, R] with R where it does not go, and the rows for each rank."""
+        """The ranks that each token goes to, [T, R] with R where it does not go; rows and slots for each rank, [R, 2]."""
         ranks_R = torch.arange(self.num_ranks, device=owner_TK.device)
-        goes_TR1 = torch.zeros(len(owner_TK), self.num_ranks + 1, dtype=torch.bool, device=owner_TK.device).scatter_(1, owner_TK, True)
-        goes_TR = goes_TR1[:, :-1]
-        return torch.where(goes_TR, ranks_R, self.num_ranks), goes_TR.sum(0)
+        slots_TR = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(1, owner_TK, torch.ones_like(owner_TK))[:, :-1]
+        goes_TR = slots_TR > 0
+        return torch.where(goes_TR, ranks_R, self.num_ranks), torch.stack([goes_TR.sum(0), slots_TR.sum(0)], dim=1)
 
     @property
     def _choice_dtype(self) -> torch.dtype:
         return torch.uint8 if self.per_rank < 256 else torch.int32
 
-    def _local_slots(self, choices_PK: Tensor):
+    def _local_slots(self, choices_PK: Tensor, in_use: int) -> SortedSlots:
         """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty slots."""
         # per_rank marks a choice of another rank; the last ranks may hold fewer experts than that.
         choices_PK = choices_PK.clamp(max=self.num_local)
         counts = choices_PK.new_zeros(self.num_local + 1)
         counts.scatter_add_(0, choices_PK.reshape(-1), torch.ones_like(choices_PK.reshape(-1)))
-        return sort_slots(choices_PK, counts[:-1])
+        return sort_slots(choices_PK, counts[:-1], in_use)
 
 
 class _Exchange:

@@ -77,6 +77,8 @@ def set_last_backward(model: nn.Module, is_last: bool) -> None:
     """Tell FSDP whether the next backward pass is the last one of the step."""
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(is_last)
+        # Copies of the model sum their gradients once a step.
+        model.set_requires_all_reduce(is_last)
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -154,20 +156,30 @@ def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
     # Rotary tables, masks and routing weights keep their own precision: inputs are not cast.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bfloat16 else MixedPrecisionPolicy()
     reshard = config.parallel.reshard_after_forward
-    # Where a rank holds few experts they are cut along their hidden width, which expert_dp divides; else along the experts.
-    cut = (lambda _: Shard(1)) if meshes.ep is not None else None
+    cut = partial(_cut, num_ranks=meshes.dense.size(-1))
+    # Spread over ep, experts are cut along their hidden width, which expert_dp divides.
+    cut_experts = (lambda _: Shard(1)) if meshes.ep is not None else cut
     for block in model.blocks:
         if block.moe.experts is not None:
-            fully_shard(block.moe.experts, mesh=meshes.experts, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut)
-        fully_shard(block, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=reshard)
+            fully_shard(block.moe.experts, mesh=meshes.experts, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut_experts)
+        fully_shard(block, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut)
     # The root stays gathered between forward and backward: the loss reads the head outside of its forward pass.
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(model, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=False, shard_placement_fn=cut)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by counts of the whole global batch, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _order_prefetches(model)
+
+
+def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
+    """Along which axis a parameter is cut. FSDP pads the first axis to a multiple of the ranks, in every gather and reduction and in the
+    memory of the first ranks: one shared expert over 128 ranks would weigh as much as 128. It cuts any other axis without padding."""
+    padded = -(-parameter.shape[0] // num_ranks) * num_ranks
+    if padded <= 1.05 * parameter.shape[0]:
+        return Shard(0)
+    return next((Shard(axis) for axis in range(1, parameter.ndim) if parameter.shape[axis] % num_ranks == 0), Shard(0))
 
 
 def _order_prefetches(model: Transformer) -> None:
