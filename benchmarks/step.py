@@ -76,7 +76,7 @@ def hf_step(config: Config, micro_batches: list[PackedBatch], implementation: st
         for batch in micro_batches:
             loss = model(input_ids=batch.tokens_BS, labels=batch.tokens_BS).loss / len(micro_batches)
             loss.backward()
-        clip_gradients(parameters, config.optimizer.clip_norm)
+        clip_gradients(parameters, config.optimizer.clip_norm, Ranks())
         optimizer.step()
 
     return run
