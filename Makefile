@@ -11,10 +11,10 @@ EVALUATE ?= --documents 8 --calibration-documents 6
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long modularity benchmarks clean
+.PHONY: help install quickstart test test-long modularity benchmarks cluster-benchmarks clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## make the environment in .venv and install the project into it
 
@@ -57,6 +57,12 @@ benchmarks: $(VENV)/.installed  ## router, step and expert timings, also against
 	$(BIN)/python benchmarks/step.py --peer hf
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/roofline.py
+
+cluster-benchmarks: $(DATA)/dataset.json  ## what can be measured of a cluster without one: exchange, schedule, planned memory, scale
+	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/balance_schedule.py --data $(DATA)
+	$(BIN)/python benchmarks/plan_memory.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean:  ## remove runs and prepared data (not the environment)
 	rm -rf runs data

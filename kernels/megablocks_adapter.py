@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ def grouped_mlp_megablocks(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots,
     gmm = _grouped_gemm()
     ends_N = slots.ends_N.cpu()
     counts_N = torch.diff(ends_N, prepend=ends_N.new_zeros(1))
-    num_slots, used = slots.token_R.shape[0], int(ends_N[-1])
+    slots = replace(slots, in_use=int(ends_N[-1]))
     idle = torch.nonzero(counts_N == 0).flatten().tolist()
     gate_up_NFD, down_NHD = (_ClearIdle.apply(bank, idle) for bank in (gate_up_NFD, down_NHD))
     # Its result has as many rows as its input but writes those in groups alone: the others are never handed over.
-    hidden_RF = gmm(permute(x_TD, slots)[:used], gate_up_NFD, counts_N, trans_b=True)
+    hidden_RF = gmm(permute(x_TD, slots), gate_up_NFD, counts_N, trans_b=True)
     gate_RH, up_RH = hidden_RF.chunk(2, dim=-1)
     y_RD = gmm(F.silu(gate_RH) * up_RH, down_NHD, counts_N)
-    return unpermute(F.pad(y_RD, (0, 0, 0, num_slots - used)), slots, weights_TK)
+    return unpermute(y_RD, slots, x_TD.shape[0], weights_TK)
 
 
 class _ClearIdle(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import subprocess
@@ -9,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if importlib.util.find_spec("triton") is not None:
+    import triton_interpreter  # noqa: F401  before a test imports Triton, by way of DeepSpeed for one
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = {"kitchen": "bread salt oven butter knead rise flour crust bake slice warm yeast".split(),

@@ -108,7 +108,7 @@ def _worker(rank, world_size, folder, settings, json_options, work, arguments):
     file = Path(folder) / f"options-{rank}.json"
     file.write_text(json.dumps(json_options))
     ranks = Ranks(rank, world_size)
-    recorder = Recorder(DeepSpeedEngine(file, settings, ranks), settings, ranks)
+    recorder = Recorder(DeepSpeedEngine(file, settings, ranks, fresh=True), settings, ranks)
     work(recorder, *arguments)
     torch.save(recorder.record(), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
@@ -346,10 +346,10 @@ def test_files_that_are_not_options(tmp_path):
 
 def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(ValueError, match="needs a launcher of processes; start with `deepspeed launch/pretrain.py"):
-        DeepSpeedEngine(SHIPPED[0], config(), Ranks())
+        DeepSpeedEngine(SHIPPED[0], config(), Ranks(), fresh=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"is not installed; pip install 'emotrain\[deepspeed\]'"):
-        DeepSpeedEngine(SHIPPED[0], config(), Ranks())
+        DeepSpeedEngine(SHIPPED[0], config(), Ranks(), fresh=True)
 
 
 # ---- the launcher

@@ -26,8 +26,8 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 if _LATE and not isinstance(tl.cdiv, interpreter.InterpretedFunction):
-    pytest.skip("Triton was imported before tests/triton_interpreter.py, so its library is compiled, not interpreted",
-                allow_module_level=True)
+    raise ImportError("Triton was imported before tests/triton_interpreter.py, so its library is compiled, not interpreted; "
+                      "tests/conftest.py has to come first")
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _dot, _cast, _binary = Builder.create_dot, Builder.cast_impl, Builder.binary_op

@@ -123,10 +123,11 @@ def _require(holds: bool, message: str) -> None:
 class DeepSpeedEngine:
     """As `training.loop.Engine`, by DeepSpeed. The model's parameters keep their names; of routed experts it holds this rank's."""
 
-    def __init__(self, options: str | Path, config: Config, ranks: Ranks):
+    def __init__(self, options: str | Path, config: Config, ranks: Ranks, fresh: bool):
         """
         Args:
             options: the JSON file; see `read_options` for its errors.
+            fresh: whether the model gets its initial values, or waits for those of a checkpoint.
 
         Raises:
             ModuleNotFoundError: DeepSpeed is not installed. ValueError: a release that is not known; a layout that cannot be;
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
         self.config, self.ranks, self.stage = config, ranks, settings["zero_optimization"]["stage"]
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         self._experts = _ExpertGroups(layout.ep) if layout.ep > 1 else None
-        self.model = _build_model(config, ranks.device, self._experts)
+        self.model = _build_model(config, ranks.device, self._experts, fresh)
         optimizer = build_optimizer(self.model, config.optimizer)
         _regroup(optimizer)
         wrapped = _WithLosses(self.model, config, ranks.device.type)
@@ -326,21 +327,22 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def _build_model(config: Config, device: torch.device, groups: _ExpertGroups | None) -> Transformer:
-    """The model at its start with this rank's experts; the very values that one process would have."""
+def _build_model(config: Config, device: torch.device, groups: _ExpertGroups | None, fresh: bool) -> Transformer:
+    """The model with this rank's experts; where `fresh`, the very values that one process would have."""
     with torch.device("meta"):
         model, whole = Transformer(config.model), Transformer(config.model)
         if groups is not None:
             _spread_experts(model, config, groups)
     model.to_empty(device=device)
-    with torch.no_grad():
-        for (name, parameter), (_, values) in zip(model.named_parameters(), whole.initial_values(config.training.seed), strict=True):
-            if groups is not None and (layer := _expert_layer(name)) is not None:
-                dispatcher = model.blocks[layer].moe.dispatcher
-                values = values.narrow(0, groups.exchange.rank() * dispatcher.per_rank, dispatcher.num_local)
-                # How DeepSpeed knows experts, and the ranks that hold the same ones.
-                parameter.allreduce, parameter.group_name = False, groups.name
-            parameter.copy_(values)
+    starts = whole.initial_values(config.training.seed) if fresh else ((parameter, None) for parameter in whole.parameters())
+    for (name, parameter), (_, values) in zip(model.named_parameters(), starts, strict=True):
+        first = 0
+        if groups is not None and (layer := _expert_layer(name)) is not None:
+            first = groups.exchange.rank() * model.blocks[layer].moe.dispatcher.per_rank
+            # How DeepSpeed knows experts, and the ranks that hold the same ones.
+            parameter.allreduce, parameter.group_name = False, groups.name
+        if values is not None:
+            parameter.data.copy_(values.narrow(0, first, parameter.shape[0]))
     return parallelize(model, config)
 
 

@@ -25,28 +25,29 @@ ROUTING_DECISIONS = {torch.ops.aten.topk.default, torch.ops.aten.sort.default, t
 """Pools, choices and the order of slots."""
 
 
-def build_model(config: Config, ranks: Ranks) -> Transformer:
-    """The model of a run at its start, on its device, spread over the processes as configured. Every layout starts from the very
-    same values.
+def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer:
+    """The model of a run, on its device, spread over the processes as configured.
+
+    Args:
+        fresh: give it its initial values, the very same on every layout. They are drawn one after the other, minutes for billions of
+            parameters; what a checkpoint will overwrite is left as the memory was.
 
     Raises:
         ValueError: a layout that cannot be; see `Layout.of`.
     """
     layout = Layout.of(config, ranks.world_size)
-    if ranks.world_size == 1:
-        model = Transformer(config.model).initialize(config.training.seed).to(ranks.device)
-        return parallelize(model, config)
     with torch.device("meta"):
         model = Transformer(config.model)
-    parallelize(model, config, build_meshes(layout, ranks.device.type, config.training.collective_timeout_s))
-    return materialize(model, config.training.seed, ranks.device)
+    meshes = build_meshes(layout, ranks.device.type, config.training.collective_timeout_s) if ranks.world_size > 1 else None
+    parallelize(model, config, meshes)
+    return materialize(model, config.training.seed if fresh else None, ranks.device)
 
 
 def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None) -> Transformer:
     """Apply the plan in place.
 
     Args:
-        model: with `meshes`, on the meta device: `materialize` follows.
+        model: on the meta device, where `meshes` are given: `materialize` follows.
         meshes: None for a single process.
     """
     # First, so that FSDP sees the experts that this rank holds, and shards those.
@@ -63,13 +64,15 @@ def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None
     return model
 
 
-def materialize(model: Transformer, seed: int, device: torch.device) -> Transformer:
-    """Allocate the shards of a model on the meta device and fill each with its part of what one process would start from."""
+def materialize(model: Transformer, seed: int | None, device: torch.device) -> Transformer:
+    """Allocate this process' part of a model on the meta device and, with a seed, fill it with its part of what one process would
+    start from."""
     model.to_empty(device=device)
     with torch.no_grad():
-        for parameter, values in model.initial_values(seed):
-            parts = distribute_tensor(values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(parts.to_local())
+        for parameter, values in model.initial_values(seed) if seed is not None else ():
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None)
+            local_part(parameter).copy_(local_part(values))
     return model
 
 

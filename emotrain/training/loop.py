@@ -72,8 +72,9 @@ class Engine:
         self.model, self.optimizer = model, optimizer
 
     @classmethod
-    def build(cls, config: Config, ranks: Ranks) -> Engine:
-        model = build_model(config, ranks)
+    def build(cls, config: Config, ranks: Ranks, fresh: bool) -> Engine:
+        """`fresh`: whether the model gets its initial values, or waits for those of a checkpoint."""
+        model = build_model(config, ranks, fresh)
         return cls(model, build_optimizer(model, config.optimizer))
 
     def zero_grad(self) -> None:
@@ -165,7 +166,7 @@ def forward_backward(model: Transformer, micro_batches: Sequence[PackedBatch], c
                       [loss for loss, *_ in terms], stops > 0)
 
 
-def train(config: Config, ranks: Ranks | None = None, build_engine: Callable[[Config, Ranks], Engine] = Engine.build) -> dict[str, Any]:
+def train(config: Config, ranks: Ranks | None = None, build_engine: Callable[[Config, Ranks, bool], Engine] = Engine.build) -> dict[str, Any]:
     """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary of the run.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint is written, and the summary says `interrupted`.
@@ -186,8 +187,9 @@ def train(config: Config, ranks: Ranks | None = None, build_engine: Callable[[Co
     if loader.vocab_size > config.model.vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} tokens of {config.data.path}; "
                          f"raise it to at least that")
-    engine = build_engine(config, ranks)
-    state = _starting_state(config, loader, engine)
+    source, anneals_now = _source(config, ranks)
+    engine = build_engine(config, ranks, source is None)
+    state = _starting_state(config, loader, engine, source, anneals_now)
     last_step = config.num_steps + max(0, state.anneal_start_step)
     if ranks.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -274,8 +276,8 @@ def _check_run(config: Config, ranks: Ranks) -> None:
     Layout.of(config, ranks.world_size)
 
 
-def _starting_state(config: Config, loader: Loader, engine: Engine) -> checkpoint.TrainingState:
-    """Load what the run goes on from into the engine; a fresh state where there is nothing."""
+def _source(config: Config, ranks: Ranks) -> tuple[Path | None, bool]:
+    """The checkpoint that the run goes on from, if any, and whether it begins to anneal there."""
     setup, run_dir = config.training, Path(config.training.run_dir)
     existing = checkpoint.list_checkpoints(run_dir)
     if setup.resume == "never" and existing:
@@ -286,6 +288,13 @@ def _starting_state(config: Config, loader: Loader, engine: Engine) -> checkpoin
     anneals_now = source is None and bool(config.anneal.checkpoint)
     if anneals_now:
         source = checkpoint.find(config.anneal.checkpoint)
+    # A shared file system may show the newest one to some processes first.
+    return ranks.gather(source)[0], anneals_now
+
+
+def _starting_state(config: Config, loader: Loader, engine: Engine, source: Path | None, anneals_now: bool) -> checkpoint.TrainingState:
+    """Load what the run goes on from into the engine; a fresh state where there is nothing."""
+    setup = config.training
     if source is None:
         return checkpoint.TrainingState(0, 0, loader.fingerprint, setup.seed, setup.global_batch, 0.0)
     state = engine.restore(source)
