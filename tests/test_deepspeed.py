@@ -83,7 +83,7 @@ class Recorder:
 
 
 def native(settings: Config) -> Recorder:
-    return Recorder(Engine.build(settings, Ranks()), settings, Ranks())
+    return Recorder(Engine.build(settings, Ranks(), fresh=True), settings, Ranks())
 
 
 @cache

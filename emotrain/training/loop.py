@@ -88,7 +88,7 @@ class Engine:
             return language_model_sums(output, self.model.head, batch, losses.z), output.routing
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add a micro-batch's gradient to those of the step, which the last one sums over ranks."""
+        """Add a micro-batch's gradient to that of the step; after the last one it is the sum over ranks."""
         set_last_backward(self.model, is_last)
         loss.backward()
 
