@@ -34,9 +34,9 @@ from _measure import machine, random_documents
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, config_from_dict
-from emotrain.distributed.dry_run import PARTS, dry_run
+from emotrain.distributed.dry_run import PARTS, dry_run, follow_state
 from emotrain.distributed.meter import Meter
-from emotrain.distributed.parallelize import build_model, local_part
+from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
 from emotrain.training.loop import forward_backward
 from emotrain.training.optimizer import build_optimizer
@@ -74,13 +74,7 @@ def train(rank: int, processes: int, config: Config, folder: str) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     meter = Meter(PARTS)
     step(model, optimizer, batches, config, ranks)
-    for parameter in model.parameters():
-        meter.follow(local_part(parameter.detach()), "parameters")
-        for tensor in optimizer.state[parameter].values():
-            meter.follow(local_part(tensor), "optimizer state")
-    for batch in batches:
-        for tensor in (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.document_ids_G):
-            meter.follow(tensor, "batches")
+    follow_state(meter, model, optimizer, batches)
     with meter:
         step(model, optimizer, batches, config, ranks)
     optimizer.zero_grad(set_to_none=True)

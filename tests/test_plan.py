@@ -288,6 +288,13 @@ def test_the_command_prints_every_part(tmp_path, capsys) -> None:
         assert word in text
 
 
+def test_settings_may_come_after_options() -> None:
+    done = run_command("-m", "emotrain.cli", "plan", "configs/emo_1b14b_1t.yaml", "--nodes", "1", "parallel.ep=3")
+    assert done.returncode == 2 and "parallel.ep=3 does not divide shard=8" in done.stderr
+    done = run_command("-m", "emotrain.cli", "plan", "configs/emo_1b14b_1t.yaml", "parallel.ep=2", "--nonsense")
+    assert done.returncode == 2 and "unrecognized arguments: --nonsense" in done.stderr
+
+
 @pytest.mark.parametrize(("arguments", "says"), [
     (("--gpu", "h900"), "--gpu h900 is not known; choose one of h100-80gb"),
     (("--nodes", "3"), "training.global_batch=1024 is not a multiple of training.micro_batch=4 x 24 processes"),

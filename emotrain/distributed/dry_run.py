@@ -127,7 +127,7 @@ def dry_run(config: Config, world_size: int, target: str = "sm_90", routing: Rou
         if on_gpu:
             stack.enter_context(_gpu_kernels(meter, target, config, layout, routing))
         model, optimizer, micro_batches = _prepare(stack, config, meshes, layout, routing)
-        _follow_state(meter, model, optimizer, micro_batches)
+        follow_state(meter, model, optimizer, micro_batches)
         stack.enter_context(meter)
         stack.enter_context(_ZeroOnHost())
         _step(meter, model, optimizer, micro_batches, config, Ranks(0, world_size))
@@ -204,7 +204,8 @@ def _held(num_experts: int, num_ranks: int) -> list[int]:
     return [max(0, min(per_rank, num_experts - rank * per_rank)) for rank in range(num_ranks)]
 
 
-def _follow_state(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]) -> None:
+def follow_state(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]) -> None:
+    """Tell a meter of what is there before a step: parameters, optimizer state, batches."""
     from emotrain.distributed.parallelize import local_part
 
     for parameter in model.parameters():
