@@ -1,6 +1,8 @@
-"""Metadata of runs of published size, without their bytes: an index of 10^12 tokens, a checkpoint of 1,024 ranks. For `scaling.py`.
+"""Metadata of runs of published size, without their bytes: an index of 10^12 tokens, a checkpoint
+of 1,024 ranks. For `scaling.py`.
 
-What is measured in a process of its own is a function here that returns what JSON can hold; see `in_fresh_process`.
+What is measured in a process of its own is a function here that returns what JSON can hold; see
+`in_fresh_process`.
 """
 
 from __future__ import annotations
@@ -34,17 +36,22 @@ HOLE_BYTES = 2**20
 
 def in_fresh_process(function: str, **arguments: Any) -> dict[str, Any]:
     """Call a function of this file in a new interpreter."""
-    code = (f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import _simulated; "
-            f"print(json.dumps(_simulated.{function}(**json.loads(sys.argv[1]))))")
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import _simulated; "
+        f"print(json.dumps(_simulated.{function}(**json.loads(sys.argv[1]))))"
+    )
     command = [sys.executable, "-W", "ignore", "-c", code, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{function}({arguments}) failed in a process of its own; its error stands above")
+        raise RuntimeError(
+            f"{function}({arguments}) failed in a process of its own; its error stands above"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 class Watch:
-    """Seconds, peak memory above that at the beginning, and bytes read, of a stretch of a process. Linux only."""
+    """Seconds, peak memory above that at the beginning, and bytes read, of a stretch of a
+    process. Linux only."""
 
     def __init__(self) -> None:
         # Forgets the peak so far (proc_pid_clear_refs(5)).
@@ -53,15 +60,31 @@ class Watch:
         self.started, self.worked = time.perf_counter(), time.process_time()
 
     def so_far(self, prefix: str) -> dict[str, float]:
-        seconds, worked, status, read = time.perf_counter() - self.started, time.process_time() - self.worked, _status(), _bytes_read()
-        return {f"{prefix}_seconds": seconds, f"{prefix}_cpu_seconds": worked,
-                f"{prefix}_peak_mib": (status["VmHWM"] - self.resident) / 1024,
-                f"{prefix}_read_bytes": read["rchar"] - self.read["rchar"],
-                f"{prefix}_disk_bytes": read["read_bytes"] - self.read["read_bytes"]}
+        seconds, worked, status, read = (
+            time.perf_counter() - self.started,
+            time.process_time() - self.worked,
+            _status(),
+            _bytes_read(),
+        )
+        return {
+            f"{prefix}_seconds": seconds,
+            f"{prefix}_cpu_seconds": worked,
+            f"{prefix}_peak_mib": (status["VmHWM"] - self.resident) / 1024,
+            f"{prefix}_read_bytes": read["rchar"] - self.read["rchar"],
+            f"{prefix}_disk_bytes": read["read_bytes"] - self.read["read_bytes"],
+        }
 
 
-def start_loader(folder: str, sequence_length: int, first_step: int, steps: int, global_batch: int, sequences: int) -> dict[str, float]:
-    """Open a data set and read the first batches of a rank in the middle. `first_batch_...` counts from the start as `start_...` does."""
+def start_loader(
+    folder: str,
+    sequence_length: int,
+    first_step: int,
+    steps: int,
+    global_batch: int,
+    sequences: int,
+) -> dict[str, float]:
+    """Open a data set and read the first batches of a rank in the middle. `first_batch_...`
+    counts from the start as `start_...` does."""
     import pyarrow.ipc  # noqa: F401  (a library, which the first shard would import)
 
     from emotrain.data.loader import Loader
@@ -70,19 +93,30 @@ def start_loader(folder: str, sequence_length: int, first_step: int, steps: int,
     watch = Watch()
     loader = Loader(folder, sequence_length, seed=0)
     assert loader.fingerprint
-    result = {"import_seconds": imported, "import_resident_mib": watch.resident / 1024, **watch.so_far("start")}
+    result = {
+        "import_seconds": imported,
+        "import_resident_mib": watch.resident / 1024,
+        **watch.so_far("start"),
+    }
     loader.step(first_step, global_batch, sequences, ranks // 2, ranks)
-    result |= watch.so_far("first_batch") | {"total_seconds": _seconds_alive(), "total_peak_mib": _status()["VmHWM"] / 1024}
+    result |= watch.so_far("first_batch") | {
+        "total_seconds": _seconds_alive(),
+        "total_peak_mib": _status()["VmHWM"] / 1024,
+    }
     seconds = []
     for step in range(first_step + 1, first_step + 1 + steps):
         started = time.perf_counter()
         loader.step(step, global_batch, sequences, ranks // 2, ranks)
         seconds.append(time.perf_counter() - started)
-    return result | {"step_seconds": sum(seconds) / max(1, len(seconds)), "steps_peak_mib": watch.so_far("x")["x_peak_mib"]}
+    return result | {
+        "step_seconds": sum(seconds) / max(1, len(seconds)),
+        "steps_peak_mib": watch.so_far("x")["x_peak_mib"],
+    }
 
 
 def start_meshes(config: str, settings: list[str], world_size: int) -> dict[str, float]:
-    """Process groups and plan of a rank on a fake process group: what it computes by itself, without the others' answers."""
+    """Process groups and plan of a rank on a fake process group: what it computes by itself,
+    without the others' answers."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -107,7 +141,8 @@ def start_meshes(config: str, settings: list[str], world_size: int) -> dict[str,
 
 
 def draw_initial_values(config: str, numbers: int) -> dict[str, float]:
-    """First values of a model that one thread draws in a second of processor time, over the first `numbers`, and how many there are."""
+    """First values of a model that one thread draws in a second of processor time, over the
+    first `numbers`, and how many there are."""
     import torch
 
     from emotrain.config import load_config
@@ -123,11 +158,19 @@ def draw_initial_values(config: str, numbers: int) -> dict[str, float]:
             break
     rate = drawn / (time.process_time() - started)
     total = sum(parameter.numel() for parameter in model.parameters())
-    return {"numbers": drawn, "numbers_per_cpu_second": rate, "all_numbers": total, "cpu_seconds": total / rate}
+    return {
+        "numbers": drawn,
+        "numbers_per_cpu_second": rate,
+        "all_numbers": total,
+        "cpu_seconds": total / rate,
+    }
 
 
-def save_metadata(config: str, settings: list[str], world_size: int, folder: str) -> dict[str, float]:
-    """What the first rank does for a checkpoint of `world_size` ranks besides its own tensors: the plan of all, the index, the manifest.
+def save_metadata(
+    config: str, settings: list[str], world_size: int, folder: str
+) -> dict[str, float]:
+    """What the first rank does for a checkpoint of `world_size` ranks besides its own tensors: the
+    plan of all, the index, the manifest.
 
     The ranks' tensor files are holes of the right size; their checksums are invented.
     """
@@ -148,7 +191,9 @@ def save_metadata(config: str, settings: list[str], world_size: int, folder: str
         planner.set_up_planner(parts, is_coordinator=True)
         plans.append(pickle.dumps(planner.create_local_plan()))
     state = TrainingState(1, 1, "0" * 16, 0, 1024, 0.0)
-    staged = _StagedFolder(Path(folder) / "checkpoints/step-00000001", configured, state, 1, None, 0)
+    staged = _StagedFolder(
+        Path(folder) / "checkpoints/step-00000001", configured, state, 1, None, 0
+    )
     staged.staging.mkdir(parents=True)
     watch = Watch()
     # Plans come to the first rank pickled (torch.distributed.gather_object).
@@ -159,22 +204,42 @@ def save_metadata(config: str, settings: list[str], world_size: int, folder: str
         sizes: dict[str, int] = defaultdict(int)
         for item in plan.items:
             sizes[_stem(item.index.fqn)] += _item_bytes(item)
-        files = {stem: WrittenFile(f"{stem}-{rank:05d}.safetensors", size, f"{rank:064x}") for stem, size in sizes.items()}
+        files = {
+            stem: WrittenFile(f"{stem}-{rank:05d}.safetensors", size, f"{rank:064x}")
+            for stem, size in sizes.items()
+        }
         for file in files.values():
             with open(staged.staging / file.name, "wb") as stream:
                 stream.truncate(file.bytes)
         num_bytes += sum(sizes.values())
-        results.append([WriteResult(item.index, _item_bytes(item), (files[_stem(item.index.fqn)], item.tensor_data.chunk.sizes))
-                        for item in plan.items])
+        results.append(
+            [
+                WriteResult(
+                    item.index,
+                    _item_bytes(item),
+                    (files[_stem(item.index.fqn)], item.tensor_data.chunk.sizes),
+                )
+                for item in plan.items
+            ]
+        )
     watch = Watch()
     TensorFilesWriter(staged.staging, staged.begin, staged.commit).finish(metadata, results)
     result |= watch.so_far("write")
-    of_metadata = [file.stat().st_size for file in staged.target.iterdir() if file.suffix != ".safetensors"]
-    return result | {"metadata_bytes": sum(of_metadata), "tensor_bytes": num_bytes, "files": len(list(staged.target.iterdir()))}
+    of_metadata = [
+        file.stat().st_size for file in staged.target.iterdir() if file.suffix != ".safetensors"
+    ]
+    return result | {
+        "metadata_bytes": sum(of_metadata),
+        "tensor_bytes": num_bytes,
+        "files": len(list(staged.target.iterdir())),
+    }
 
 
-def load_metadata(config: str, settings: list[str], world_size: int, folder: str) -> dict[str, float]:
-    """What every rank does to load such a checkpoint besides reading tensors: check the list of files and the index, plan its reads."""
+def load_metadata(
+    config: str, settings: list[str], world_size: int, folder: str
+) -> dict[str, float]:
+    """What every rank does to load such a checkpoint besides reading tensors: check the list of
+    files and the index, plan its reads."""
     from emotrain.training.checkpoint import verify
     from emotrain.training.tensor_files import _LoadPlanner
 
@@ -189,23 +254,35 @@ def load_metadata(config: str, settings: list[str], world_size: int, folder: str
     return result | {"reads": len(planner.create_local_plan().items)} | watch.so_far("load_plan")
 
 
-def write_shards(folder: Path, shard_tokens: int, mean_document: int, distinct: int) -> list[ShardInfo]:
-    """`distinct` whole shards with exponential document lengths, by `write_shard`. All token ids are 0, and holes in the file."""
+def write_shards(
+    folder: Path, shard_tokens: int, mean_document: int, distinct: int
+) -> list[ShardInfo]:
+    """`distinct` whole shards with exponential document lengths, by `write_shard`. All token ids
+    are 0, and holes in the file."""
     (folder / "train").mkdir(parents=True)
     rng, infos = np.random.default_rng(0), []
     for number in range(distinct):
-        lengths = np.maximum(1, rng.exponential(mean_document, 100 + int(1.2 * shard_tokens / mean_document))).astype(np.int64)
+        lengths = np.maximum(
+            1, rng.exponential(mean_document, 100 + int(1.2 * shard_tokens / mean_document))
+        ).astype(np.int64)
         ends = np.cumsum(lengths)
         offsets = np.concatenate([[0], ends[ends < shard_tokens], [shard_tokens]])
         path = folder / "train" / f"distinct-{number:05d}.arrow"
         sources = [f"part-{number:05d}.jsonl.zst:{row}" for row in range(len(offsets) - 1)]
-        infos.append(write_shard(path, np.zeros(shard_tokens, np.uint32), offsets, ["web"] * len(sources), sources))
+        infos.append(
+            write_shard(
+                path, np.zeros(shard_tokens, np.uint32), offsets, ["web"] * len(sources), sources
+            )
+        )
         _make_sparse(path)
     return infos
 
 
-def link_index(shards_folder: Path, infos: Sequence[ShardInfo], folder: Path, num_shards: int) -> dict[str, int]:
-    """A data set of `num_shards` shards, hard links to those of `write_shards` in turn. Returns its size, by what is counted."""
+def link_index(
+    shards_folder: Path, infos: Sequence[ShardInfo], folder: Path, num_shards: int
+) -> dict[str, int]:
+    """A data set of `num_shards` shards, hard links to those of `write_shards` in turn. Returns
+    its size, by what is counted."""
     for split in ("train", "valid"):
         (folder / split).mkdir(parents=True)
     shards = []
@@ -213,10 +290,27 @@ def link_index(shards_folder: Path, infos: Sequence[ShardInfo], folder: Path, nu
         info = infos[number % len(infos)]
         shards.append(replace(info, file=f"train/shard-{number:05d}.arrow"))
         os.link(shards_folder / info.file, folder / shards[-1].file)
-    counts = {"documents": sum(info.documents for info in shards), "tokens": sum(info.tokens for info in shards)}
-    write_manifest(folder, vocab_size=VOCABULARY, eos_id=EOS, eos_token="<eos>", skipped_documents={}, settings={}, splits={
-        "train": {"shards": shards, "domains": {"web": counts}}, "valid": {"shards": [], "domains": {}}})
-    return {**counts, "shards": num_shards, "manifest_bytes": (folder / "dataset.json").stat().st_size}
+    counts = {
+        "documents": sum(info.documents for info in shards),
+        "tokens": sum(info.tokens for info in shards),
+    }
+    write_manifest(
+        folder,
+        vocab_size=VOCABULARY,
+        eos_id=EOS,
+        eos_token="<eos>",
+        skipped_documents={},
+        settings={},
+        splits={
+            "train": {"shards": shards, "domains": {"web": counts}},
+            "valid": {"shards": [], "domains": {}},
+        },
+    )
+    return {
+        **counts,
+        "shards": num_shards,
+        "manifest_bytes": (folder / "dataset.json").stat().st_size,
+    }
 
 
 def forget_pages(folder: Path) -> None:
@@ -230,9 +324,11 @@ def forget_pages(folder: Path) -> None:
 
 
 def parts_of_ranks(config: Config, layout: Layout) -> Iterator[dict[str, TensorPart]]:
-    """For each rank of a layout what it would put into a checkpoint: parameters and AdamW's moments, on the meta device.
+    """For each rank of a layout what it would put into a checkpoint: parameters and AdamW's
+    moments, on the meta device.
 
-    The real plan is made for rank 0 on a fake process group; the boxes of the other ranks follow from its placements.
+    The real plan is made for rank 0 on a fake process group; the boxes of the other ranks follow
+    from its placements.
     """
     import torch
     from torch.distributed.tensor._utils import (
@@ -261,12 +357,18 @@ def parts_of_ranks(config: Config, layout: Layout) -> Iterator[dict[str, TensorP
             for name, shape, placements in tensors:
                 if (shape, placements) not in alike:
                     local, offsets = box_of(shape, mesh.shape, coordinate, placements)
-                    alike[shape, placements] = TensorPart(torch.empty(local, device="meta"), torch.Size(offsets), shape)
-                parts |= dict.fromkeys([name, *(f"{moment}.{name}" for moment in MOMENTS)], alike[shape, placements])
+                    alike[shape, placements] = TensorPart(
+                        torch.empty(local, device="meta"), torch.Size(offsets), shape
+                    )
+                parts |= dict.fromkeys(
+                    [name, *(f"{moment}.{name}" for moment in MOMENTS)], alike[shape, placements]
+                )
         yield parts
 
 
-def _parts(config: str, settings: list[str], world_size: int) -> tuple[Config, Iterator[dict[str, TensorPart]]]:
+def _parts(
+    config: str, settings: list[str], world_size: int
+) -> tuple[Config, Iterator[dict[str, TensorPart]]]:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -280,18 +382,25 @@ def _parts(config: str, settings: list[str], world_size: int) -> tuple[Config, I
 
 def _seconds_alive() -> float:
     """Since this process was started, to 10 ms."""
-    started = int(Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19])
+    started = int(
+        Path("/proc/self/stat").read_text(encoding="ascii").rpartition(")")[2].split()[19]
+    )
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started / os.sysconf("SC_CLK_TCK")
 
 
 def _status() -> dict[str, int]:
     """Memory of this process, in KiB."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("Vm"))
+    lines = (
+        line.split()
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        if line.startswith("Vm")
+    )
     return {name.rstrip(":"): int(value) for name, value, *_ in lines}
 
 
 def _bytes_read() -> dict[str, int]:
-    """Bytes that this process has asked for by read calls (`rchar`), and those that came from a disk, mapped pages too (`read_bytes`)."""
+    """Bytes that this process has asked for by read calls (`rchar`), and those that came from a
+    disk, mapped pages too (`read_bytes`)."""
     lines = Path("/proc/self/io").read_text(encoding="ascii").splitlines()
     return {name: int(value) for name, value in (line.split(": ") for line in lines)}
 

@@ -1,16 +1,19 @@
-"""Bytes that expert parallelism moves: a token once to each rank that holds one of its experts, against one row for each expert.
+"""Bytes that expert parallelism moves: a token once to each rank that holds one of its experts,
+against one row for each expert.
 
     python benchmarks/dispatch.py [--json] [--tokens 2048] [--ep 8]
 
-Local processes exchange real tokens over gloo through `AllToAllDispatcher`, forward and backward, and count what they hand to
-the collectives: rows there and back, their gradients, routing weights, choices and split sizes. What stays on its own rank counts in
-both designs. The other design moves each slot's row (no weight: it is applied on return) there and back, and its gradients,
-and one int32 a slot that says which expert it is for.
+Local processes exchange real tokens over gloo through `AllToAllDispatcher`, forward and backward,
+and count what they hand to the collectives: rows there and back, their gradients, routing weights,
+choices and split sizes. What stays on its own rank counts in both designs. The other design moves
+each slot's row (no weight: it is applied on return) there and back, and its gradients, and one
+int32 a slot that says which expert it is for.
 
     bytes_over_row_per_expert   under uniform routing: every token chooses any k of the N experts
     pool_P                      the same with documents of `--document-tokens` tokens that draw pools of P experts
 
-`--width` and the dtype (bf16) set the weight of a row against its routing weights; the published width is 2048.
+`--width` and the dtype (bf16) set the weight of a row against its routing weights; the published
+width is 2048.
 """
 
 from __future__ import annotations
@@ -50,12 +53,15 @@ class CountedBytes:
 
 
 def route(args: argparse.Namespace, rank: int, pool: int | None) -> PoolRouting:
-    """Routing of random logits; with a pool, those of a document share a bias, so that its pool is its own."""
+    """Routing of random logits; with a pool, those of a document share a bias, so that its pool
+    is its own."""
     generator = torch.Generator().manual_seed(rank)
     documents = max(1, args.tokens // args.document_tokens)
     document_T = torch.arange(args.tokens) * documents // args.tokens
     logits_TN = torch.randn(args.tokens, args.experts, generator=generator)
-    logits_TN += torch.randn(documents, args.experts, generator=generator)[document_T] if pool else 0
+    logits_TN += (
+        torch.randn(documents, args.experts, generator=generator)[document_T] if pool else 0
+    )
     size_G = torch.full((documents,), pool) if pool else None
     return pool_routing(logits_TN, document_T, documents, args.chosen, size_G)
 
@@ -75,23 +81,33 @@ def exchange(args: argparse.Namespace, routing: PoolRouting) -> dict[str, float]
         y_TD, _ = dispatcher(x_TD, leaf, experts, lambda: None)
         y_TD.sum().backward()
     # Every chosen expert weighs its token's row: the sum says whether all of them were reached.
-    torch.testing.assert_close(y_TD.float(), (x_TD * weights_TK.sum(1, keepdim=True)).float(), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        y_TD.float(), (x_TD * weights_TK.sum(1, keepdim=True)).float(), rtol=0.05, atol=0.05
+    )
     slots = int((routing.experts_TK < args.experts).sum())
-    return {"bytes": counted.sent, "row_per_expert_bytes": slots * (4 * args.width * 2 + 4), "slots": slots}
+    return {
+        "bytes": counted.sent,
+        "row_per_expert_bytes": slots * (4 * args.width * 2 + 4),
+        "slots": slots,
+    }
 
 
 def worker(rank: int, args: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.ep)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.ep
+    )
     results = {}
     for name, pool in [("uniform", None), *((f"pool_{size}", size) for size in args.pools)]:
         parts = exchange(args, route(args, rank, pool))
         sums = torch.tensor([float(value) for value in parts.values()], dtype=torch.float64)
         dist.all_reduce(sums)
         total = dict(zip(parts, sums.tolist(), strict=True))
-        results[name] = {"bytes_over_row_per_expert": total["bytes"] / total["row_per_expert_bytes"],
-                         "bytes_per_token": total["bytes"] / args.tokens / args.ep,
-                         "slots_per_token": total["slots"] / args.tokens / args.ep}
+        results[name] = {
+            "bytes_over_row_per_expert": total["bytes"] / total["row_per_expert_bytes"],
+            "bytes_per_token": total["bytes"] / args.tokens / args.ep,
+            "slots_per_token": total["slots"] / args.tokens / args.ep,
+        }
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results), encoding="utf-8")
     dist.destroy_process_group()
@@ -99,14 +115,39 @@ def worker(rank: int, args: argparse.Namespace, folder: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
-    parser.add_argument("--ep", type=int, default=8, help="ranks, as local processes (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a rank (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=2048, help="D, width of a token (default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=127, help="N, routed experts (default: %(default)s)")
-    parser.add_argument("--chosen", type=int, default=7, help="k, experts a token chooses (default: %(default)s)")
-    parser.add_argument("--pools", type=int, nargs="*", default=[16, 32, 64], help="pool sizes (default: %(default)s)")
-    parser.add_argument("--document-tokens", type=int, default=400, help="tokens of a document (default: %(default)s)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line of standard output",
+    )
+    parser.add_argument(
+        "--ep", type=int, default=8, help="ranks, as local processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens of a rank (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=int, default=2048, help="D, width of a token (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--experts", type=int, default=127, help="N, routed experts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chosen", type=int, default=7, help="k, experts a token chooses (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--pools",
+        type=int,
+        nargs="*",
+        default=[16, 32, 64],
+        help="pool sizes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--document-tokens",
+        type=int,
+        default=400,
+        help="tokens of a document (default: %(default)s)",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(worker, (args, folder), nprocs=args.ep, start_method="fork")
@@ -115,14 +156,34 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("routing", "bytes a token and layer", "over one row an expert", title=f"Exchange over {args.ep} ranks", title_justify="left",
-                  caption="forward and backward; width {width}, {experts} experts, {chosen} a token".format(**vars(args)), caption_justify="left")
+    table = Table(
+        "routing",
+        "bytes a token and layer",
+        "over one row an expert",
+        title=f"Exchange over {args.ep} ranks",
+        title_justify="left",
+        caption="forward and backward; width {width}, {experts} experts, {chosen} a token".format(
+            **vars(args)
+        ),
+        caption_justify="left",
+    )
     for name, arm in arms.items():
-        table.add_row(name, f"{arm['bytes_per_token']:,.0f}", f"{arm['bytes_over_row_per_expert']:.3f}")
+        table.add_row(
+            name, f"{arm['bytes_per_token']:,.0f}", f"{arm['bytes_over_row_per_expert']:.3f}"
+        )
     Console(file=sys.stderr).print(table)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key != "json"}
-        print(json.dumps({"bytes_over_row_per_expert": arms["uniform"]["bytes_over_row_per_expert"], **arms, **settings, "machine": machine()}))
+        print(
+            json.dumps(
+                {
+                    "bytes_over_row_per_expert": arms["uniform"]["bytes_over_row_per_expert"],
+                    **arms,
+                    **settings,
+                    "machine": machine(),
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""The proof in small: EMO against the architecture-matched standard MoE on the same data, order, seed and tokens.
+"""The proof in small: EMO against the architecture-matched standard MoE on the same data, order,
+seed and tokens.
 
-Trains both (in parallel, one core each by default), evaluates both with the same held-out documents and the same subset sizes, and
-prints both curves: loss increase by share of experts kept, for each domain and on average, with two controls (random experts, and
-the experts of another domain). Writes modularity.json, modularity.md and modularity.png. Interrupted, it goes on where it was.
+Trains both (in parallel, one core each by default), evaluates both with the same held-out documents
+and the same subset sizes, and prints both curves: loss increase by share of experts kept, for each
+domain and on average, with two controls (random experts, and the experts of another domain). Writes
+modularity.json, modularity.md and modularity.png. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -17,21 +19,50 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"EMO": ("emo", ROOT / "configs/modularity_emo.yaml"), "standard MoE": ("stdmoe", ROOT / "configs/modularity_stdmoe.yaml")}
+MODELS = {
+    "EMO": ("emo", ROOT / "configs/modularity_emo.yaml"),
+    "standard MoE": ("stdmoe", ROOT / "configs/modularity_stdmoe.yaml"),
+}
 KEEP = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def main(arguments: list[str] | None = None) -> int:
     from emotrain.cli import add_json, guarded
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Further key=value settings go to both models, for example "
-                                     "training.steps=1200.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="Further key=value settings go to both models, for example training.steps=1200.",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of both models")
-    parser.add_argument("--data", default="data/sample", help="folder written by `emotrain prepare` (default: %(default)s)")
-    parser.add_argument("--out", default="runs/modularity", help="folder of both runs and the results (default: %(default)s)")
-    parser.add_argument("--keep", type=float, nargs="+", default=KEEP, help="shares of experts to keep (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=64, help="most held-out documents of a domain (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, on one thread each (default: %(default)s)")
+    parser.add_argument(
+        "--data",
+        default="data/sample",
+        help="folder written by `emotrain prepare` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        default="runs/modularity",
+        help="folder of both runs and the results (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        default=KEEP,
+        help="shares of experts to keep (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=64,
+        help="most held-out documents of a domain (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=2,
+        help="models trained at a time, on one thread each (default: %(default)s)",
+    )
     add_json(parser)
     return guarded(run, parser.parse_args(arguments))
 
@@ -43,15 +74,25 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = {label: pool.submit(_train_and_evaluate, name, config, args) for label, (name, config) in MODELS.items()}
+        futures = {
+            label: pool.submit(_train_and_evaluate, name, config, args)
+            for label, (name, config) in MODELS.items()
+        }
         evaluations = [(label, future.result()) for label, future in futures.items()]
     results = summary(dict(evaluations))
     tables = [mean_table(evaluations), *(domain_table(result) for _, result in evaluations)]
     titles = ["", *(f"### {label}\n\n" for label, _ in evaluations)]
-    (out / "modularity.md").write_text("# The proof in small\n\n" + describe(results, dict(evaluations)) + "\n" + "\n".join(
-        title + table.markdown() for title, table in zip(titles, tables, strict=True)), encoding="utf-8")
+    (out / "modularity.md").write_text(
+        "# The proof in small\n\n"
+        + describe(results, dict(evaluations))
+        + "\n"
+        + "\n".join(title + table.markdown() for title, table in zip(titles, tables, strict=True)),
+        encoding="utf-8",
+    )
     (out / "modularity.png").write_bytes(subset_figure(evaluations))
-    (out / "modularity.json").write_text(json.dumps({**results, "evaluations": dict(evaluations)}, indent=1), encoding="utf-8")
+    (out / "modularity.json").write_text(
+        json.dumps({**results, "evaluations": dict(evaluations)}, indent=1), encoding="utf-8"
+    )
     print((out / "modularity.md").read_text(encoding="utf-8"), file=sys.stderr)
     print(f"results in {out}/modularity.md, .png and .json", file=sys.stderr)
     if args.json:
@@ -63,51 +104,92 @@ def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The numbers the comparison is judged by; increases are nats a token, means over domains."""
     emo, standard = evaluations["EMO"], evaluations["standard MoE"]
     results: dict[str, Any] = {
-        "emo_full_loss_nats": emo["mean"]["loss_nats"], "standard_full_loss_nats": standard["mean"]["loss_nats"],
+        "emo_full_loss_nats": emo["mean"]["loss_nats"],
+        "standard_full_loss_nats": standard["mean"]["loss_nats"],
         "emo_full_loss_over_standard": emo["mean"]["loss_nats"] / standard["mean"]["loss_nats"],
         "emo_domain_cosine_last_layer": emo["routing"]["domain_cosine_per_layer"][-1],
-        "standard_domain_cosine_last_layer": standard["routing"]["domain_cosine_per_layer"][-1]}
+        "standard_domain_cosine_last_layer": standard["routing"]["domain_cosine_per_layer"][-1],
+    }
     for keep in emo["mean"]["increase_nats"]:
         for name, result in (("emo", emo), ("standard", standard)):
             for arm, increase in result["mean"]["increase_nats"][keep].items():
                 results[f"{name}_increase_nats_{arm}_{keep}"] = increase
         ours = emo["mean"]["increase_nats"][keep]["selected"]
         # Where a subset costs EMO nothing, no ratio says by how much it is better.
-        results[f"standard_increase_over_emo_{keep}"] = standard["mean"]["increase_nats"][keep]["selected"] / ours if ours > 0 else None
+        results[f"standard_increase_over_emo_{keep}"] = (
+            standard["mean"]["increase_nats"][keep]["selected"] / ours if ours > 0 else None
+        )
     return results
 
 
 def describe(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
     """What was compared and how it came out, in a few lines of Markdown."""
     kept = evaluations["EMO"]["experts"]
-    lines = [f"- {evaluations['EMO']['step']:,} steps each; {kept['per_layer'][0]} experts a layer ({kept['shared']} shared), "
-             f"{kept['per_token']} a token; {len(evaluations['EMO']['domains'])} domains.",
-             f"- Full model, nats a token: EMO {results['emo_full_loss_nats']:.3f}, standard {results['standard_full_loss_nats']:.3f} "
-             f"({100 * (results['emo_full_loss_over_standard'] - 1):+.2f} %).",
-             f"- Mean cosine between the domains' routing in the last layer: EMO {results['emo_domain_cosine_last_layer']:.2f}, "
-             f"standard {results['standard_domain_cosine_last_layer']:.2f}."]
+    lines = [
+        f"- {evaluations['EMO']['step']:,} steps each; {kept['per_layer'][0]} experts a layer "
+        f"({kept['shared']} shared), "
+        f"{kept['per_token']} a token; {len(evaluations['EMO']['domains'])} domains.",
+        f"- Full model, nats a token: EMO {results['emo_full_loss_nats']:.3f}, standard "
+        f"{results['standard_full_loss_nats']:.3f} "
+        f"({100 * (results['emo_full_loss_over_standard'] - 1):+.2f} %).",
+        f"- Mean cosine between the domains' routing in the last layer: EMO "
+        f"{results['emo_domain_cosine_last_layer']:.2f}, "
+        f"standard {results['standard_domain_cosine_last_layer']:.2f}.",
+    ]
     for keep in evaluations["EMO"]["mean"]["increase_nats"]:
         if float(keep) < 1:
             ratio = results[f"standard_increase_over_emo_{keep}"]
-            lines.append(f"- {100 * float(keep):g} % of the experts: EMO {results[f'emo_increase_nats_selected_{keep}']:+.3f} nats, standard "
-                         f"{results[f'standard_increase_nats_selected_{keep}']:+.3f}" + (f" ({ratio:.1f} times as much)." if ratio else "."))
+            lines.append(
+                f"- {100 * float(keep):g} % of the experts: EMO "
+                f"{results[f'emo_increase_nats_selected_{keep}']:+.3f} nats, standard "
+                f"{results[f'standard_increase_nats_selected_{keep}']:+.3f}"
+                + (f" ({ratio:.1f} times as much)." if ratio else ".")
+            )
     return "\n".join(lines) + "\n"
 
 
 def _train_and_evaluate(name: str, config: Path, args: argparse.Namespace) -> dict[str, Any]:
     run_dir = Path(args.out) / name
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else dict(os.environ)
-    _call([str(ROOT / "launch/pretrain.py"), str(config), f"data.path={args.data}", f"training.run_dir={run_dir}", *args.settings], environment)
-    _call(["-m", "emotrain.cli", "evaluate", str(run_dir), "--data", args.data, "--out", str(run_dir / "evaluation"), "--keep",
-           *map(str, args.keep), "--documents", str(args.documents)], environment)
+    _call(
+        [
+            str(ROOT / "launch/pretrain.py"),
+            str(config),
+            f"data.path={args.data}",
+            f"training.run_dir={run_dir}",
+            *args.settings,
+        ],
+        environment,
+    )
+    _call(
+        [
+            "-m",
+            "emotrain.cli",
+            "evaluate",
+            str(run_dir),
+            "--data",
+            args.data,
+            "--out",
+            str(run_dir / "evaluation"),
+            "--keep",
+            *map(str, args.keep),
+            "--documents",
+            str(args.documents),
+        ],
+        environment,
+    )
     return json.loads((run_dir / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
 
 
 def _call(command: list[str], environment: dict[str, str]) -> None:
     # Only results belong on stdout.
-    code = subprocess.run([sys.executable, *command], env=environment, stdout=sys.stderr, check=False).returncode
+    code = subprocess.run(
+        [sys.executable, *command], env=environment, stdout=sys.stderr, check=False
+    ).returncode
     if code:
-        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}; its message stands above")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with exit code {code}; its message stands above"
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The plan's memory against what real training takes: peak of tensor memory and of resident memory, on this machine's CPU.
+"""The plan's memory against what real training takes: peak of tensor memory and of resident memory,
+on this machine's CPU.
 
     python benchmarks/plan_memory.py [--small] [--json]
 
-Each case trains two steps in 1, 2 or 4 processes over gloo, and is planned by a dry run for the same device (`dry_run(..., "cpu")`: what
-a CPU keeps and allocates is not what a GPU does, so that the plan is for the one it is checked on). Measured in the second step of rank 0:
+Each case trains two steps in 1, 2 or 4 processes over gloo, and is planned by a dry run for the
+same device (`dry_run(..., "cpu")`: what a CPU keeps and allocates is not what a GPU does, so that
+the plan is for the one it is checked on). Measured in the second step of rank 0:
 
     tensors    peak of what tensors hold, every storage followed from its allocation to its end on real tensors (`Meter`)
     resident   peak resident memory of the process less that before the model was built. It has the buffers of kernels and of gloo on
@@ -43,21 +45,46 @@ from emotrain.training.optimizer import build_optimizer
 
 MIB = 1 << 20
 # (processes, ep, recompute, balance_schedule, hidden width of an expert)
-CASES = [(1, 1, "none", "joint", 256), (1, 1, "full", "joint", 256), (2, 1, "none", "joint", 256), (2, 2, "none", "running", 256),
-         (2, 1, "full", "running", 512), (4, 1, "none", "running", 512), (4, 2, "none", "joint", 512), (4, 4, "full", "joint", 512),
-         (4, 4, "none", "running", 512)]
+CASES = [
+    (1, 1, "none", "joint", 256),
+    (1, 1, "full", "joint", 256),
+    (2, 1, "none", "joint", 256),
+    (2, 2, "none", "running", 256),
+    (2, 1, "full", "running", 512),
+    (4, 1, "none", "running", 512),
+    (4, 2, "none", "joint", 512),
+    (4, 4, "full", "joint", 512),
+    (4, 4, "none", "running", 512),
+]
 SMALL = [(1, 1, "none", "joint", 128), (2, 1, "none", "running", 128), (2, 2, "full", "joint", 128)]
 
 
-def case_config(processes: int, ep: int, recompute: str, schedule: str, hidden: int, small: bool) -> Config:
+def case_config(
+    processes: int, ep: int, recompute: str, schedule: str, hidden: int, small: bool
+) -> Config:
     """State of 100 to 700 MB over all processes, two micro-batches a step."""
-    return config_from_dict({
-        "model": {"vocab_size": 4096, "d_model": 128 if small else 256, "num_layers": 3 if small else 4, "num_heads": 4,
-                  "experts": {"count": 33, "shared": 1, "per_token": 5, "hidden": hidden, "backend": "torch"},
-                  "router": {"pool": {"min": 8, "max": 32}}},
-        "data": {"sequence_length": 256 if small else 512}, "losses": {"balance_schedule": schedule},
-        "training": {"global_batch": 4 * processes, "micro_batch": 2, "precision": "float32"},
-        "parallel": {"ep": ep, "recompute": recompute}})
+    return config_from_dict(
+        {
+            "model": {
+                "vocab_size": 4096,
+                "d_model": 128 if small else 256,
+                "num_layers": 3 if small else 4,
+                "num_heads": 4,
+                "experts": {
+                    "count": 33,
+                    "shared": 1,
+                    "per_token": 5,
+                    "hidden": hidden,
+                    "backend": "torch",
+                },
+                "router": {"pool": {"min": 8, "max": 32}},
+            },
+            "data": {"sequence_length": 256 if small else 512},
+            "losses": {"balance_schedule": schedule},
+            "training": {"global_batch": 4 * processes, "micro_batch": 2, "precision": "float32"},
+            "parallel": {"ep": ep, "recompute": recompute},
+        }
+    )
 
 
 def train(rank: int, processes: int, config: Config, folder: str) -> None:
@@ -65,7 +92,9 @@ def train(rank: int, processes: int, config: Config, folder: str) -> None:
     torch.set_num_threads(1)
     _return_memory_at_once()
     if processes > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
+        )
     ranks = Ranks(rank, processes)
     _warm_up(config, ranks)
     batches = _batches(config)
@@ -83,17 +112,33 @@ def train(rank: int, processes: int, config: Config, folder: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # start a new peak
     step(model, optimizer, batches, config, ranks)
     if rank == 0:
-        Path(folder, "measured.json").write_text(json.dumps({"tensors": meter.peak_bytes, "resident": _peak_resident() - before,
-                                                             "kinds": meter.bytes_at_peak()}))
+        Path(folder, "measured.json").write_text(
+            json.dumps(
+                {
+                    "tensors": meter.peak_bytes,
+                    "resident": _peak_resident() - before,
+                    "kinds": meter.bytes_at_peak(),
+                }
+            )
+        )
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _warm_up(config: Config, ranks: Ranks) -> None:
-    """A step of a tiny model of the same layout: what torch loads and keeps when it is first used is no memory of the run."""
-    tiny = replace(config, model=replace(config.model, d_model=32, vocab_size=128, experts=replace(config.model.experts, hidden=16)),
-                   data=replace(config.data, sequence_length=32))
+    """A step of a tiny model of the same layout: what torch loads and keeps when it is first
+    used is no memory of the run."""
+    tiny = replace(
+        config,
+        model=replace(
+            config.model,
+            d_model=32,
+            vocab_size=128,
+            experts=replace(config.model.experts, hidden=16),
+        ),
+        data=replace(config.data, sequence_length=32),
+    )
     model = build_model(tiny, ranks)
     step(model, build_optimizer(model, tiny.optimizer), _batches(tiny), tiny, ranks)
     del model
@@ -103,10 +148,19 @@ def _warm_up(config: Config, ranks: Ranks) -> None:
 
 def _batches(config: Config) -> list[PackedBatch]:
     rows = config.training.micro_batch
-    return [random_documents(rows, config.data.sequence_length, 3 * rows, config.model.vocab_size, seed) for seed in range(2)]
+    return [
+        random_documents(rows, config.data.sequence_length, 3 * rows, config.model.vocab_size, seed)
+        for seed in range(2)
+    ]
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batches: Sequence[Any], config: Config, ranks: Ranks) -> None:
+def step(
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Any],
+    config: Config,
+    ranks: Ranks,
+) -> None:
     forward_backward(model, batches, config, 1, ranks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -117,19 +171,32 @@ def compare(case: tuple[int, int, str, str, int], small: bool) -> dict[str, Any]
     processes, ep, recompute, schedule, hidden = case
     config = case_config(*case, small)
     with tempfile.TemporaryDirectory() as folder:
-        # Forked, so that nothing is imported again; a process with one thread and no open groups may be.
-        mp.start_processes(train, (processes, config, folder), nprocs=processes, start_method="fork")
+        # Forked, so that nothing is imported again; a process with one thread and no open groups
+        # may be.
+        mp.start_processes(
+            train, (processes, config, folder), nprocs=processes, start_method="fork"
+        )
         measured = json.loads(Path(folder, "measured.json").read_text())
     planned = dry_run(config, processes, "cpu")
-    return {"processes": processes, "ep": ep, "recompute": recompute, "schedule": schedule, "hidden": hidden,
-            "planned_mib": planned.peak_bytes / MIB, "tensors_mib": measured["tensors"] / MIB, "resident_mib": measured["resident"] / MIB,
-            "tensor_error": planned.peak_bytes / measured["tensors"] - 1, "resident_error": planned.peak_bytes / measured["resident"] - 1,
-            "planned_kinds_mib": {kind: size / MIB for kind, size in planned.at_peak.items()},
-            "measured_kinds_mib": {kind: size / MIB for kind, size in measured["kinds"].items()}}
+    return {
+        "processes": processes,
+        "ep": ep,
+        "recompute": recompute,
+        "schedule": schedule,
+        "hidden": hidden,
+        "planned_mib": planned.peak_bytes / MIB,
+        "tensors_mib": measured["tensors"] / MIB,
+        "resident_mib": measured["resident"] / MIB,
+        "tensor_error": planned.peak_bytes / measured["tensors"] - 1,
+        "resident_error": planned.peak_bytes / measured["resident"] - 1,
+        "planned_kinds_mib": {kind: size / MIB for kind, size in planned.at_peak.items()},
+        "measured_kinds_mib": {kind: size / MIB for kind, size in measured["kinds"].items()},
+    }
 
 
 def _return_memory_at_once() -> None:
-    """Have the allocator map every tensor by itself, so that resident memory falls when one is freed (glibc)."""
+    """Have the allocator map every tensor by itself, so that resident memory falls when one is
+    freed (glibc)."""
     m_mmap_threshold, m_trim_threshold = -3, -1
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_threshold, 1 << 16)
@@ -145,22 +212,38 @@ def _peak_resident() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="three cases of a few seconds together")
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="three cases of a few seconds together"
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object as the last line of standard output",
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = [compare(case, args.small) for case in (SMALL if args.small else CASES)]
-    result = {"worst_tensor_error": max(abs(row["tensor_error"]) for row in rows),
-              "worst_resident_error": max(abs(row["resident_error"]) for row in rows), "cases": rows, "machine": machine()}
+    result = {
+        "worst_tensor_error": max(abs(row["tensor_error"]) for row in rows),
+        "worst_resident_error": max(abs(row["resident_error"]) for row in rows),
+        "cases": rows,
+        "machine": machine(),
+    }
     if args.json:
         print(json.dumps(result))
         return
-    print(f"{'processes':>9}{'ep':>4}{'recompute':>11}{'schedule':>10}{'planned MiB':>13}{'tensors MiB':>13}{'resident MiB':>14}"
-          f"{'errors':>18}")
+    print(
+        f"{'processes':>9}{'ep':>4}{'recompute':>11}{'schedule':>10}{'planned MiB':>13}{'tensors MiB':>13}{'resident MiB':>14}"
+        f"{'errors':>18}"
+    )
     for row in rows:
-        print(f"{row['processes']:>9}{row['ep']:>4}{row['recompute']:>11}{row['schedule']:>10}{row['planned_mib']:>13.1f}"
-              f"{row['tensors_mib']:>13.1f}{row['resident_mib']:>14.1f}{row['tensor_error']:>+9.1%}{row['resident_error']:>+9.1%}")
+        print(
+            f"{row['processes']:>9}{row['ep']:>4}{row['recompute']:>11}{row['schedule']:>10}{row['planned_mib']:>13.1f}"
+            f"{row['tensors_mib']:>13.1f}{row['resident_mib']:>14.1f}{row['tensor_error']:>+9.1%}{row['resident_error']:>+9.1%}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Bytes and FLOPs of one layer's routed experts, forward and backward, on paper, for three designs on an A100 and an H100.
+"""Bytes and FLOPs of one layer's routed experts, forward and backward, on paper, for three designs
+on an A100 and an H100.
 
     python benchmarks/roofline.py [--tokens 16384] [--imbalance 1.5] [--json]
 
-THIS IS A MODEL, NOT A MEASUREMENT: nothing here ran on a GPU. It counts what each kernel must move between the GPU's memory and its
-processors if every operand travels once a kernel, and rows that are gathered by token once a slot; what tiles read again comes
-from the L2 cache and is not counted. A kernel then takes the longer of bytes / bandwidth and FLOPs / peak; real kernels take more.
+THIS IS A MODEL, NOT A MEASUREMENT: nothing here ran on a GPU. It counts what each kernel must move
+between the GPU's memory and its processors if every operand travels once a kernel, and rows that
+are gathered by token once a slot; what tiles read again comes from the L2 cache and is not counted.
+A kernel then takes the longer of bytes / bandwidth and FLOPs / peak; real kernels take more.
 
     fused          our Triton kernels: rows gathered in the loads of a GEMM, SwiGLU and weights in their epilogues
     permute copy   the published design (spec 3.2; MegaBlocks' grouped path): rows copied into expert order, three GEMMs, rows copied
@@ -23,7 +25,8 @@ import json
 from dataclasses import dataclass
 
 DEVICES = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12)}
-"""Bytes a second and bfloat16 FLOPs a second of the SXM boards with 80 GB (NVIDIA's data sheets)."""
+"""Bytes a second and bfloat16 FLOPs a second of the SXM boards with 80 GB (NVIDIA's data
+sheets)."""
 ELEMENT = 2
 """Bytes of a bfloat16."""
 
@@ -82,28 +85,49 @@ class Layer:
 
 
 def fused(layer: Layer) -> tuple[list[Kernel], float]:
-    """Our kernels in the order of their launches, and the bytes kept for backward. `index` is 8 bytes a slot (the token or the
-    choice of a sorted slot), `word` is 4 (a weight or a position)."""
-    rows, inner, bank, gemm, index, word = layer.rows, layer.inner, layer.bank, layer.gemm, 8.0 * layer.slots, 4.0 * layer.slots
+    """Our kernels in the order of their launches, and the bytes kept for backward. `index` is 8
+    bytes a slot (the token or the choice of a sorted slot), `word` is 4 (a weight or a
+    position)."""
+    rows, inner, bank, gemm, index, word = (
+        layer.rows,
+        layer.inner,
+        layer.bank,
+        layer.gemm,
+        8.0 * layer.slots,
+        4.0 * layer.slots,
+    )
     kernels = [
         Kernel("plan", index, word),
         Kernel("gate_up", index + rows + 2 * bank, 2 * inner + inner, 2 * gemm),
         Kernel("rows", index + word + inner + bank, rows, gemm),
         Kernel("combine", word + rows, layer.x),
         # Backward. The weights' gradient leaves one partial sum for 128 hidden units.
-        Kernel("grad_hidden", 2 * index + word + rows + bank + 2 * inner, 2 * inner + inner + word * layer.hidden / 128, gemm),
+        Kernel(
+            "grad_hidden",
+            2 * index + word + rows + bank + 2 * inner,
+            2 * inner + inner + word * layer.hidden / 128,
+            gemm,
+        ),
         Kernel("weight_grad", index + inner + rows, bank, gemm),
         Kernel("weight_grad", index + 2 * inner + rows, 2 * bank, 2 * gemm),
         Kernel("rows", index + 2 * inner + 2 * bank, rows, 2 * gemm),
         Kernel("combine", word + rows, layer.x),
     ]
-    # Besides x, which the norm before the layer shares: gate and up, two indices, a weight and a position of each slot.
+    # Besides x, which the norm before the layer shares: gate and up, two indices, a weight and a
+    # position of each slot.
     return kernels, 2 * inner + 2 * index + 2 * word
 
 
 def permute_copy(layer: Layer) -> tuple[list[Kernel], float]:
     """The published design: copies, one GEMM a matrix, copies."""
-    rows, inner, bank, gemm, index, word = layer.rows, layer.inner, layer.bank, layer.gemm, 8.0 * layer.slots, 4.0 * layer.slots
+    rows, inner, bank, gemm, index, word = (
+        layer.rows,
+        layer.inner,
+        layer.bank,
+        layer.gemm,
+        8.0 * layer.slots,
+        4.0 * layer.slots,
+    )
     kernels = [
         Kernel("gather", index + rows, rows),
         Kernel("gate", rows + bank, inner, gemm),
@@ -126,17 +150,28 @@ def permute_copy(layer: Layer) -> tuple[list[Kernel], float]:
         Kernel("gather, dx", index + rows, rows),
         Kernel("sum of choices, dx", rows, layer.x),
     ]
-    # The permuted rows, gate, up, their product, the rows before they are weighted, and the indices.
+    # The permuted rows, gate, up, their product, the rows before they are weighted, and the
+    # indices.
     return kernels, 2 * rows + 3 * inner + 2 * index + word
 
 
 def padding(layer: Layer, imbalance: float) -> tuple[list[Kernel], float]:
-    """The permute-copy design with `imbalance` times the rows: every expert is as long as the fullest one."""
+    """The permute-copy design with `imbalance` times the rows: every expert is as long as the
+    fullest one."""
     kernels, kept = permute_copy(layer)
-    extra, extra_kept = permute_copy(Layer(layer.tokens, layer.width, layer.hidden, 0, layer.chosen))
+    extra, extra_kept = permute_copy(
+        Layer(layer.tokens, layer.width, layer.hidden, 0, layer.chosen)
+    )
     more = imbalance - 1
-    padded = [Kernel(kernel.name, kernel.read + more * add.read, kernel.written + more * add.written, kernel.flops + more * add.flops)
-              for kernel, add in zip(kernels, extra, strict=True)]
+    padded = [
+        Kernel(
+            kernel.name,
+            kernel.read + more * add.read,
+            kernel.written + more * add.written,
+            kernel.flops + more * add.flops,
+        )
+        for kernel, add in zip(kernels, extra, strict=True)
+    ]
     return padded, kept + more * extra_kept
 
 
@@ -148,47 +183,97 @@ def milliseconds(kernels: list[Kernel], device: str) -> float:
 
 def compare(layer: Layer, imbalance: float) -> dict:
     """Every design on every device, and the ratio that the kernels are held to."""
-    designs = {"fused": fused(layer), "permute copy": permute_copy(layer), "padding": padding(layer, imbalance)}
-    results = {name: {"gigabytes": sum(kernel.bytes for kernel in kernels) / 1e9,
-                      "teraflops": sum(kernel.flops for kernel in kernels) / 1e12,
-                      "kept_for_backward_gigabytes": kept / 1e9,
-                      **{f"{device}_ms": milliseconds(kernels, device) for device in DEVICES},
-                      "kernels": [{"name": kernel.name, "read": kernel.read, "written": kernel.written, "flops": kernel.flops}
-                                  for kernel in kernels]}
-               for name, (kernels, kept) in designs.items()}
+    designs = {
+        "fused": fused(layer),
+        "permute copy": permute_copy(layer),
+        "padding": padding(layer, imbalance),
+    }
+    results = {
+        name: {
+            "gigabytes": sum(kernel.bytes for kernel in kernels) / 1e9,
+            "teraflops": sum(kernel.flops for kernel in kernels) / 1e12,
+            "kept_for_backward_gigabytes": kept / 1e9,
+            **{f"{device}_ms": milliseconds(kernels, device) for device in DEVICES},
+            "kernels": [
+                {
+                    "name": kernel.name,
+                    "read": kernel.read,
+                    "written": kernel.written,
+                    "flops": kernel.flops,
+                }
+                for kernel in kernels
+            ],
+        }
+        for name, (kernels, kept) in designs.items()
+    }
     ours, theirs = results["fused"]["gigabytes"], results["permute copy"]["gigabytes"]
-    weights = 9 * layer.bank / 1e9  # three matrices read forward, read backward, and their gradients written
-    return {"note": "a model on paper, not a measurement", "layer": vars(layer), "imbalance": imbalance,
-            "traffic_over_permute_copy": ours / theirs,
-            "activation_traffic_over_permute_copy": (ours - weights) / (theirs - weights),
-            "activation_memory_gigabytes": results["fused"]["kept_for_backward_gigabytes"], "designs": results}
+    weights = (
+        9 * layer.bank / 1e9
+    )  # three matrices read forward, read backward, and their gradients written
+    return {
+        "note": "a model on paper, not a measurement",
+        "layer": vars(layer),
+        "imbalance": imbalance,
+        "traffic_over_permute_copy": ours / theirs,
+        "activation_traffic_over_permute_copy": (ours - weights) / (theirs - weights),
+        "activation_memory_gigabytes": results["fused"]["kept_for_backward_gigabytes"],
+        "designs": results,
+    }
 
 
 def table(result: dict) -> str:
-    lines = ["A model on paper, not a measurement: one layer's routed experts, forward + backward, bfloat16.",
-             ", ".join(f"{name} {value:,}" for name, value in result["layer"].items()), "",
-             f"{'design':<14}{'traffic GB':>12}{'TFLOP':>9}{'kept GB':>9}{'A100 ms':>10}{'H100 ms':>10}"]
+    lines = [
+        "A model on paper, not a measurement: one layer's routed experts, forward + backward, "
+        "bfloat16.",
+        ", ".join(f"{name} {value:,}" for name, value in result["layer"].items()),
+        "",
+        f"{'design':<14}{'traffic GB':>12}{'TFLOP':>9}{'kept GB':>9}{'A100 ms':>10}{'H100 ms':>10}",
+    ]
     for name, row in result["designs"].items():
-        lines.append(f"{name:<14}{row['gigabytes']:>12.2f}{row['teraflops']:>9.2f}{row['kept_for_backward_gigabytes']:>9.2f}"
-                     f"{row['A100_ms']:>10.2f}{row['H100_ms']:>10.2f}")
-    lines += ["", f"traffic over the permute-copy design: {result['traffic_over_permute_copy']:.3f} "
-              f"(without the experts' weights: {result['activation_traffic_over_permute_copy']:.3f})",
-              f"activation memory of a layer: {result['activation_memory_gigabytes'] * 1e3:.0f} MB, "
-              f"{result['activation_memory_gigabytes'] * 1e9 / result['layer']['tokens'] / 1024:.1f} KiB a token"]
+        lines.append(
+            f"{name:<14}{row['gigabytes']:>12.2f}{row['teraflops']:>9.2f}{row['kept_for_backward_gigabytes']:>9.2f}"
+            f"{row['A100_ms']:>10.2f}{row['H100_ms']:>10.2f}"
+        )
+    lines += [
+        "",
+        f"traffic over the permute-copy design: {result['traffic_over_permute_copy']:.3f} "
+        f"(without the experts' weights: {result['activation_traffic_over_permute_copy']:.3f})",
+        f"activation memory of a layer: {result['activation_memory_gigabytes'] * 1e3:.0f} MB, "
+        f"{result['activation_memory_gigabytes'] * 1e9 / result['layer']['tokens'] / 1024:.1f} KiB "
+        f"a token",
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a micro-batch (default: 4 sequences of 4,096)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=16384,
+        help="tokens of a micro-batch (default: 4 sequences of 4,096)",
+    )
     parser.add_argument("--width", type=int, default=2048, help="D (default: %(default)s)")
     parser.add_argument("--hidden", type=int, default=1024, help="H (default: %(default)s)")
-    parser.add_argument("--experts", type=int, default=127, help="N, routed experts (default: %(default)s)")
-    parser.add_argument("--chosen", type=int, default=7, help="K, routed experts of a token (default: %(default)s)")
-    parser.add_argument("--imbalance", type=float, default=1.5, help="slots of the fullest expert over the mean (default: %(default)s)")
+    parser.add_argument(
+        "--experts", type=int, default=127, help="N, routed experts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chosen", type=int, default=7, help="K, routed experts of a token (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.5,
+        help="slots of the fullest expert over the mean (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     args = parser.parse_args()
-    result = compare(Layer(args.tokens, args.width, args.hidden, args.experts, args.chosen), args.imbalance)
+    result = compare(
+        Layer(args.tokens, args.width, args.hidden, args.experts, args.chosen), args.imbalance
+    )
     print(json.dumps(result) if args.json else table(result))
 
 

@@ -1,7 +1,7 @@
 """PackedBatch: the tokens of a micro-batch and the documents they belong to.
 
-This is the only truth about documents. Attention masks, expert pools and per-document statistics all read
-`document_BS`; nothing else looks for end-of-document tokens.
+This is the only truth about documents. Attention masks, expert pools and per-document statistics
+all read `document_BS`; nothing else looks for end-of-document tokens.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ PADDING_ID = -1
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """B sequences of S tokens, packed from G documents (or pieces of documents cut by the sequence length).
+    """B sequences of S tokens, packed from G documents (or pieces of documents cut by the sequence
+    length).
 
-    A document cut by the end of a sequence goes on in another one as a document of its own there, so that what a
-    token sees and where it is routed never depends on which sequences share its micro-batch.
+    A document cut by the end of a sequence goes on in another one as a document of its own there,
+    so that what a token sees and where it is routed never depends on which sequences share its
+    micro-batch.
     """
 
     tokens_BS: Tensor
@@ -33,10 +35,12 @@ class PackedBatch:
     targets_BS: Tensor
     """int64 id of the token to predict at each position; -100 where no loss is taken."""
     document_BS: Tensor
-    """int64 in [0, G): which document of this batch the token belongs to. An EOS token ends its own document. Documents follow one
-    another: along the flattened rows the numbers never fall, and none spans two rows."""
+    """int64 in [0, G): which document of this batch the token belongs to. An EOS token ends its own
+    document. Documents follow one another: along the flattened rows the numbers never fall, and
+    none spans two rows."""
     document_ids_G: Tensor
-    """int64 permanent id of each document in its data set; -1 is padding. Random draws are keyed by it."""
+    """int64 permanent id of each document in its data set; -1 is padding. Random draws are keyed
+    by it."""
     has_padding: bool = False
     """Whether any token is padding (a host-side fact, so that the usual path needs no mask)."""
 
@@ -54,13 +58,16 @@ class PackedBatch:
         return (self.document_ids_G >= 0)[self.document_T] if self.has_padding else None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = (t.to(device, non_blocking=True) for t in
-                 (self.tokens_BS, self.targets_BS, self.document_BS, self.document_ids_G))
+        moved = (
+            t.to(device, non_blocking=True)
+            for t in (self.tokens_BS, self.targets_BS, self.document_BS, self.document_ids_G)
+        )
         return PackedBatch(*moved, has_padding=self.has_padding)
 
     @classmethod
     def from_rows(cls, tokens_BS: Tensor, document_ids_G: Tensor | None = None) -> PackedBatch:
-        """Each row is one document. Targets are the row shifted by one; the last position has none."""
+        """Each row is one document. Targets are the row shifted by one; the last position has
+        none."""
         num_rows = tokens_BS.shape[0]
         rows = torch.arange(num_rows, device=tokens_BS.device)
         targets_BS = torch.full_like(tokens_BS, IGNORE)
@@ -69,27 +76,42 @@ class PackedBatch:
         return cls(tokens_BS, targets_BS, rows[:, None].expand_as(tokens_BS), ids)
 
     @classmethod
-    def from_segments(cls, tokens_BS: np.ndarray, lengths: Sequence[Sequence[int]], ids: Sequence[Sequence[int]],
-                      cross_document_targets: bool) -> PackedBatch:
-        """Build a batch from rows and, for each row, the lengths and permanent ids of its documents in order.
+    def from_segments(
+        cls,
+        tokens_BS: np.ndarray,
+        lengths: Sequence[Sequence[int]],
+        ids: Sequence[Sequence[int]],
+        cross_document_targets: bool,
+    ) -> PackedBatch:
+        """Build a batch from rows and, for each row, the lengths and permanent ids of its documents
+        in order.
 
         Args:
             tokens_BS: integer array [B, S].
             lengths: for each row, document lengths in tokens that sum to S.
             ids: for each row, as many permanent document ids (-1 marks padding, which has no loss).
-            cross_document_targets: whether the last token of a document predicts the first of the next one
-                in the same row (the reference trains on these, spec 4.3).
+            cross_document_targets: whether the last token of a document predicts the first of the
+                next one in the same row (the reference trains on these, spec 4.3).
         Raises:
             ValueError: lengths that do not sum to S, or not one id a length.
         """
         num_rows, row_length = tokens_BS.shape
         for row, (row_lengths, row_ids) in enumerate(zip(lengths, ids, strict=True)):
-            if sum(row_lengths) != row_length or len(row_ids) != len(row_lengths) or min(row_lengths) < 1:
-                raise ValueError(f"row {row}: {len(row_ids)} documents of lengths {list(row_lengths)} do not fill "
-                                 f"{row_length} tokens; give positive lengths that sum to it and one id each")
+            if (
+                sum(row_lengths) != row_length
+                or len(row_ids) != len(row_lengths)
+                or min(row_lengths) < 1
+            ):
+                raise ValueError(
+                    f"row {row}: {len(row_ids)} documents of lengths {list(row_lengths)} do not "
+                    f"fill "
+                    f"{row_length} tokens; give positive lengths that sum to it and one id each"
+                )
         flat_ids = np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
         flat_lengths = np.concatenate([np.asarray(n, dtype=np.int64) for n in lengths])
-        document_BS = np.repeat(np.arange(len(flat_ids)), flat_lengths).reshape(num_rows, row_length)
+        document_BS = np.repeat(np.arange(len(flat_ids)), flat_lengths).reshape(
+            num_rows, row_length
+        )
         tokens_BS = tokens_BS.astype(np.int64)
         targets_BS = np.full_like(tokens_BS, IGNORE)
         targets_BS[:, :-1] = tokens_BS[:, 1:]
@@ -98,5 +120,7 @@ class PackedBatch:
             targets_BS[:, :-1][document_BS[:, :-1] != document_BS[:, 1:]] = IGNORE
         targets_BS[is_padding_BS] = IGNORE
         targets_BS[:, :-1][is_padding_BS[:, 1:]] = IGNORE
-        return cls(*(torch.from_numpy(a) for a in (tokens_BS, targets_BS, document_BS, flat_ids)),
-                   has_padding=bool(is_padding_BS.any()))
+        return cls(
+            *(torch.from_numpy(a) for a in (tokens_BS, targets_BS, document_BS, flat_ids)),
+            has_padding=bool(is_padding_BS.any()),
+        )

@@ -15,29 +15,49 @@ from typing import Any
 
 COMMANDS = {
     "prepare": ("emotrain.data.prepare", "turn documents (JSONL, Parquet, text) into token shards"),
-    "inspect": ("emotrain.inspection", "count a configuration's parameters, memory and FLOPs without building it"),
-    "evaluate": ("emotrain.evaluation.sweep", "loss of each domain with all experts and with its best subsets"),
+    "inspect": (
+        "emotrain.inspection",
+        "count a configuration's parameters, memory and FLOPs without building it",
+    ),
+    "evaluate": (
+        "emotrain.evaluation.sweep",
+        "loss of each domain with all experts and with its best subsets",
+    ),
     "report": ("emotrain.evaluation.report", "write a run's curves and subsets as one HTML page"),
-    "plan": ("emotrain.distributed.plan", "predict memory, traffic and speed of a run on a cluster without one"),
+    "plan": (
+        "emotrain.distributed.plan",
+        "predict memory, traffic and speed of a run on a cluster without one",
+    ),
     "verify": ("emotrain.verify", "check a checkpoint's files against its checksums"),
-    "kernels": ("emotrain.kernels.compile_check", "compile the GPU kernels without a GPU and check their machine code"),
+    "kernels": (
+        "emotrain.kernels.compile_check",
+        "compile the GPU kernels without a GPU and check their machine code",
+    ),
     "settings": ("emotrain.settings", "list every setting with its default and meaning"),
 }
-"""Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`, and its one-line help."""
+"""Subcommand -> module with `add_arguments(parser)` and `run(args) -> int`, and its one-line
+help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     import emotrain
 
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="emotrain", description="Train and use modular Mixture-of-Experts language models.",
-                                     epilog="Training itself: python launch/pretrain.py --help")
+    parser = argparse.ArgumentParser(
+        prog="emotrain",
+        description="Train and use modular Mixture-of-Experts language models.",
+        epilog="Training itself: python launch/pretrain.py --help",
+    )
     parser.add_argument("--version", action="version", version=f"emotrain {emotrain.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     for name, (module, summary) in COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".",
-                                          formatter_class=argparse.RawDescriptionHelpFormatter)
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         # Only the chosen command's module is imported: `emotrain --help` must not wait for torch.
         if name == chosen:
             importlib.import_module(module).add_arguments(subparser)
@@ -51,12 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def guarded(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Run a command. What a person can mend is one line on stderr and exit code 2 (1 where it broke on the way);
-    EMOTRAIN_TRACEBACK=1 shows where it came from."""
+    """Run a command. What a person can mend is one line on stderr and exit code 2 (1 where it broke
+    on the way); EMOTRAIN_TRACEBACK=1 shows where it came from."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     try:
         return run(args)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, ModuleNotFoundError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        ModuleNotFoundError,
+    ) as error:
         return _fail(error, 2)
     except OSError as error:
         hint = "; free space or choose another folder" if error.errno == errno.ENOSPC else ""
@@ -76,7 +102,11 @@ def _fail(error: BaseException, code: int, hint: str = "") -> int:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object, the last line of stdout")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as one JSON object, the last line of stdout",
+    )
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:

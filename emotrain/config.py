@@ -1,8 +1,9 @@
 """Every setting of a run, as frozen dataclasses with a docstring under each field.
 
-Precedence, lowest first: the defaults below < the files named by `base:` < the configuration file < `key=value` on the
-command line. `configs/quickstart.yaml` with `optimizer.lr=1e-3` trains the quickstart with that learning rate.
-An unknown setting, a value of the wrong type and a combination that cannot work are refused before anything starts.
+Precedence, lowest first: the defaults below < the files named by `base:` < the configuration file <
+`key=value` on the command line. `configs/quickstart.yaml` with `optimizer.lr=1e-3` trains the
+quickstart with that learning rate. An unknown setting, a value of the wrong type and a combination
+that cannot work are refused before anything starts.
 """
 
 from __future__ import annotations
@@ -23,15 +24,18 @@ class PoolConfig:
     """The document pool: the experts that the tokens of one document may choose from (spec 2.3)."""
 
     kind: str = "uniform"
-    """`uniform`: a size drawn from U{min..max}; `fixed`: always `size`; `none`: no pool (a standard MoE)."""
+    """`uniform`: a size drawn from U{min..max}; `fixed`: always `size`; `none`: no pool (a
+    standard MoE)."""
     min: int = 8
     """Smallest pool drawn by `uniform`, in routed experts."""
     max: int = 128
-    """Largest pool drawn by `uniform`. A size of all routed experts or more means no restriction."""
+    """Largest pool drawn by `uniform`. A size of all routed experts or more means no
+    restriction."""
     size: int = 32
     """Pool size of `fixed`, in routed experts."""
     per: str = "layer"
-    """`layer`: each layer draws its own size for a document; `document`: one size for all layers."""
+    """`layer`: each layer draws its own size for a document; `document`: one size for all
+    layers."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class RouterConfig:
     """How a token chooses its experts."""
 
     gating: str = "softmax"
-    """`softmax` over the routed experts, or `sigmoid` of each logit (plus 1e-7, as the reference)."""
+    """`softmax` over the routed experts, or `sigmoid` of each logit (plus 1e-7, as the
+    reference)."""
     normalize_weights: bool = False
-    """Whether the weights of a token's routed experts are divided by their sum. The published models do not."""
+    """Whether the weights of a token's routed experts are divided by their sum. The published
+    models do not."""
     shared_weight: str = "one"
-    """Weight of shared experts: `one` each (training), or `softmax` over their own logits (the published
-    Hugging Face code; the same thing for one shared expert)."""
+    """Weight of shared experts: `one` each (training), or `softmax` over their own logits (the
+    published Hugging Face code; the same thing for one shared expert)."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     """The document pool."""
 
@@ -62,10 +68,11 @@ class ExpertsConfig:
     hidden: int = 1024
     """Hidden width of one expert."""
     count_per_layer: tuple[int, ...] = ()
-    """Experts of each layer where layers differ (a pruned model); empty means `count` everywhere."""
+    """Experts of each layer where layers differ (a pruned model); empty means `count`
+    everywhere."""
     backend: str = "auto"
-    """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts alone), or `auto`, the best one
-    for the device."""
+    """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts
+    alone), or `auto`, the best one for the device."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class AttentionConfig:
     """Self-attention."""
 
     document_mask: bool = True
-    """Whether a token sees only its own document. On for every kind of model, so that comparisons are fair."""
+    """Whether a token sees only its own document. On for every kind of model, so that
+    comparisons are fair."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +112,18 @@ class ModelConfig:
     """The router."""
 
     def experts_in_layer(self, layer: int) -> int:
-        return self.experts.count_per_layer[layer] if self.experts.count_per_layer else self.experts.count
+        return (
+            self.experts.count_per_layer[layer]
+            if self.experts.count_per_layer
+            else self.experts.count
+        )
 
     def routed_in_layer(self, layer: int) -> int:
         return self.experts_in_layer(layer) - self.experts.shared
 
     def chosen_in_layer(self, layer: int) -> int:
-        """Routed experts that a token uses; all of them in a layer that was pruned to fewer than `per_token` asks for."""
+        """Routed experts that a token uses; all of them in a layer that was pruned to fewer than
+        `per_token` asks for."""
         return min(self.experts.per_token - self.experts.shared, self.routed_in_layer(layer))
 
     @property
@@ -129,11 +142,12 @@ class LossConfig:
     balance: float = 0.1
     """Weight of the load-balance loss (spec 2.6)."""
     balance_scope: str = "global_batch"
-    """Tokens over which expert load is balanced: `global_batch` (every document of the optimizer step),
-    `data_parallel` (one micro-batch across ranks, as the reference), or `micro_batch`."""
+    """Tokens over which expert load is balanced: `global_batch` (every document of the optimizer
+    step), `data_parallel` (one micro-batch across ranks, as the reference), or `micro_batch`."""
     balance_schedule: str = "joint"
-    """How `global_batch` treats several micro-batches a step. `joint`: forward all, then backward all (exact; keeps the
-    activations of every micro-batch). `running`: counts of the step so far (approximate, no extra memory)."""
+    """How `global_batch` treats several micro-batches a step. `joint`: forward all, then backward
+    all (exact; keeps the activations of every micro-batch). `running`: counts of the step so far
+    (approximate, no extra memory)."""
     router_z: float = 0.001
     """Weight of the router z-loss (spec 2.7)."""
     router_z_logits: str = "pool"
@@ -144,7 +158,8 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class RepetitionFilterConfig:
-    """Sequences with long periodic repetitions get no loss (spec 4.4); they still pass through the model."""
+    """Sequences with long periodic repetitions get no loss (spec 4.4); they still pass through
+    the model."""
 
     enabled: bool = False
     """Whether to filter."""
@@ -165,11 +180,12 @@ class DataConfig:
     sequence_length: int = 4096
     """Tokens of one packed sequence."""
     cross_document_targets: bool = True
-    """Whether the last token of a document is trained to predict the first of the next one in its sequence, as the
-    reference does (spec 4.3)."""
+    """Whether the last token of a document is trained to predict the first of the next one in its
+    sequence, as the reference does (spec 4.3)."""
     verify_checksums: bool = True
-    """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in evaluation, and for data sets prepared
-    without checksums of blocks, whole shards (a second or two a gigabyte)."""
+    """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in
+    evaluation, and for data sets prepared without checksums of blocks, whole shards (a second or
+    two a gigabyte)."""
     repetition_filter: RepetitionFilterConfig = field(default_factory=RepetitionFilterConfig)
     """Filter of periodic sequences."""
 
@@ -191,7 +207,8 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     schedule: str = "cosine"
-    """`cosine`: warm-up, then cosine to `final_ratio`; `linear`: warm-up, then linear to `final_ratio`."""
+    """`cosine`: warm-up, then cosine to `final_ratio`; `linear`: warm-up, then linear to
+    `final_ratio`."""
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
     final_ratio: float = 0.1
@@ -200,8 +217,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class AnnealConfig:
-    """Anneal a trained model: its optimizer state and data order go on, the learning rate falls linearly to zero from where
-    it stood (spec 5.1)."""
+    """Anneal a trained model: its optimizer state and data order go on, the learning rate falls
+    linearly to zero from where it stood (spec 5.1)."""
 
     checkpoint: str = ""
     """Checkpoint folder to start from; empty means no annealing."""
@@ -226,32 +243,36 @@ class TrainingConfig:
     micro_batch: int = 4
     """Sequences of one forward pass on one rank."""
     precision: str = "auto"
-    """`float32`, `bfloat16` (autocast; fp32 parameters and optimizer), or `auto`: bfloat16 on a GPU, float32 on a CPU, where it
-    is the faster one without AMX."""
+    """`float32`, `bfloat16` (autocast; fp32 parameters and optimizer), or `auto`: bfloat16 on a
+    GPU, float32 on a CPU, where it is the faster one without AMX."""
     device: str = "auto"
     """`cpu`, `cuda`, or `auto`."""
     compile: bool = False
     """Whether blocks run through torch.compile."""
     resume: str = "auto"
-    """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder with checkpoints;
-    or the path of a checkpoint."""
+    """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder
+    with checkpoints; or the path of a checkpoint."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; 0 means only at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer one is whole."""
+    """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer
+    one is whole."""
     async_checkpoints: bool = True
     """Whether training goes on while a checkpoint is written (from a copy in host memory)."""
     on_checkpoint_error: str = "stop"
-    """What a checkpoint that cannot be written (disk full, folder not writable) does to the run: `stop`, or `warn`: say so and go
-    on to the next one. The last whole checkpoint stays either way."""
+    """What a checkpoint that cannot be written (disk full, folder not writable) does to the run:
+    `stop`, or `warn`: say so and go on to the next one. The last whole checkpoint stays either
+    way."""
     log_every: int = 10
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether metrics also go to TensorBoard files, where the package is installed."""
     max_skipped_steps: int = 10
-    """Abort after this many updates in a row were skipped for a loss or gradient that is not finite."""
+    """Abort after this many updates in a row were skipped for a loss or gradient that is not
+    finite."""
     collective_timeout_s: float = 600.0
-    """Seconds after which a collective that does not end stops the run, naming rank, step and collective."""
+    """Seconds after which a collective that does not end stops the run, naming rank, step and
+    collective."""
     peak_tflops: float = 0.0
     """Peak of one device in TFLOP/s, for MFU; 0 means the known value of the device, or none."""
 
@@ -262,28 +283,31 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes of a run share the model. Every process has its own data; processes = replicate * shard, and
-    shard = ep * expert_dp. The layout does not change the result."""
+    """How the processes of a run share the model. Every process has its own data; processes =
+    replicate * shard, and shard = ep * expert_dp. The layout does not change the result."""
 
     replicate: int = 1
-    """Copies of the model (HSDP). Each is spread over `shard` processes; copies sum their gradients."""
+    """Copies of the model (HSDP). Each is spread over `shard` processes; copies sum their
+    gradients."""
     shard: int = 0
-    """Processes that one copy of parameters, gradients and optimizer state is spread over (FSDP2); 0 means all that
-    `replicate` leaves."""
+    """Processes that one copy of parameters, gradients and optimizer state is spread over (FSDP2);
+    0 means all that `replicate` leaves."""
     ep: int = 1
-    """Processes that the routed experts of a layer are spread over (expert parallelism), folded out of `shard`. Neighbouring
-    ranks: at most the GPUs of a node keeps the exchange of tokens on NVLink."""
+    """Processes that the routed experts of a layer are spread over (expert parallelism), folded out
+    of `shard`. Neighbouring ranks: at most the GPUs of a node keeps the exchange of tokens on
+    NVLink."""
     recompute: str = "none"
-    """What backward computes again to save memory: `none`, `selective` (the inside of the experts, where most of it is), or `full`
-    (whole blocks). Routing decisions are never made twice."""
+    """What backward computes again to save memory: `none`, `selective` (the inside of the experts,
+    where most of it is), or `full` (whole blocks). Routing decisions are never made twice."""
     reshard_after_forward: bool = True
-    """Whether parameters are gathered again in backward. False keeps them gathered after forward: more memory, less
-    communication."""
+    """Whether parameters are gathered again in backward. False keeps them gathered after forward:
+    more memory, less communication."""
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in RUN_DIR/profile."""
+    """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in
+    RUN_DIR/profile."""
 
     start: int = 0
     """First step profiled; 0 means no profile."""
@@ -342,27 +366,46 @@ CHOICES = {
 """Settings that take one of a few words."""
 
 MAY_BE_ZERO = {
-    "model.experts.shared", "model.num_kv_heads", "losses.balance", "losses.router_z", "losses.z",
-    "optimizer.weight_decay", "optimizer.clip_norm", "optimizer.warmup_steps", "optimizer.final_ratio",
-    "optimizer.beta1", "optimizer.beta2", "optimizer.lr", "anneal.tokens", "training.seed", "training.steps",
-    "training.tokens", "training.checkpoint_every", "training.keep_checkpoints", "training.peak_tflops", "parallel.shard",
+    "model.experts.shared",
+    "model.num_kv_heads",
+    "losses.balance",
+    "losses.router_z",
+    "losses.z",
+    "optimizer.weight_decay",
+    "optimizer.clip_norm",
+    "optimizer.warmup_steps",
+    "optimizer.final_ratio",
+    "optimizer.beta1",
+    "optimizer.beta2",
+    "optimizer.lr",
+    "anneal.tokens",
+    "training.seed",
+    "training.steps",
+    "training.tokens",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.peak_tflops",
+    "parallel.shard",
     "profile.start",
 }
 """Numbers that may be zero; every other number must be positive, and none may be negative."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, the files its `base:` names, and `key=value` overrides, and check the result.
+    """Read a YAML file, the files its `base:` names, and `key=value` overrides, and check the
+    result.
 
     Raises:
-        ValueError: an unknown setting (names the nearest known one), a wrong type, a value out of range or a combination
-            that cannot work. FileNotFoundError: no such file.
+        ValueError: an unknown setting (names the nearest known one), a wrong type, a value out of
+            range or a combination that cannot work. FileNotFoundError: no such file.
     """
     settings = _read_yaml_chain(Path(path), ())
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3")
+            raise ValueError(
+                f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3"
+            )
         _set(settings, key.strip(), _parse_scalar(key, value))
     return config_from_dict(settings)
 
@@ -389,7 +432,8 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def check(config: Config) -> None:
-    """Refuse values out of range and combinations that cannot work: one line with the value, the rule and the fix."""
+    """Refuse values out of range and combinations that cannot work: one line with the value, the
+    rule and the fix."""
     for key, value in flatten(config):
         if key in CHOICES and value not in CHOICES[key]:
             raise ValueError(f"{key}={value} is not known; choose one of {', '.join(CHOICES[key])}")
@@ -397,39 +441,83 @@ def check(config: Config) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{key}={value} is not finite; give a finite number")
             if value < 0 or (value == 0 and key not in MAY_BE_ZERO):
-                raise ValueError(f"{key}={value} must be {'at least 0' if key in MAY_BE_ZERO else 'positive'}")
+                raise ValueError(
+                    f"{key}={value} must be {'at least 0' if key in MAY_BE_ZERO else 'positive'}"
+                )
     model, experts, pool = config.model, config.model.experts, config.model.router.pool
-    _require(model.d_model % model.num_heads == 0, f"model.d_model={model.d_model} is not a multiple of "
-             f"model.num_heads={model.num_heads}; change one of them")
-    _require(model.head_dim % 2 == 0, f"attention heads are {model.head_dim} wide (d_model / num_heads); rotary positions "
-             f"need an even width, change model.num_heads")
-    _require(model.num_heads % model.kv_heads == 0, f"model.num_heads={model.num_heads} is not a multiple of "
-             f"model.num_kv_heads={model.kv_heads}; change one of them")
-    _require(len(experts.count_per_layer) in (0, model.num_layers), f"model.experts.count_per_layer has "
-             f"{len(experts.count_per_layer)} entries for {model.num_layers} layers; give one a layer, or none")
-    _require(experts.shared <= experts.per_token, f"model.experts.per_token={experts.per_token} counts the shared experts; "
-             f"make it at least model.experts.shared={experts.shared}")
+    _require(
+        model.d_model % model.num_heads == 0,
+        f"model.d_model={model.d_model} is not a multiple of "
+        f"model.num_heads={model.num_heads}; change one of them",
+    )
+    _require(
+        model.head_dim % 2 == 0,
+        f"attention heads are {model.head_dim} wide (d_model / num_heads); rotary positions "
+        f"need an even width, change model.num_heads",
+    )
+    _require(
+        model.num_heads % model.kv_heads == 0,
+        f"model.num_heads={model.num_heads} is not a multiple of "
+        f"model.num_kv_heads={model.kv_heads}; change one of them",
+    )
+    _require(
+        len(experts.count_per_layer) in (0, model.num_layers),
+        f"model.experts.count_per_layer has "
+        f"{len(experts.count_per_layer)} entries for {model.num_layers} layers; give one a layer, "
+        f"or none",
+    )
+    _require(
+        experts.shared <= experts.per_token,
+        f"model.experts.per_token={experts.per_token} counts the shared experts; "
+        f"make it at least model.experts.shared={experts.shared}",
+    )
     for layer in range(model.num_layers):
         routed, chosen = model.routed_in_layer(layer), experts.per_token - experts.shared
-        _require(routed >= 0, f"layer {layer} has {model.experts_in_layer(layer)} experts, fewer than "
-                 f"model.experts.shared={experts.shared}; raise model.experts.count")
-        _require(chosen <= routed or bool(experts.count_per_layer), f"model.experts.per_token={experts.per_token} needs {chosen} routed "
-                 f"experts, layer {layer} has {routed}; raise model.experts.count or lower per_token")
-        _require((chosen == 0) == (routed == 0), f"layer {layer} has {routed} routed experts and tokens choose {chosen or 'none'} of them; "
-                 f"only a dense model, whose experts are all shared, has none")
-    _require(pool.min <= pool.max, f"model.router.pool.min={pool.min} is above model.router.pool.max={pool.max}; swap them")
-    _require(config.data.sequence_length >= 2, "data.sequence_length=1 leaves nothing to predict; make it at least 2")
+        _require(
+            routed >= 0,
+            f"layer {layer} has {model.experts_in_layer(layer)} experts, fewer than "
+            f"model.experts.shared={experts.shared}; raise model.experts.count",
+        )
+        _require(
+            chosen <= routed or bool(experts.count_per_layer),
+            f"model.experts.per_token={experts.per_token} needs {chosen} routed "
+            f"experts, layer {layer} has {routed}; raise model.experts.count or lower per_token",
+        )
+        _require(
+            (chosen == 0) == (routed == 0),
+            f"layer {layer} has {routed} routed experts and tokens choose {chosen or 'none'} of "
+            f"them; "
+            f"only a dense model, whose experts are all shared, has none",
+        )
+    _require(
+        pool.min <= pool.max,
+        f"model.router.pool.min={pool.min} is above model.router.pool.max={pool.max}; swap them",
+    )
+    _require(
+        config.data.sequence_length >= 2,
+        "data.sequence_length=1 leaves nothing to predict; make it at least 2",
+    )
     filter_ = config.data.repetition_filter
-    _require(filter_.min_period <= filter_.max_period, f"data.repetition_filter.min_period={filter_.min_period} is above "
-             f"max_period={filter_.max_period}; swap them")
-    _require(config.optimizer.beta1 < 1 and config.optimizer.beta2 < 1,
-             f"optimizer.beta1={config.optimizer.beta1}, beta2={config.optimizer.beta2} must be below 1")
-    _require(config.training.global_batch % config.training.micro_batch == 0,
-             f"training.global_batch={config.training.global_batch} is not a multiple of "
-             f"training.micro_batch={config.training.micro_batch}; change one of them")
+    _require(
+        filter_.min_period <= filter_.max_period,
+        f"data.repetition_filter.min_period={filter_.min_period} is above "
+        f"max_period={filter_.max_period}; swap them",
+    )
+    _require(
+        config.optimizer.beta1 < 1 and config.optimizer.beta2 < 1,
+        f"optimizer.beta1={config.optimizer.beta1}, beta2={config.optimizer.beta2} must be below 1",
+    )
+    _require(
+        config.training.global_batch % config.training.micro_batch == 0,
+        f"training.global_batch={config.training.global_batch} is not a multiple of "
+        f"training.micro_batch={config.training.micro_batch}; change one of them",
+    )
     if config.anneal.checkpoint:
-        _require(config.num_steps > 0, f"anneal.tokens={config.anneal.tokens} is less than one step of "
-                 f"{config.tokens_per_step} tokens; raise it")
+        _require(
+            config.num_steps > 0,
+            f"anneal.tokens={config.anneal.tokens} is less than one step of "
+            f"{config.tokens_per_step} tokens; raise it",
+        )
 
 
 def flatten(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
@@ -448,7 +536,8 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's settings over those of the file its `base:` names (relative to the file itself)."""
+    """The file's settings over those of the file its `base:` names (relative to the file
+    itself)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -457,13 +546,18 @@ def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     if path in seen:
         raise ValueError(f"{path}: its base files lead back to it; break the circle")
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file; `ls configs` shows those that come with the project")
+        raise FileNotFoundError(
+            f"{path}: no such configuration file; `ls configs` shows those that come with the "
+            f"project"
+        )
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{path}: must hold `key: value` settings, not a {type(settings).__name__}")
+        raise ValueError(
+            f"{path}: must hold `key: value` settings, not a {type(settings).__name__}"
+        )
     base = settings.pop("base", None)
     if base is None:
         return settings
@@ -506,7 +600,10 @@ def _parse_scalar(key: str, text: str) -> Any:
 def _build(cls: type, settings: Any, prefix: str) -> Any:
     """An instance of a settings class from a dictionary, refusing unknown keys and wrong types."""
     if not isinstance(settings, dict):
-        raise ValueError(f"{prefix.rstrip('.')}={settings!r} is a group of settings; give it as `name: value` lines")
+        raise ValueError(
+            f"{prefix.rstrip('.')}={settings!r} is a group of settings; give it as `name: value` "
+            f"lines"
+        )
     known = {item.name: item for item in dataclasses.fields(cls)}
     for name in settings:
         if name not in known:
@@ -525,35 +622,64 @@ def _unknown(key: str) -> str:
     known = {name for name, _ in flatten(Config())}
     known |= {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
     nearest = max(sorted(known), key=lambda name: _likeness(key, name))
-    hint = f"did you mean {nearest}?" if _likeness(key, nearest) >= 0.6 else "`emotrain settings` lists them all"
+    hint = (
+        f"did you mean {nearest}?"
+        if _likeness(key, nearest) >= 0.6
+        else "`emotrain settings` lists them all"
+    )
     return f"{key} is not a setting; {hint}"
 
 
 def _likeness(wanted: str, known: str) -> float:
-    """How well a known setting answers a wanted one: by its last word, and more so in the same section."""
-    (section, _, leaf), (known_section, _, known_leaf) = wanted.rpartition("."), known.rpartition(".")
+    """How well a known setting answers a wanted one: by its last word, and more so in the same
+    section."""
+    (section, _, leaf), (known_section, _, known_leaf) = (
+        wanted.rpartition("."),
+        known.rpartition("."),
+    )
     words, known_words = leaf.split("_"), known_leaf.split("_")
     alike = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
     if len(words) > 1 and known_leaf == "".join(word[:1] for word in words):  # learning_rate, lr
         alike = 0.9
-    if common := max((len(word) for word in words if word in known_words), default=0):  # batch_size, global_batch
+    if common := max(
+        (len(word) for word in words if word in known_words), default=0
+    ):  # batch_size, global_batch
         alike = max(alike, 0.6 + 0.01 * common)
     return alike + 0.2 * (section == known_section) if alike >= 0.6 else 0.0
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
-    """`value` as the type of its field. Whole floats pass as integers, so that `tokens: 130e9` can be written."""
+    """`value` as the type of its field. Whole floats pass as integers, so that `tokens: 130e9`
+    can be written."""
     if kind is bool and isinstance(value, bool):
         return value
     if kind is str and isinstance(value, str):
         return value
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is int and is_number and (isinstance(value, int) or value.is_integer()) and abs(value) < 2**63:
+    if (
+        kind is int
+        and is_number
+        and (isinstance(value, int) or value.is_integer())
+        and abs(value) < 2**63
+    ):
         return int(value)
-    if kind is float and is_number and not (isinstance(value, int) and abs(value) > sys.float_info.max):
+    if (
+        kind is float
+        and is_number
+        and not (isinstance(value, int) and abs(value) > sys.float_info.max)
+    ):
         return float(value)
-    if kind == tuple[int, ...] and isinstance(value, (list, tuple)) and all(type(v) is int and v > 0 for v in value):
+    if (
+        kind == tuple[int, ...]
+        and isinstance(value, (list, tuple))
+        and all(type(v) is int and v > 0 for v in value)
+    ):
         return tuple(value)
-    names = {bool: "true or false", str: "text", int: "a whole number below 2^63", float: "a number",
-             tuple[int, ...]: "a list of positive whole numbers"}
+    names = {
+        bool: "true or false",
+        str: "text",
+        int: "a whole number below 2^63",
+        float: "a number",
+        tuple[int, ...]: "a list of positive whole numbers",
+    }
     raise ValueError(f"{key}={value!r} must be {names[kind]}")

@@ -1,4 +1,5 @@
-"""`emotrain inspect`: what a configuration will cost, before anything is built: parameters, steps, FLOPs, memory."""
+"""`emotrain inspect`: what a configuration will cost, before anything is built: parameters,
+steps, FLOPs, memory."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ FLOPS_FORMULA = "6 * (active parameters - input embedding) + 6 * layers * width 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override the file's")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml"
+    )
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
+    )
     add_json(parser)
 
 
@@ -26,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
 def run_costs(config: Config) -> dict[str, Any]:
     """The costs of a run. Counts are exact (spec 1.6); nothing is allocated.
 
-    Memory is that of one whole copy, in bytes: fp32 weights and gradients, and two fp32 moments of AdamW. Activations
-    are not in it. FLOPs are those of forward and backward.
+    Memory is that of one whole copy, in bytes: fp32 weights and gradients, and two fp32 moments of
+    AdamW. Activations are not in it. FLOPs are those of forward and backward.
     """
     from emotrain.model.transformer import parameter_counts
     from emotrain.training.metrics import flops_per_token
@@ -38,13 +43,17 @@ def run_costs(config: Config) -> dict[str, Any]:
     return {
         **counts,
         "layers": config.model.num_layers,
-        "experts_per_layer": [config.model.experts_in_layer(layer) for layer in range(config.model.num_layers)],
+        "experts_per_layer": [
+            config.model.experts_in_layer(layer) for layer in range(config.model.num_layers)
+        ],
         "experts_per_token": config.model.experts.per_token,
         "shared_experts": config.model.experts.shared,
         "tokens_per_step": config.tokens_per_step,
         "steps": config.num_steps,
         "tokens": tokens,
-        "schedule": "linear to 0 from the checkpoint's learning rate" if anneals else config.optimizer.schedule,
+        "schedule": "linear to 0 from the checkpoint's learning rate"
+        if anneals
+        else config.optimizer.schedule,
         "warmup_steps": 0 if anneals else config.optimizer.warmup_steps,
         "peak_lr": None if anneals else config.optimizer.lr,
         "final_lr": 0.0 if anneals else config.optimizer.lr * config.optimizer.final_ratio,
@@ -63,20 +72,36 @@ def describe(costs: dict[str, Any]) -> str:
     lines = ["Parameters"]
     parts = [key for key in costs if key.endswith("_parameters")]
     lines += [_line(key.removesuffix("_parameters"), f"{costs[key]:,}") for key in parts]
-    lines += [_line("experts of a layer", experts, f"{costs['shared_experts']} shared"),
-              _line("experts of a token", str(costs["experts_per_token"]), "the shared ones included"),
-              "Run",
-              _line("tokens a step", f"{costs['tokens_per_step']:,}"),
-              _line("steps", f"{costs['steps']:,}", f"{costs['tokens']:,} tokens")]
+    lines += [
+        _line("experts of a layer", experts, f"{costs['shared_experts']} shared"),
+        _line("experts of a token", str(costs["experts_per_token"]), "the shared ones included"),
+        "Run",
+        _line("tokens a step", f"{costs['tokens_per_step']:,}"),
+        _line("steps", f"{costs['steps']:,}", f"{costs['tokens']:,} tokens"),
+    ]
     if costs["peak_lr"] is not None:
-        lines.append(_line("peak learning rate", f"{costs['peak_lr']:g}", f"after {costs['warmup_steps']:,} steps"))
-    lines += [_line("final learning rate", f"{costs['final_lr']:g}", costs["schedule"]),
-              "FLOPs, forward and backward",
-              _line("a token", f"{costs['flops_per_token']:.4g}", FLOPS_FORMULA),
-              _line("the run", f"{costs['flops']:.4g}"),
-              "Memory of one whole copy, without activations"]
-    lines += [_line(part, f"{costs[f'{part}_bytes'] / 2**30:,.2f} GiB", note)
-              for part, note in (("weights", "fp32"), ("gradients", "fp32"), ("optimizer", "two fp32 moments"))]
+        lines.append(
+            _line(
+                "peak learning rate",
+                f"{costs['peak_lr']:g}",
+                f"after {costs['warmup_steps']:,} steps",
+            )
+        )
+    lines += [
+        _line("final learning rate", f"{costs['final_lr']:g}", costs["schedule"]),
+        "FLOPs, forward and backward",
+        _line("a token", f"{costs['flops_per_token']:.4g}", FLOPS_FORMULA),
+        _line("the run", f"{costs['flops']:.4g}"),
+        "Memory of one whole copy, without activations",
+    ]
+    lines += [
+        _line(part, f"{costs[f'{part}_bytes'] / 2**30:,.2f} GiB", note)
+        for part, note in (
+            ("weights", "fp32"),
+            ("gradients", "fp32"),
+            ("optimizer", "two fp32 moments"),
+        )
+    ]
     return "\n".join(lines)
 
 

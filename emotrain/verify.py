@@ -1,4 +1,5 @@
-"""`emotrain verify`: check the files of checkpoints against their checksums. Nothing is changed or removed."""
+"""`emotrain verify`: check the files of checkpoints against their checksums. Nothing is changed
+or removed."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from emotrain.cli import add_json, finish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a run folder (all of its checkpoints) or RUN_DIR/checkpoints/step-…")
+    parser.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="+",
+        help="a run folder (all of its checkpoints) or RUN_DIR/checkpoints/step-…",
+    )
     add_json(parser)
 
 
@@ -37,7 +43,10 @@ def verify_all(paths: list[Path]) -> dict[str, Any]:
     for path in paths:
         folders += _checkpoints(path)
         leftovers += [str(leftover) for leftover in list_leftovers(path)]
-    num_bytes = {folder: sum(file.stat().st_size for file in folder.iterdir() if file.is_file()) for folder in folders}
+    num_bytes = {
+        folder: sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        for folder in folders
+    }
     checkpoints = []
     with _progress_bar(sum(num_bytes.values())) as track:
         for folder in folders:
@@ -46,27 +55,58 @@ def verify_all(paths: list[Path]) -> dict[str, Any]:
                 error = None
             except (ValueError, OSError) as failure:
                 error = " ".join(str(failure).split())
-            checkpoints.append({"path": str(folder), "bytes": num_bytes[folder], "whole": error is None, "error": error})
-    return {"whole": all(entry["whole"] for entry in checkpoints), "checkpoints": checkpoints, "leftovers": leftovers}
+            checkpoints.append(
+                {
+                    "path": str(folder),
+                    "bytes": num_bytes[folder],
+                    "whole": error is None,
+                    "error": error,
+                }
+            )
+    return {
+        "whole": all(entry["whole"] for entry in checkpoints),
+        "checkpoints": checkpoints,
+        "leftovers": leftovers,
+    }
 
 
 def describe(result: dict[str, Any]) -> str:
     """One line a checkpoint."""
-    lines = [f"{entry['path']}: whole, {entry['bytes'] / 1e6:,.1f} MB" if entry["whole"] else f"damaged: {entry['error']}"
-             for entry in result["checkpoints"]]
-    lines += [f"{path}: left by a process that was killed; the run's next checkpoint removes it" for path in result["leftovers"]]
+    lines = [
+        f"{entry['path']}: whole, {entry['bytes'] / 1e6:,.1f} MB"
+        if entry["whole"]
+        else f"damaged: {entry['error']}"
+        for entry in result["checkpoints"]
+    ]
+    lines += [
+        f"{path}: left by a process that was killed; the run's next checkpoint removes it"
+        for path in result["leftovers"]
+    ]
     return "\n".join(lines)
 
 
 def _checkpoints(path: Path) -> list[Path]:
-    """The checkpoint at a path, or those of the run there. Those without a manifest count too: they are damaged."""
+    """The checkpoint at a path, or those of the run there. Those without a manifest count too:
+    they are damaged."""
     from emotrain.training.checkpoint import MANIFEST, NAME
 
-    if NAME.fullmatch(path.name) and path.is_dir() or (path / MANIFEST).is_file() and (path / "state.json").is_file():
+    if (
+        NAME.fullmatch(path.name)
+        and path.is_dir()
+        or (path / MANIFEST).is_file()
+        and (path / "state.json").is_file()
+    ):
         return [path]
-    found = sorted(folder for folder in (path / "checkpoints").glob("step-*") if NAME.fullmatch(folder.name) and folder.is_dir())
+    found = sorted(
+        folder
+        for folder in (path / "checkpoints").glob("step-*")
+        if NAME.fullmatch(folder.name) and folder.is_dir()
+    )
     if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint here; give a run folder that has one, or one of its RUN_DIR/checkpoints/step-…")
+        raise FileNotFoundError(
+            f"{path}: no checkpoint here; give a run folder that has one, or one of its "
+            f"RUN_DIR/checkpoints/step-…"
+        )
     return found
 
 
@@ -74,10 +114,25 @@ def _checkpoints(path: Path) -> list[Path]:
 def _progress_bar(num_bytes: int) -> Iterator[Callable[[int], object]]:
     """Bytes read so far, on stderr; only a terminal shows it."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
-    columns = TextColumn("verifying"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("verifying"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("verifying", total=num_bytes)
         yield lambda read: progress.advance(task, read)

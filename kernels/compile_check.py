@@ -1,7 +1,9 @@
-"""`emotrain kernels`: compile every Triton kernel ahead of time, without a GPU, and look at the machine code.
+"""`emotrain kernels`: compile every Triton kernel ahead of time, without a GPU, and look at the
+machine code.
 
-The public functions are called on meta tensors of the published shapes while a recorder keeps every launch: what is compiled
-is what a training step would launch, with the same specialisation of its arguments. Triton brings the assembler along.
+The public functions are called on meta tensors of the published shapes while a recorder keeps every
+launch: what is compiled is what a training step would launch, with the same specialisation of its
+arguments. Triton brings the assembler along.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from emotrain.kernels.tuning import SPACE
 
 @dataclass(frozen=True)
 class Device:
-    """What a multiprocessor of a target offers (CUDA C++ programming guide, "compute capabilities")."""
+    """What a multiprocessor of a target offers (CUDA C++ programming guide, "compute
+    capabilities")."""
 
     name: str
     shared_per_block: int
     """Bytes of shared memory that one program may use."""
     shared_per_processor: int
-    """Bytes that the programs of one multiprocessor share; each takes 1 KiB more than it asks for."""
+    """Bytes that the programs of one multiprocessor share; each takes 1 KiB more than it asks
+    for."""
     tensor_core: str
     """The instruction that reaches the full rate of its tensor cores."""
     registers: int = 65536
@@ -48,7 +52,14 @@ DEVICES = {
 # Such as `red.global.gpu.relaxed.add.f32`: sums in whatever order they come.
 FLOAT_ATOMIC = re.compile(r"\b(?:atom|red)\.\S*\.(?:f16|bf16|f32|f64)\S*\s")
 
-PUBLISHED = {"tokens": 16384, "width": 2048, "hidden": 1024, "num_experts": 127, "num_chosen": 7, "documents": 24}
+PUBLISHED = {
+    "tokens": 16384,
+    "width": 2048,
+    "hidden": 1024,
+    "num_experts": 127,
+    "num_chosen": 7,
+    "documents": 24,
+}
 """One micro-batch of the published model: 4 sequences of 4,096 tokens (spec 1.2, 5)."""
 
 
@@ -77,21 +88,39 @@ class Row:
 
     def failures(self) -> list[str]:
         """What must not ship, a line each."""
-        device, name = DEVICES[self.target], f"{self.target} {self.kernel} {self.dtype} {self.tile}".strip()
+        device, name = (
+            DEVICES[self.target],
+            f"{self.target} {self.kernel} {self.dtype} {self.tile}".strip(),
+        )
         found = []
         if self.spills:
-            found.append(f"{name}: {self.spills} bytes of registers spilled; choose a smaller tile or more warps")
+            found.append(
+                f"{name}: {self.spills} bytes of registers spilled; choose a smaller tile or more "
+                f"warps"
+            )
         if self.shared > device.shared_per_block:
-            found.append(f"{name}: {self.shared} bytes of shared memory, over the {device.shared_per_block} of an {device.name}")
+            found.append(
+                f"{name}: {self.shared} bytes of shared memory, over the {device.shared_per_block} "
+                f"of an {device.name}"
+            )
         if self.tile and self.instruction != device.tensor_core:
-            found.append(f"{name}: tensor-core instruction {self.instruction}, not {device.tensor_core}")
+            found.append(
+                f"{name}: tensor-core instruction {self.instruction}, not {device.tensor_core}"
+            )
         if self.float_atomics:
-            found.append(f"{name}: {self.float_atomics} float atomics, whose sums differ from run to run")
+            found.append(
+                f"{name}: {self.float_atomics} float atomics, whose sums differ from run to run"
+            )
         return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="sm_80,sm_90", metavar="LIST", help=f"of {', '.join(DEVICES)} (default: sm_80,sm_90)")
+    parser.add_argument(
+        "--target",
+        default="sm_80,sm_90",
+        metavar="LIST",
+        help=f"of {', '.join(DEVICES)} (default: sm_80,sm_90)",
+    )
     parser.add_argument("--defaults-only", action="store_true", help="leave out the tuning space")
     add_json(parser)
 
@@ -109,26 +138,60 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summarize(rows: list[Row], failures: list[str]) -> dict[str, Any]:
-    """The result as plain data: `default_spills` in bytes, `<target>_gemm_instruction`, and a row a kernel."""
+    """The result as plain data: `default_spills` in bytes, `<target>_gemm_instruction`, and a
+    row a kernel."""
     import triton
 
-    result: dict[str, Any] = {"triton": triton.__version__, "default_spills": sum(row.spills for row in rows if row.default)}
+    result: dict[str, Any] = {
+        "triton": triton.__version__,
+        "default_spills": sum(row.spills for row in rows if row.default),
+    }
     for target in dict.fromkeys(row.target for row in rows):
-        found = {row.instruction for row in rows if row.target == target and row.default and row.tile}
+        found = {
+            row.instruction for row in rows if row.target == target and row.default and row.tile
+        }
         result[f"{target}_gemm_instruction"] = " ".join(sorted(found))
     return {**result, "failures": failures, "rows": [dataclasses.asdict(row) for row in rows]}
 
 
 def table(rows: list[Row]) -> str:
-    header = ("target", "kernel", "dtype", "tile", "", "registers", "spills", "shared KiB", "occupancy", "instruction")
-    lines = [header] + [(row.target, row.kernel, row.dtype, row.tile, "" if row.default else "space", str(row.registers),
-                         str(row.spills), f"{row.shared / 1024:.0f}", f"{row.occupancy:.0%}", row.instruction) for row in rows]
+    header = (
+        "target",
+        "kernel",
+        "dtype",
+        "tile",
+        "",
+        "registers",
+        "spills",
+        "shared KiB",
+        "occupancy",
+        "instruction",
+    )
+    lines = [header] + [
+        (
+            row.target,
+            row.kernel,
+            row.dtype,
+            row.tile,
+            "" if row.default else "space",
+            str(row.registers),
+            str(row.spills),
+            f"{row.shared / 1024:.0f}",
+            f"{row.occupancy:.0%}",
+            row.instruction,
+        )
+        for row in rows
+    ]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def compile_all(targets: list[str], with_space: bool) -> list[Row]:
-    """Compile every kernel for every target in bfloat16 and float32; the tuning space in bfloat16."""
+    """Compile every kernel for every target in bfloat16 and float32; the tuning space in
+    bfloat16."""
     rows = []
     for target in targets:
         activate(target)
@@ -137,7 +200,11 @@ def compile_all(targets: list[str], with_space: bool) -> list[Row]:
                 rows.append(compile_launch(target, dtype, launch, launch.config, default=True))
                 if with_space and launch.config is not None and dtype == torch.bfloat16:
                     others = SPACE[launch.kernel.__name__.removesuffix("_kernel")]
-                    rows += [compile_launch(target, dtype, launch, tile, default=False) for tile in others if tile != launch.config]
+                    rows += [
+                        compile_launch(target, dtype, launch, tile, default=False)
+                        for tile in others
+                        if tile != launch.config
+                    ]
     return rows
 
 
@@ -152,30 +219,58 @@ def activate(target: str) -> None:
 
 
 def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
-    """The distinct launches of one layer's routing, experts and permutation, forward and backward, at the published shapes."""
+    """The distinct launches of one layer's routing, experts and permutation, forward and
+    backward, at the published shapes."""
     from emotrain.kernels import triton_launch
     from emotrain.kernels.permute import permute, unpermute
     from emotrain.kernels.pool_routing import pool_routing
     from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 
     tokens, width, hidden = PUBLISHED["tokens"], PUBLISHED["width"], PUBLISHED["hidden"]
-    num_experts, num_chosen, documents = PUBLISHED["num_experts"], PUBLISHED["num_chosen"], PUBLISHED["documents"]
+    num_experts, num_chosen, documents = (
+        PUBLISHED["num_experts"],
+        PUBLISHED["num_chosen"],
+        PUBLISHED["documents"],
+    )
     seen: dict[tuple[Any, ...], Any] = {}
 
     def remember(launch: Any) -> None:
-        dtypes = tuple(argument.dtype for argument in launch.arguments if isinstance(argument, torch.Tensor))
+        dtypes = tuple(
+            argument.dtype for argument in launch.arguments if isinstance(argument, torch.Tensor)
+        )
         seen.setdefault((launch.kernel.__name__, dtypes, *sorted(launch.options.items())), launch)
 
     with torch.device("meta"), triton_launch.recording(target, remember):
         if dtype == torch.float32:  # routing always is
             logits_TN = torch.empty(tokens, num_experts + 1, requires_grad=True)[:, :num_experts]
-            document_T, pool_size_G = torch.empty(tokens, dtype=torch.int64), torch.empty(documents, dtype=torch.int64)
-            routing = pool_routing(logits_TN, document_T, documents, num_chosen, pool_size_G, backend="triton")
-            (routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()).backward()
-            kept_GN, valid_T = (torch.empty(shape, dtype=torch.bool) for shape in ((documents, num_experts), (tokens,)))
+            document_T, pool_size_G = (
+                torch.empty(tokens, dtype=torch.int64),
+                torch.empty(documents, dtype=torch.int64),
+            )
+            routing = pool_routing(
+                logits_TN, document_T, documents, num_chosen, pool_size_G, backend="triton"
+            )
+            (
+                routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()
+            ).backward()
+            kept_GN, valid_T = (
+                torch.empty(shape, dtype=torch.bool)
+                for shape in ((documents, num_experts), (tokens,))
+            )
             for pool in (pool_size_G, None):  # an expert subset, padded batches, a standard MoE
-                pool_routing(logits_TN, document_T, documents, num_chosen, pool, kept_GN, valid_T, backend="triton")
-            pool_routing(logits_TN, document_T, documents, num_chosen, backend="triton").weights_TK.sum().backward()
+                pool_routing(
+                    logits_TN,
+                    document_T,
+                    documents,
+                    num_chosen,
+                    pool,
+                    kept_GN,
+                    valid_T,
+                    backend="triton",
+                )
+            pool_routing(
+                logits_TN, document_T, documents, num_chosen, backend="triton"
+            ).weights_TK.sum().backward()
         slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
         slots = SortedSlots(slot_R, slot_R, torch.empty(num_experts, dtype=torch.int64))
         x_TD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
@@ -183,8 +278,15 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
         gate_up_NFD = torch.empty(num_experts, 2 * hidden, width, dtype=dtype, requires_grad=True)
         down_NHD = torch.empty(num_experts, hidden, width, dtype=dtype, requires_grad=True)
         grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD).backward(x_TD.detach())
-        grouped_mlp_triton(*(tensor.detach() for tensor in (x_TD, weights_TK)), slots, gate_up_NFD.detach(), down_NHD.detach())
-        unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(x_TD.detach())
+        grouped_mlp_triton(
+            *(tensor.detach() for tensor in (x_TD, weights_TK)),
+            slots,
+            gate_up_NFD.detach(),
+            down_NHD.detach(),
+        )
+        unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(
+            x_TD.detach()
+        )
     return list(seen.values())
 
 
@@ -197,25 +299,47 @@ def compile_launch(target: str, dtype: torch.dtype, launch: Any, tile: Any, defa
     registers, spills = _resources(kernel.asm["cubin"])
     shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
     ptx = kernel.asm["ptx"]
-    return Row(target, _variant(launch), str(dtype).removeprefix("torch."), described, default, registers, spills, shared,
-               _occupancy(DEVICES[target], registers, shared, warps), _instruction(ptx), len(FLOAT_ATOMIC.findall(ptx)))
+    return Row(
+        target,
+        _variant(launch),
+        str(dtype).removeprefix("torch."),
+        described,
+        default,
+        registers,
+        spills,
+        shared,
+        _occupancy(DEVICES[target], registers, shared, warps),
+        _instruction(ptx),
+        len(FLOAT_ATOMIC.findall(ptx)),
+    )
 
 
 def _variant(launch: Any) -> str:
-    """Name of a kernel with the options that choose its code; `J1024` is the length of its banks' other axis."""
+    """Name of a kernel with the options that choose its code; `J1024` is the length of its
+    banks' other axis."""
     sizes = [f"J{launch.options['J']}"] if "J" in launch.options else []
-    flags = [f"+{key.lower().removeprefix('has_')}" for key, value in launch.options.items() if value is True]
+    flags = [
+        f"+{key.lower().removeprefix('has_')}"
+        for key, value in launch.options.items()
+        if value is True
+    ]
     return " ".join([launch.kernel.__name__.removesuffix("_kernel"), *sizes, *flags])
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes a thread keeps in local memory, which is where spilled registers go."""
+    """Registers a thread, and bytes a thread keeps in local memory, which is where spilled
+    registers go."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True, text=True, check=True)
+        report = subprocess.run(
+            [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report.stdout)
     assert usage, report.stdout
     registers, stack, local = map(int, usage.groups())
@@ -223,14 +347,26 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _instruction(ptx: str) -> str:
-    found = (name for name, text in (("wgmma", "wgmma.mma_async"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync")) if text in ptx)
+    found = (
+        name
+        for name, text in (
+            ("wgmma", "wgmma.mma_async"),
+            ("tcgen05", "tcgen05.mma"),
+            ("mma", "mma.sync"),
+        )
+        if text in ptx
+    )
     return next(found, "none")
 
 
 def _occupancy(device: Device, registers: int, shared: int, warps: int) -> float:
     """Registers are given out to a warp in units of 256, that is 8 a thread."""
     per_warp = -(-registers // 8) * 8 * 32
-    programs = min(device.warps // warps, device.registers // (per_warp * warps), device.shared_per_processor // (shared + 1024))
+    programs = min(
+        device.warps // warps,
+        device.registers // (per_warp * warps),
+        device.shared_per_processor // (shared + 1024),
+    )
     return programs * warps / device.warps
 
 

@@ -1,9 +1,11 @@
-"""The routed experts by a kernel of our own for CPUs (cpu_grouped_mlp.cpp), where a C++ compiler is installed.
+"""The routed experts by a kernel of our own for CPUs (cpu_grouped_mlp.cpp), where a C++ compiler is
+installed.
 
-Torch needs some twenty small operations an expert, each a pass over memory and a fork and join of its threads: at a width of
-128 half of the time. The kernel is one call forward and one backward. It is compiled when the first call comes that is large
-enough to gain from it (a second, once for a machine), and loaded by ctypes: it knows nothing of torch but the addresses of
-tensors. Without g++ everything runs in torch as before.
+Torch needs some twenty small operations an expert, each a pass over memory and a fork and join of
+its threads: at a width of 128 half of the time. The kernel is one call forward and one backward. It
+is compiled when the first call comes that is large enough to gain from it (a second, once for a
+machine), and loaded by ctypes: it knows nothing of torch but the addresses of tensors. Without g++
+everything runs in torch as before.
 """
 
 from __future__ import annotations
@@ -25,41 +27,72 @@ from torch import Tensor
 log = logging.getLogger("emotrain")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+)
 
 WIDTH_MULTIPLE = 32
 """D and H must be multiples of the widest panel."""
 CHUNK_ROWS = 512
-"""Most rows of an expert that a thread takes at once: enough for its GEMMs, and few enough for a cache of 1 to 2 MB at D = 128."""
+"""Most rows of an expert that a thread takes at once: enough for its GEMMs, and few enough for a
+cache of 1 to 2 MB at D = 128."""
 WORTH_COMPILING = 2**24
-"""Slots * D * H from which a call counts as large: some 5 ms of arithmetic forward and backward. Below, torch is fast enough."""
+"""Slots * D * H from which a call counts as large: some 5 ms of arithmetic forward and backward.
+Below, torch is fast enough."""
 
 
 def supports(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> bool:
     """Whether the kernel can compute these operands: float32 on a CPU, D and H multiples of 32."""
     hidden, width = down_NHD.shape[1:]
     tensors = (x_TD, gate_up_NFD, down_NHD)
-    return (all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and weights_TK.device.type == "cpu"
-            and width % WIDTH_MULTIPLE == 0 and hidden % WIDTH_MULTIPLE == 0)
+    return (
+        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and weights_TK.device.type == "cpu"
+        and width % WIDTH_MULTIPLE == 0
+        and hidden % WIDTH_MULTIPLE == 0
+    )
 
 
 def worth_it(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> bool:
-    """Whether this call should run in the kernel: it can, is large enough, and the kernel is there or can be compiled."""
-    return (supports(x_TD, weights_TK, gate_up_NFD, down_NHD) and weights_TK.numel() * down_NHD[0].numel() >= WORTH_COMPILING
-            and library() is not None)
+    """Whether this call should run in the kernel: it can, is large enough, and the kernel is
+    there or can be compiled."""
+    return (
+        supports(x_TD, weights_TK, gate_up_NFD, down_NHD)
+        and weights_TK.numel() * down_NHD[0].numel() >= WORTH_COMPILING
+        and library() is not None
+    )
 
 
-def grouped_mlp_cpu(x_TD: Tensor, weights_TK: Tensor, token_R: Tensor, slot_R: Tensor, ends_N: Tensor, gate_up_NFD: Tensor,
-                    down_NHD: Tensor) -> Tensor:
-    """`grouped_mlp` of what `supports` allows. The result does not depend on the number of threads, to the last bit."""
-    return _FusedMLP.apply(x_TD, weights_TK.to(x_TD.dtype), gate_up_NFD, down_NHD, token_R, slot_R, ends_N)
+def grouped_mlp_cpu(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    token_R: Tensor,
+    slot_R: Tensor,
+    ends_N: Tensor,
+    gate_up_NFD: Tensor,
+    down_NHD: Tensor,
+) -> Tensor:
+    """`grouped_mlp` of what `supports` allows. The result does not depend on the number of
+    threads, to the last bit."""
+    return _FusedMLP.apply(
+        x_TD, weights_TK.to(x_TD.dtype), gate_up_NFD, down_NHD, token_R, slot_R, ends_N
+    )
 
 
 class _FusedMLP(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx, x_TD, weights_TK, gate_up_NFD, down_NHD, token_R, slot_R, ends_N):
-        operands = [tensor.contiguous() for tensor in (x_TD, weights_TK, token_R, slot_R, gate_up_NFD, down_NHD)]
+        operands = [
+            tensor.contiguous()
+            for tensor in (x_TD, weights_TK, token_R, slot_R, gate_up_NFD, down_NHD)
+        ]
         lengths = ends_N.diff(prepend=ends_N.new_zeros(1)).tolist()
         chunks, rows = _chunks(lengths)
         sizes = (len(chunks), *x_TD.shape, down_NHD.shape[1], rows)
@@ -68,7 +101,10 @@ class _FusedMLP(torch.autograd.Function):
         chunks_C6 = torch.tensor(chunks, dtype=torch.int64)
         _call("forward", *operands, chunks_C6, *sizes, hidden, y_TD, *_scratch(sizes))
         ctx.save_for_backward(*operands, chunks_C6, hidden)
-        ctx.sizes, ctx.idle = sizes, [expert for expert, length in enumerate(lengths) if length == 0]
+        ctx.sizes, ctx.idle = (
+            sizes,
+            [expert for expert, length in enumerate(lengths) if length == 0],
+        )
         return y_TD
 
     @staticmethod
@@ -78,8 +114,19 @@ class _FusedMLP(torch.autograd.Function):
         x_TD, weights_TK, _, _, gate_up_NFD, down_NHD = operands
         grad_x_TD, grad_weights_TK = torch.empty_like(x_TD), torch.zeros_like(weights_TK)
         grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
-        _call("backward", *operands, chunks_C6, *ctx.sizes, hidden, grad_TD.contiguous(), grad_x_TD, grad_weights_TK,
-              grad_gate_up_NFD, grad_down_NHD, *_scratch(ctx.sizes))
+        _call(
+            "backward",
+            *operands,
+            chunks_C6,
+            *ctx.sizes,
+            hidden,
+            grad_TD.contiguous(),
+            grad_x_TD,
+            grad_weights_TK,
+            grad_gate_up_NFD,
+            grad_down_NHD,
+            *_scratch(ctx.sizes),
+        )
         for expert in ctx.idle:
             grad_gate_up_NFD[expert].zero_()
             grad_down_NHD[expert].zero_()
@@ -89,8 +136,8 @@ class _FusedMLP(torch.autograd.Function):
 def _chunks(lengths: list[int]) -> tuple[list[tuple[int, ...]], int]:
     """The kernel's `struct Chunk` of each chunk, and the most rows of any, whole tiles all.
 
-    An expert's rows are cut into the fewest chunks of at most CHUNK_ROWS, of nearly equal size. The cuts depend on nothing
-    else: neither does the order of any sum.
+    An expert's rows are cut into the fewest chunks of at most CHUNK_ROWS, of nearly equal size. The
+    cuts depend on nothing else: neither does the order of any sum.
     """
     tile = library().tile_rows()
     chunks, first, hidden_row, most = [], 0, 0, 0
@@ -112,8 +159,14 @@ def _scratch(sizes: tuple[int, ...]) -> tuple[Tensor, int]:
 
 def _call(function: str, *arguments: Tensor | int) -> None:
     """Call the kernel with the addresses of tensors and with integers; the GIL is released."""
-    getattr(library(), function)(*(ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else ctypes.c_int64(argument)
-                                   for argument in arguments))
+    getattr(library(), function)(
+        *(
+            ctypes.c_void_p(argument.data_ptr())
+            if isinstance(argument, Tensor)
+            else ctypes.c_int64(argument)
+            for argument in arguments
+        )
+    )
 
 
 @functools.cache
@@ -123,7 +176,10 @@ def library() -> ctypes.CDLL | None:
         loaded = ctypes.CDLL(str(_compiled()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
-        log.warning("experts run in torch, at about half the speed: no kernel for this CPU (%s)", " ".join(reason.split())[:300])
+        log.warning(
+            "experts run in torch, at about half the speed: no kernel for this CPU (%s)",
+            " ".join(reason.split())[:300],
+        )
         return None
     loaded.scratch_size.restype = loaded.tile_rows.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None
@@ -133,13 +189,18 @@ def library() -> ctypes.CDLL | None:
 def _compiled() -> Path:
     """The shared library for this source, compiler and CPU, compiled unless it is in the cache.
 
-    Processes that start at once each compile under a name of their own and rename: whoever is last replaces equal by equal.
+    Processes that start at once each compile under a name of their own and rename: whoever is last
+    replaces equal by equal.
     """
     compiler = shutil.which("g++")
     if compiler is None:
         raise FileNotFoundError("g++ is not installed")
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _cpu()]).encode()).hexdigest()[:16]
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    key = hashlib.sha256(
+        "\0".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _cpu()]).encode()
+    ).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotrain"
     target = folder / f"{SOURCE.stem}-{key}.so"
     if not target.exists():
@@ -147,7 +208,13 @@ def _compiled() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / target.name
-            subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True, check=True, timeout=300)
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=300,
+            )
             made.replace(target)
     return target
 
@@ -156,4 +223,11 @@ def _cpu() -> str:
     """What `-march=native` depends on: a cache may be shared by machines that differ."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return "\n".join([platform.machine(), *dict.fromkeys(line for line in lines if line.startswith(("model name", "flags", "Features")))])
+    return "\n".join(
+        [
+            platform.machine(),
+            *dict.fromkeys(
+                line for line in lines if line.startswith(("model name", "flags", "Features"))
+            ),
+        ]
+    )

@@ -1,10 +1,13 @@
-"""The routed experts: every token through its own experts, weighted and summed. No padding, no dropped token.
+"""The routed experts: every token through its own experts, weighted and summed. No padding, no
+dropped token.
 
-Slots (token, choice) are sorted by expert once; then each expert is a handful of GEMMs on its own rows. Rows are
-gathered just before an expert's first GEMM and added to the output just after its last one, so that no permuted copy of
-the tokens exists and an expert's rows are still in cache when they are used.
+Slots (token, choice) are sorted by expert once; then each expert is a handful of GEMMs on its own
+rows. Rows are gathered just before an expert's first GEMM and added to the output just after its
+last one, so that no permuted copy of the tokens exists and an expert's rows are still in cache when
+they are used.
 
-This is the readable twin of triton_grouped_mlp.py, and of cpu_grouped_mlp.cpp for large float32 calls on a CPU.
+This is the readable twin of triton_grouped_mlp.py, and of cpu_grouped_mlp.cpp for large float32
+calls on a CPU.
 """
 
 from __future__ import annotations
@@ -50,9 +53,16 @@ def sort_slots(experts_TK: Tensor, counts_N: Tensor, in_use: int | None = None) 
     return SortedSlots(slot_R // experts_TK.shape[1], slot_R, counts_N.cumsum(0), in_use)
 
 
-def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor,
-                backend: str = "auto") -> Tensor:
-    """Sum over a token's slots of weight * SwiGLU of the slot's expert: y = (silu(x Wg) * (x Wu)) Wd (spec 3.2).
+def grouped_mlp(
+    x_TD: Tensor,
+    weights_TK: Tensor,
+    slots: SortedSlots,
+    gate_up_NFD: Tensor,
+    down_NHD: Tensor,
+    backend: str = "auto",
+) -> Tensor:
+    """Sum over a token's slots of weight * SwiGLU of the slot's expert: y = (silu(x Wg) * (x Wu))
+    Wd (spec 3.2).
 
     Args:
         x_TD: tokens, float32, float64 or bfloat16.
@@ -75,18 +85,25 @@ def grouped_mlp(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NF
 
         return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
     if may_compile and worth_it(x_TD, weights_TK, gate_up_NFD, down_NHD):
-        return grouped_mlp_cpu(x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD)
-    weights_R = weights_TK.reshape(-1)[slots.slot_R[:slots.num_rows]].to(x_TD.dtype)
+        return grouped_mlp_cpu(
+            x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD
+        )
+    weights_R = weights_TK.reshape(-1)[slots.slot_R[: slots.num_rows]].to(x_TD.dtype)
     if x_TD.is_cuda and x_TD.dtype == torch.bfloat16:
         return _grouped_mm_mlp(x_TD, weights_R, slots, gate_up_NFD, down_NHD)
-    return _LoopedMLP.apply(x_TD, weights_R, gate_up_NFD, down_NHD, slots.token_R[:slots.num_rows], slots.ends_N)
+    return _LoopedMLP.apply(
+        x_TD, weights_R, gate_up_NFD, down_NHD, slots.token_R[: slots.num_rows], slots.ends_N
+    )
 
 
-def _grouped_mm_mlp(x_TD: Tensor, weights_R: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def _grouped_mm_mlp(
+    x_TD: Tensor, weights_R: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
+) -> Tensor:
     """The same through torch's grouped GEMM, without a host copy of the counts (CUDA, bfloat16)."""
-    ends_N, token_R = slots.ends_N.to(torch.int32), slots.token_R[:slots.num_rows]
-    # grouped_mm leaves the rows after the last group unwritten, in its result and in the gradient of its input. Both ends
-    # are masked, so that whatever is there reaches neither a sum nor a gradient, not even as 0 * inf.
+    ends_N, token_R = slots.ends_N.to(torch.int32), slots.token_R[: slots.num_rows]
+    # grouped_mm leaves the rows after the last group unwritten, in its result and in the gradient
+    # of its input. Both ends are masked, so that whatever is there reaches neither a sum nor a
+    # gradient, not even as 0 * inf.
     in_use_R = torch.arange(token_R.shape[0], device=x_TD.device) < ends_N[-1]
     x_RD = torch.where(in_use_R[:, None], x_TD[token_R], 0)
     hidden_RF = F.grouped_mm(x_RD, gate_up_NFD.transpose(1, 2), offs=ends_N)
@@ -99,8 +116,9 @@ def _grouped_mm_mlp(x_TD: Tensor, weights_R: Tensor, slots: SortedSlots, gate_up
 class _LoopedMLP(torch.autograd.Function):
     """One expert after the other, in place, with a hand-written backward.
 
-    Autograd over a loop would keep every intermediate and allocate a full-size gradient for each indexed weight. Here only
-    the pre-activation is kept; the gathered rows and the activation are made again in backward.
+    Autograd over a loop would keep every intermediate and allocate a full-size gradient for each
+    indexed weight. Here only the pre-activation is kept; the gathered rows and the activation are
+    made again in backward.
     """
 
     @staticmethod
@@ -109,7 +127,11 @@ class _LoopedMLP(torch.autograd.Function):
         hidden_RF = x_TD.new_empty(token_R.shape[0], gate_up_NFD.shape[1])
         y_TD = torch.zeros_like(x_TD)
         for token_r, weight_r1, hidden_rF, gate_up_FD, down_HD in zip(
-                *_rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF), gate_up_NFD.unbind(), down_NHD.unbind(), strict=True):
+            *_rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF),
+            gate_up_NFD.unbind(),
+            down_NHD.unbind(),
+            strict=True,
+        ):
             if token_r.shape[0] == 0:
                 continue
             torch.mm(x_TD.index_select(0, token_r), gate_up_FD.t(), out=hidden_rF)
@@ -127,9 +149,23 @@ class _LoopedMLP(torch.autograd.Function):
         grad_x_TD, grad_weights_R = torch.zeros_like(x_TD), torch.zeros_like(weights_R)
         grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
         scratch_rF = hidden_RF.new_empty(max(ctx.lengths), hidden_RF.shape[1])
-        for token_r, weight_r1, grad_weight_r, hidden_rF, gate_up_FD, down_HD, grad_gate_up_FD, grad_down_HD in zip(
-                *_rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF),
-                gate_up_NFD.unbind(), down_NHD.unbind(), grad_gate_up_NFD.unbind(), grad_down_NHD.unbind(), strict=True):
+        for (
+            token_r,
+            weight_r1,
+            grad_weight_r,
+            hidden_rF,
+            gate_up_FD,
+            down_HD,
+            grad_gate_up_FD,
+            grad_down_HD,
+        ) in zip(
+            *_rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF),
+            gate_up_NFD.unbind(),
+            down_NHD.unbind(),
+            grad_gate_up_NFD.unbind(),
+            grad_down_NHD.unbind(),
+            strict=True,
+        ):
             if token_r.shape[0] == 0:
                 grad_gate_up_FD.zero_()
                 grad_down_HD.zero_()
@@ -142,15 +178,18 @@ class _LoopedMLP(torch.autograd.Function):
             torch.sum(act_rH * grad_act_rH, dim=1, out=grad_weight_r)
             torch.mm(act_rH.mul_(weight_r1).t(), grad_rD, out=grad_down_HD)
             grad_act_rH.mul_(weight_r1)
-            grad_hidden_rF = scratch_rF[:token_r.shape[0]]
+            grad_hidden_rF = scratch_rF[: token_r.shape[0]]
             grad_gate_rH, grad_up_rH = grad_hidden_rF.chunk(2, dim=1)
             torch.mul(grad_act_rH, silu_rH, out=grad_up_rH)
-            torch.ops.aten.silu_backward.grad_input(grad_act_rH.mul_(up_rH), gate_rH, grad_input=grad_gate_rH)
+            torch.ops.aten.silu_backward.grad_input(
+                grad_act_rH.mul_(up_rH), gate_rH, grad_input=grad_gate_rH
+            )
             torch.mm(grad_hidden_rF.t(), x_TD.index_select(0, token_r), out=grad_gate_up_FD)
             grad_x_TD.index_add_(0, token_r, grad_hidden_rF @ gate_up_FD)
         return grad_x_TD, grad_weights_R, grad_gate_up_NFD, grad_down_NHD, None, None
 
 
 def _rows_by_expert(lengths: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """The rows of each expert as views, of every tensor; rows of empty slots, at the end, are left out."""
-    return [tensor[:sum(lengths)].split(lengths) for tensor in tensors]
+    """The rows of each expert as views, of every tensor; rows of empty slots, at the end, are
+    left out."""
+    return [tensor[: sum(lengths)].split(lengths) for tensor in tensors]

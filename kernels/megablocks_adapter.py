@@ -1,8 +1,9 @@
-"""The routed experts on MegaBlocks' grouped GEMM (`megablocks.grouped_gemm_util`), for comparison with our own.
+"""The routed experts on MegaBlocks' grouped GEMM (`megablocks.grouped_gemm_util`), for comparison
+with our own.
 
-MegaBlocks 0.10 pins torch below 2.7.1 and builds with CUDA alone, so that it is never a dependency and is imported when it is
-asked for; docs/kernels.md tells how to make its environment. Its GEMM wants the counts on the host: this backend waits for
-the device once a layer, which ours does not.
+MegaBlocks 0.10 pins torch below 2.7.1 and builds with CUDA alone, so that it is never a dependency
+and is imported when it is asked for; docs/kernels.md tells how to make its environment. Its GEMM
+wants the counts on the host: this backend waits for the device once a layer, which ours does not.
 """
 
 from __future__ import annotations
@@ -19,21 +20,28 @@ from emotrain.kernels.grouped_mlp import SortedSlots
 from emotrain.kernels.permute import permute, unpermute
 
 
-def grouped_mlp_megablocks(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def grouped_mlp_megablocks(
+    x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
+) -> Tensor:
     """`grouped_mlp` on MegaBlocks: bfloat16 alone.
 
     Raises:
-        ModuleNotFoundError: MegaBlocks, or a part of it, is not installed. ValueError: another dtype.
+        ModuleNotFoundError: MegaBlocks, or a part of it, is not installed. ValueError: another
+            dtype.
     """
     if x_TD.dtype != torch.bfloat16:
-        raise ValueError(f"experts.backend=megablocks supports bfloat16, not {str(x_TD.dtype).removeprefix('torch.')}; use auto")
+        raise ValueError(
+            f"experts.backend=megablocks supports bfloat16, not "
+            f"{str(x_TD.dtype).removeprefix('torch.')}; use auto"
+        )
     gmm = _grouped_gemm()
     ends_N = slots.ends_N.cpu()
     counts_N = torch.diff(ends_N, prepend=ends_N.new_zeros(1))
     slots = replace(slots, in_use=int(ends_N[-1]))
     idle = torch.nonzero(counts_N == 0).flatten().tolist()
     gate_up_NFD, down_NHD = (_ClearIdle.apply(bank, idle) for bank in (gate_up_NFD, down_NHD))
-    # Its result has as many rows as its input but writes those in groups alone: the others are never handed over.
+    # Its result has as many rows as its input but writes those in groups alone: the others are
+    # never handed over.
     hidden_RF = gmm(permute(x_TD, slots), gate_up_NFD, counts_N, trans_b=True)
     gate_RH, up_RH = hidden_RF.chunk(2, dim=-1)
     y_RD = gmm(F.silu(gate_RH) * up_RH, down_NHD, counts_N)
@@ -62,9 +70,14 @@ def _grouped_gemm() -> Callable[..., Tensor]:
             warnings.simplefilter("ignore")
             from megablocks import grouped_gemm_util
     except ImportError as error:
-        raise ModuleNotFoundError(f"experts.backend=megablocks needs MegaBlocks ({error}); docs/kernels.md tells how to "
-                                  f"make its environment, or use auto") from None
+        raise ModuleNotFoundError(
+            f"experts.backend=megablocks needs MegaBlocks ({error}); docs/kernels.md tells how to "
+            f"make its environment, or use auto"
+        ) from None
     if grouped_gemm_util.ops is None:
-        raise ModuleNotFoundError("experts.backend=megablocks needs the package grouped_gemm beside MegaBlocks; docs/kernels.md "
-                                  "tells how to make its environment, or use auto")
+        raise ModuleNotFoundError(
+            "experts.backend=megablocks needs the package grouped_gemm beside MegaBlocks; "
+            "docs/kernels.md "
+            "tells how to make its environment, or use auto"
+        )
     return grouped_gemm_util.ops.gmm

@@ -1,4 +1,5 @@
-"""How every Triton kernel is started: on its device with its tile sizes, or handed to a recorder that compiles it instead."""
+"""How every Triton kernel is started: on its device with its tile sizes, or handed to a recorder
+that compiles it instead."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ _TILES: ContextVar[dict[str, TileConfig] | None] = ContextVar("emotrain_kernel_t
 
 @contextlib.contextmanager
 def recording(target: str, seen: Callable[[Launch], None]) -> Iterator[None]:
-    """Within this context launches for `target` (such as sm_90) are handed to `seen`, and nothing runs."""
+    """Within this context launches for `target` (such as sm_90) are handed to `seen`, and
+    nothing runs."""
     token = _RECORDER.set(_Recorder(target, seen))
     try:
         yield
@@ -75,7 +77,9 @@ def _target(tensor: Tensor) -> str:
     return "interpreter"
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: TileConfig | None, *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], config: TileConfig | None, *arguments: Any, **options: Any
+) -> None:
     """Start `kernel` on the device of its first tensor. A grid with a zero starts nothing."""
     if 0 in grid:
         return
@@ -90,6 +94,6 @@ def launch(kernel: Any, grid: tuple[int, ...], config: TileConfig | None, *argum
 
 
 def float32_precision() -> str:
-    """How tensor cores multiply float32: as `torch.set_float32_matmul_precision` says, in one TF32 product or in three,
-    whose result is as exact as float32 itself. (bfloat16 is not affected.)"""
+    """How tensor cores multiply float32: as `torch.set_float32_matmul_precision` says, in one TF32
+    product or in three, whose result is as exact as float32 itself. (bfloat16 is not affected.)"""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -1,7 +1,8 @@
-"""Triton kernels that move rows: where slots lie, rows gathered into sorted order, and rows summed back for each token.
+"""Triton kernels that move rows: where slots lie, rows gathered into sorted order, and rows summed
+back for each token.
 
-Every output row has one writer, and the K rows of a token are added in the order of its choices, in float32: no atomics,
-and the same bits every time.
+Every output row has one writer, and the K rows of a token are added in the order of its choices, in
+float32: no atomics, and the same bits every time.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from emotrain.kernels.triton_launch import launch
 PLAN_BLOCK = 128
 """Slots and tiles of one program of `plan_kernel`."""
 ROW_BLOCK, COLUMN_BLOCK = 8, 256
-"""Rows and columns that a program of the row-moving kernels holds at a time: 16 elements a thread, two full-width loads."""
+"""Rows and columns that a program of the row-moving kernels holds at a time: 16 elements a
+thread, two full-width loads."""
 
 
 class SlotPlan(NamedTuple):
-    """Sorted slots, and the tiles that GEMM kernels walk. A tile is up to `rows` consecutive slots of one expert."""
+    """Sorted slots, and the tiles that GEMM kernels walk. A tile is up to `rows` consecutive
+    slots of one expert."""
 
     token_R: Tensor
     """int64: the token of each sorted slot."""
@@ -45,18 +48,36 @@ class SlotPlan(NamedTuple):
 
 
 def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
-    """Cut every expert's slots into tiles of `rows`, on the device. As many tiles are launched as any routing may need; those
-    left over end at once."""
+    """Cut every expert's slots into tiles of `rows`, on the device. As many tiles are launched as
+    any routing may need; those left over end at once."""
     num_slots, num_experts = slots.token_R.shape[0], slots.ends_N.shape[0]
     used = slots.num_rows
     # ceil(n / rows) <= (n - 1) / rows + 1 for an expert with slots, and 0 for one without.
     num_tiles = used // rows + min(num_experts, used)
     position_R, tile_expert_P, tile_row_P = (
-        slots.ends_N.new_empty(size, dtype=torch.int32) for size in (num_slots, num_tiles, num_tiles))
-    launch(plan_kernel, (triton.cdiv(max(num_slots, num_tiles), PLAN_BLOCK),), None,
-           slots.slot_R, slots.ends_N, position_R, tile_expert_P, tile_row_P, num_slots, num_tiles, num_experts,
-           TILE_ROWS=rows, BLOCK_N=triton.next_power_of_2(num_experts), BLOCK=PLAN_BLOCK, num_warps=8)
-    return SlotPlan(slots.token_R, slots.slot_R, slots.ends_N, position_R, tile_expert_P, tile_row_P)
+        slots.ends_N.new_empty(size, dtype=torch.int32)
+        for size in (num_slots, num_tiles, num_tiles)
+    )
+    launch(
+        plan_kernel,
+        (triton.cdiv(max(num_slots, num_tiles), PLAN_BLOCK),),
+        None,
+        slots.slot_R,
+        slots.ends_N,
+        position_R,
+        tile_expert_P,
+        tile_row_P,
+        num_slots,
+        num_tiles,
+        num_experts,
+        TILE_ROWS=rows,
+        BLOCK_N=triton.next_power_of_2(num_experts),
+        BLOCK=PLAN_BLOCK,
+        num_warps=8,
+    )
+    return SlotPlan(
+        slots.token_R, slots.slot_R, slots.ends_N, position_R, tile_expert_P, tile_row_P
+    )
 
 
 @torch.compiler.disable
@@ -67,7 +88,9 @@ def permute_triton(x_TD: Tensor, slots: SortedSlots) -> Tensor:
 
 
 @torch.compiler.disable
-def unpermute_triton(rows_RD: Tensor, slots: SortedSlots, num_tokens: int, weights_TK: Tensor | None) -> Tensor:
+def unpermute_triton(
+    rows_RD: Tensor, slots: SortedSlots, num_tokens: int, weights_TK: Tensor | None
+) -> Tensor:
     """`unpermute` in Triton; products and sums are formed in float32."""
     check_operands("unpermute", rows_RD)
     weights_TK = None if weights_TK is None else weights_TK.float().contiguous()
@@ -85,7 +108,11 @@ class _Permute(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RD):
         plan = SlotPlan(*ctx.saved_tensors)
-        return combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens), None, *(None for _ in plan)
+        return (
+            combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens),
+            None,
+            *(None for _ in plan),
+        )
 
 
 class _Unpermute(torch.autograd.Function):
@@ -100,25 +127,57 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx, grad_TD):
         rows_RD, weights_TK, *plan = ctx.saved_tensors
         grad_weights_TK = None if weights_TK is None else torch.zeros_like(weights_TK)
-        grad_RD = gather_rows(grad_TD.contiguous(), SlotPlan(*plan), ctx.num_rows, weights_TK, rows_RD, grad_weights_TK)
+        grad_RD = gather_rows(
+            grad_TD.contiguous(),
+            SlotPlan(*plan),
+            ctx.num_rows,
+            weights_TK,
+            rows_RD,
+            grad_weights_TK,
+        )
         return grad_RD, None, grad_weights_TK, *(None for _ in plan)
 
 
-def gather_rows(x_TD: Tensor, plan: SlotPlan, num_rows: int, weights_TK: Tensor | None = None, other_RD: Tensor | None = None,
-                dots_TK: Tensor | None = None) -> Tensor:
-    """The (weighted) row of its token for each of the first `num_rows` sorted slots -> [R, D]; zeros for empty slots. Where
-    given, `dots_TK` receives the unweighted row's product with the slot's row of `other_RD`, zero for empty slots."""
+def gather_rows(
+    x_TD: Tensor,
+    plan: SlotPlan,
+    num_rows: int,
+    weights_TK: Tensor | None = None,
+    other_RD: Tensor | None = None,
+    dots_TK: Tensor | None = None,
+) -> Tensor:
+    """The (weighted) row of its token for each of the first `num_rows` sorted slots -> [R, D];
+    zeros for empty slots. Where given, `dots_TK` receives the unweighted row's product with the
+    slot's row of `other_RD`, zero for empty slots."""
     width = x_TD.shape[1]
     rows_RD = x_TD.new_empty(num_rows, width)
     weighted = weights_TK is not None
-    launch(gather_kernel, (triton.cdiv(num_rows, ROW_BLOCK),), None,
-           x_TD, rows_RD, weights_TK if weighted else x_TD, other_RD if weighted else x_TD, dots_TK if weighted else x_TD,
-           plan.token_R, plan.slot_R, plan.ends_N, num_rows, plan.ends_N.shape[0],
-           D=width, WEIGHTED=weighted, ROWS=ROW_BLOCK, COLUMNS=COLUMN_BLOCK, num_warps=4)
+    launch(
+        gather_kernel,
+        (triton.cdiv(num_rows, ROW_BLOCK),),
+        None,
+        x_TD,
+        rows_RD,
+        weights_TK if weighted else x_TD,
+        other_RD if weighted else x_TD,
+        dots_TK if weighted else x_TD,
+        plan.token_R,
+        plan.slot_R,
+        plan.ends_N,
+        num_rows,
+        plan.ends_N.shape[0],
+        D=width,
+        WEIGHTED=weighted,
+        ROWS=ROW_BLOCK,
+        COLUMNS=COLUMN_BLOCK,
+        num_warps=4,
+    )
     return rows_RD
 
 
-def combine_rows(rows_RD: Tensor, position_R: Tensor, num_tokens: int, weights_TK: Tensor | None = None) -> Tensor:
+def combine_rows(
+    rows_RD: Tensor, position_R: Tensor, num_tokens: int, weights_TK: Tensor | None = None
+) -> Tensor:
     """(Weighted) sum of each token's rows -> [T, D]. Rows of empty slots are not read.
 
     Args:
@@ -127,16 +186,39 @@ def combine_rows(rows_RD: Tensor, position_R: Tensor, num_tokens: int, weights_T
     width = rows_RD.shape[1]
     y_TD = rows_RD.new_empty(num_tokens, width)
     num_chosen = position_R.shape[0] // max(num_tokens, 1)
-    launch(combine_kernel, (triton.cdiv(num_tokens, ROW_BLOCK), triton.cdiv(width, COLUMN_BLOCK)), None,
-           rows_RD, position_R, y_TD, rows_RD if weights_TK is None else weights_TK, num_tokens,
-           K=num_chosen, D=width, WEIGHTED=weights_TK is not None,
-           ROWS=ROW_BLOCK, COLUMNS=COLUMN_BLOCK, num_warps=4)
+    launch(
+        combine_kernel,
+        (triton.cdiv(num_tokens, ROW_BLOCK), triton.cdiv(width, COLUMN_BLOCK)),
+        None,
+        rows_RD,
+        position_R,
+        y_TD,
+        rows_RD if weights_TK is None else weights_TK,
+        num_tokens,
+        K=num_chosen,
+        D=width,
+        WEIGHTED=weights_TK is not None,
+        ROWS=ROW_BLOCK,
+        COLUMNS=COLUMN_BLOCK,
+        num_warps=4,
+    )
     return y_TD
 
 
 @triton.jit
-def plan_kernel(slot_R, ends_N, position_R, tile_expert_P, tile_row_P, num_slots, num_tiles, num_experts,
-                TILE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr):
+def plan_kernel(
+    slot_R,
+    ends_N,
+    position_R,
+    tile_expert_P,
+    tile_row_P,
+    num_slots,
+    num_tiles,
+    num_experts,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The inverse of the sort, and the table of tiles, for BLOCK slots and BLOCK tiles."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slot_R + i, mask=i < num_slots, other=0)
@@ -147,7 +229,8 @@ def plan_kernel(slot_R, ends_N, position_R, tile_expert_P, tile_row_P, num_slots
     start_n = tl.load(ends_N + n - 1, mask=(n > 0) & (n < num_experts), other=0).to(tl.int32)
     tiles_n = tl.cdiv(end_n - start_n, TILE_ROWS)
     last_n = tl.cumsum(tiles_n, axis=0)
-    # The expert of a tile is the number of experts whose tiles all come before it. Lanes past the last expert have none.
+    # The expert of a tile is the number of experts whose tiles all come before it. Lanes past the
+    # last expert have none.
     expert = tl.sum((last_n[None, :] <= i[:, None]).to(tl.int32), axis=1)
     mine = n[None, :] == expert[:, None]
     first_tile = tl.sum(tl.where(mine, (last_n - tiles_n)[None, :], 0), axis=1)
@@ -157,9 +240,24 @@ def plan_kernel(slot_R, ends_N, position_R, tile_expert_P, tile_row_P, num_slots
 
 
 @triton.jit
-def gather_kernel(x_TD, rows_RD, weights_TK, other_RD, dots_TK, token_R, slot_R, ends_N, num_slots, num_experts,
-                  D: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """rows[r] = x[token[r]] for ROWS sorted slots; WEIGHTED: times the slot's weight, and dots = <x[token[r]], other[r]>."""
+def gather_kernel(
+    x_TD,
+    rows_RD,
+    weights_TK,
+    other_RD,
+    dots_TK,
+    token_R,
+    slot_R,
+    ends_N,
+    num_slots,
+    num_experts,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """rows[r] = x[token[r]] for ROWS sorted slots; WEIGHTED: times the slot's weight, and dots =
+    <x[token[r]], other[r]>."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < num_slots
     in_use = row < tl.load(ends_N + num_experts - 1)
@@ -177,14 +275,26 @@ def gather_kernel(x_TD, rows_RD, weights_TK, other_RD, dots_TK, token_R, slot_R,
             other = tl.load(other_RD + row[:, None] * D + d[None, :], mask=inside, other=0.0)
             dot += tl.sum(x.to(tl.float32) * other.to(tl.float32), axis=1)
             x = (x.to(tl.float32) * weight[:, None]).to(rows_RD.dtype.element_ty)
-        tl.store(rows_RD + row[:, None] * D + d[None, :], x, mask=exists[:, None] & (d[None, :] < D))
+        tl.store(
+            rows_RD + row[:, None] * D + d[None, :], x, mask=exists[:, None] & (d[None, :] < D)
+        )
     if WEIGHTED:
         tl.store(dots_TK + slot, dot, mask=exists)
 
 
 @triton.jit
-def combine_kernel(rows_RD, position_R, y_TD, weights_TK, num_tokens, K: tl.constexpr, D: tl.constexpr,
-                   WEIGHTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def combine_kernel(
+    rows_RD,
+    position_R,
+    y_TD,
+    weights_TK,
+    num_tokens,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """y[t] = sum over k of (weight *) row, for ROWS tokens and COLUMNS of D."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -194,10 +304,16 @@ def combine_kernel(rows_RD, position_R, y_TD, weights_TK, num_tokens, K: tl.cons
         slot = token * K + k
         position = tl.load(position_R + slot, mask=exists, other=-1)
         in_use = position >= 0
-        value = tl.load(rows_RD + position.to(tl.int64)[:, None] * D + d[None, :],
-                        mask=in_use[:, None] & (d[None, :] < D), other=0.0).to(tl.float32)
+        value = tl.load(
+            rows_RD + position.to(tl.int64)[:, None] * D + d[None, :],
+            mask=in_use[:, None] & (d[None, :] < D),
+            other=0.0,
+        ).to(tl.float32)
         if WEIGHTED:
             value *= tl.load(weights_TK + slot, mask=in_use, other=0.0)[:, None]
         acc += value
-    tl.store(y_TD + token.to(tl.int64)[:, None] * D + d[None, :], acc.to(y_TD.dtype.element_ty),
-             mask=exists[:, None] & (d[None, :] < D))
+    tl.store(
+        y_TD + token.to(tl.int64)[:, None] * D + d[None, :],
+        acc.to(y_TD.dtype.element_ty),
+        mask=exists[:, None] & (d[None, :] < D),
+    )

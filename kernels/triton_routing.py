@@ -1,12 +1,13 @@
-"""Triton kernels of document-pool routing: the same function as `pool_routing_torch`, its readable twin.
+"""Triton kernels of document-pool routing: the same function as `pool_routing_torch`, its readable
+twin.
 
     score_kernel   softmax of TOKENS tokens in document order, summed a document -> partial sums
     pool_kernel    a document's partial sums -> its scores -> their ranks -> its pool
     route_kernel   pool mask, softmax, top-k, weights, log-normaliser, histogram
     route_backward_kernel   gradients of probabilities, weights and log-normaliser -> gradient of the logits
 
-Logits are read twice, and between the kernels only [G, N] numbers move. Sums of floats have one writer and a fixed order;
-only the histogram uses atomics, of integers, whose sum has no order.
+Logits are read twice, and between the kernels only [G, N] numbers move. Sums of floats have one
+writer and a fixed order; only the histogram uses atomics, of integers, whose sum has no order.
 """
 
 from __future__ import annotations
@@ -20,54 +21,113 @@ from emotrain.kernels.pool_routing import PoolRouting
 from emotrain.kernels.triton_launch import launch
 
 SCORE_TOKENS, ROUTE_TOKENS = 32, 8
-"""Tokens of one program of `score_kernel`, and of the kernels that route, which hold several rows of experts a token: with 16, some
-variants spill registers."""
+"""Tokens of one program of `score_kernel`, and of the kernels that route, which hold several rows
+of experts a token: with 16, some variants spill registers."""
 
 
 @torch.compiler.disable
-def pool_routing_triton(logits_TN: Tensor, document_T: Tensor, num_documents: int, num_chosen: int, pool_size_G: Tensor | None,
-                        kept_GN: Tensor | None, valid_T: Tensor | None, gating: str, normalize: bool) -> PoolRouting:
-    """`pool_routing` in Triton: float32 logits with unit stride along the experts, softmax gating."""
+def pool_routing_triton(
+    logits_TN: Tensor,
+    document_T: Tensor,
+    num_documents: int,
+    num_chosen: int,
+    pool_size_G: Tensor | None,
+    kept_GN: Tensor | None,
+    valid_T: Tensor | None,
+    gating: str,
+    normalize: bool,
+) -> PoolRouting:
+    """`pool_routing` in Triton: float32 logits with unit stride along the experts, softmax
+    gating."""
     if gating != "softmax":
-        raise ValueError(f"experts.backend=triton routes with gating=softmax, not {gating}; use auto or torch")
+        raise ValueError(
+            f"experts.backend=triton routes with gating=softmax, not {gating}; use auto or torch"
+        )
     if logits_TN.dtype != torch.float32 or logits_TN.stride(1) != 1:
-        raise ValueError(f"routing kernels support float32 logits of unit stride along the experts, not "
-                         f"{str(logits_TN.dtype).removeprefix('torch.')} of stride {logits_TN.stride(1)}")
+        raise ValueError(
+            f"routing kernels support float32 logits of unit stride along the experts, not "
+            f"{str(logits_TN.dtype).removeprefix('torch.')} of stride {logits_TN.stride(1)}"
+        )
     if not 1 <= num_chosen <= logits_TN.shape[1]:
-        raise ValueError(f"{num_chosen} experts a token of {logits_TN.shape[1]}; choose 1 to {logits_TN.shape[1]}")
+        raise ValueError(
+            f"{num_chosen} experts a token of {logits_TN.shape[1]}; choose 1 to "
+            f"{logits_TN.shape[1]}"
+        )
     with torch.no_grad():
-        scores_GN, pool_GN = _pools(logits_TN, document_T, num_documents, pool_size_G, kept_GN, valid_T)
-    probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = _Route.apply(logits_TN, document_T, pool_GN, valid_T, num_chosen)
+        scores_GN, pool_GN = _pools(
+            logits_TN, document_T, num_documents, pool_size_G, kept_GN, valid_T
+        )
+    probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = _Route.apply(
+        logits_TN, document_T, pool_GN, valid_T, num_chosen
+    )
     if normalize:
         total_T1 = weights_TK.sum(dim=1, keepdim=True)
         weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1)
-    return PoolRouting(probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, scores_GN, pool_GN)
+    return PoolRouting(
+        probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, scores_GN, pool_GN
+    )
 
 
-def _pools(logits_TN: Tensor, document_T: Tensor, num_documents: int, pool_size_G: Tensor | None, kept_GN: Tensor | None,
-           valid_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _pools(
+    logits_TN: Tensor,
+    document_T: Tensor,
+    num_documents: int,
+    pool_size_G: Tensor | None,
+    kept_GN: Tensor | None,
+    valid_T: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """Scores of every document, and its pool as bool [G, N] (None: all experts)."""
     num_tokens, num_routed = logits_TN.shape
     by_document = torch.sort(document_T, stable=True)
     edges = torch.arange(num_documents + 1, device=document_T.device)
     starts_G1 = torch.searchsorted(by_document.values, edges, out_int32=True)
-    # Block b of tokens in document order and document g meet in row b + g of the partial sums: along the blocks either
-    # grows, so that no two pairs share a row, and the rows of a document follow each other.
+    # Block b of tokens in document order and document g meet in row b + g of the partial sums:
+    # along the blocks either grows, so that no two pairs share a row, and the rows of a document
+    # follow each other.
     num_blocks = triton.cdiv(num_tokens, SCORE_TOKENS)
     partial_PN = logits_TN.new_empty(num_blocks + num_documents, num_routed)
     kept_u8 = None if kept_GN is None else kept_GN.to(torch.uint8).contiguous()
     counted_u8 = valid_T.to(torch.uint8) if valid_T is not None and pool_size_G is None else None
     block_n = triton.next_power_of_2(num_routed)
-    launch(score_kernel, (num_blocks,), None,
-           logits_TN, by_document.values, by_document.indices, _or(kept_u8, partial_PN), _or(counted_u8, partial_PN), partial_PN,
-           num_tokens, num_routed, logits_TN.stride(0), HAS_KEPT=kept_u8 is not None, HAS_COUNTED=counted_u8 is not None,
-           TOKENS=SCORE_TOKENS, BLOCK_N=block_n, num_warps=4)
+    launch(
+        score_kernel,
+        (num_blocks,),
+        None,
+        logits_TN,
+        by_document.values,
+        by_document.indices,
+        _or(kept_u8, partial_PN),
+        _or(counted_u8, partial_PN),
+        partial_PN,
+        num_tokens,
+        num_routed,
+        logits_TN.stride(0),
+        HAS_KEPT=kept_u8 is not None,
+        HAS_COUNTED=counted_u8 is not None,
+        TOKENS=SCORE_TOKENS,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
     scores_GN = logits_TN.new_empty(num_documents, num_routed)
     pool_u8 = torch.empty_like(scores_GN, dtype=torch.uint8) if pool_size_G is not None else None
-    launch(pool_kernel, (num_documents,), None,
-           partial_PN, starts_G1, _or(pool_size_G, starts_G1), _or(kept_u8, partial_PN), scores_GN, _or(pool_u8, scores_GN),
-           num_routed, HAS_SIZE=pool_size_G is not None, HAS_KEPT=kept_u8 is not None,
-           TOKENS=SCORE_TOKENS, PARTIALS=32, BLOCK_N=block_n, num_warps=8)
+    launch(
+        pool_kernel,
+        (num_documents,),
+        None,
+        partial_PN,
+        starts_G1,
+        _or(pool_size_G, starts_G1),
+        _or(kept_u8, partial_PN),
+        scores_GN,
+        _or(pool_u8, scores_GN),
+        num_routed,
+        HAS_SIZE=pool_size_G is not None,
+        HAS_KEPT=kept_u8 is not None,
+        TOKENS=SCORE_TOKENS,
+        PARTIALS=32,
+        BLOCK_N=block_n,
+        num_warps=8,
+    )
     return scores_GN, kept_GN if pool_u8 is None else pool_u8.view(torch.bool)
 
 
@@ -80,25 +140,53 @@ def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
     return placeholder if tensor is None else tensor
 
 
-def _route(logits_TN: Tensor, document_T: Tensor, pool_GN: Tensor | None, valid_T: Tensor | None,
-           num_chosen: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _route(
+    logits_TN: Tensor,
+    document_T: Tensor,
+    pool_GN: Tensor | None,
+    valid_T: Tensor | None,
+    num_chosen: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_routed = logits_TN.shape
     probabilities_TN = logits_TN.new_empty(num_tokens, num_routed)
     weights_TK, lse_T = logits_TN.new_empty(num_tokens, num_chosen), logits_TN.new_empty(num_tokens)
-    experts_TK, counts_N = document_T.new_empty(num_tokens, num_chosen), document_T.new_zeros(num_routed)
+    experts_TK, counts_N = (
+        document_T.new_empty(num_tokens, num_chosen),
+        document_T.new_zeros(num_routed),
+    )
     pool_u8 = None if pool_GN is None else pool_GN.contiguous().view(torch.uint8)
     valid_u8 = None if valid_T is None else valid_T.contiguous().view(torch.uint8)
-    launch(route_kernel, (triton.cdiv(num_tokens, ROUTE_TOKENS),), None,
-           logits_TN, document_T.contiguous(), _or(pool_u8, lse_T), _or(valid_u8, lse_T),
-           probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, num_tokens, num_routed, logits_TN.stride(0),
-           K=num_chosen, HAS_POOL=pool_u8 is not None, HAS_VALID=valid_u8 is not None, **_route_options(num_routed))
+    launch(
+        route_kernel,
+        (triton.cdiv(num_tokens, ROUTE_TOKENS),),
+        None,
+        logits_TN,
+        document_T.contiguous(),
+        _or(pool_u8, lse_T),
+        _or(valid_u8, lse_T),
+        probabilities_TN,
+        weights_TK,
+        experts_TK,
+        lse_T,
+        counts_N,
+        num_tokens,
+        num_routed,
+        logits_TN.stride(0),
+        K=num_chosen,
+        HAS_POOL=pool_u8 is not None,
+        HAS_VALID=valid_u8 is not None,
+        **_route_options(num_routed),
+    )
     return probabilities_TN, weights_TK, lse_T, experts_TK, counts_N
 
 
-# An operation of its own, so that activation recomputation can keep its results and never routes a token twice.
+# An operation of its own, so that activation recomputation can keep its results and never routes a
+# token twice.
 _LIBRARY = torch.library.Library("emotrain", "DEF")
-_LIBRARY.define("route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
-                "(Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
 
 
@@ -106,7 +194,8 @@ class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_TN, document_T, pool_GN, valid_T, num_chosen):
         probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = torch.ops.emotrain.route(
-            logits_TN, document_T, pool_GN, valid_T, num_chosen)
+            logits_TN, document_T, pool_GN, valid_T, num_chosen
+        )
         ctx.save_for_backward(probabilities_TN, experts_TK)
         ctx.mark_non_differentiable(experts_TK, counts_N)
         ctx.set_materialize_grads(False)
@@ -114,15 +203,32 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_probabilities_TN, grad_weights_TK, grad_lse_T, _grad_experts, _grad_counts):
+    def backward(
+        ctx, grad_probabilities_TN, grad_weights_TK, grad_lse_T, _grad_experts, _grad_counts
+    ):
         probabilities_TN, experts_TK = ctx.saved_tensors
         num_tokens, num_routed = probabilities_TN.shape
-        grads = [None if grad is None else grad.contiguous() for grad in (grad_probabilities_TN, grad_weights_TK, grad_lse_T)]
+        grads = [
+            None if grad is None else grad.contiguous()
+            for grad in (grad_probabilities_TN, grad_weights_TK, grad_lse_T)
+        ]
         grad_logits_TN = torch.empty_like(probabilities_TN)
-        launch(route_backward_kernel, (triton.cdiv(num_tokens, ROUTE_TOKENS),), None,
-               probabilities_TN, experts_TK, *(_or(grad, probabilities_TN) for grad in grads), grad_logits_TN, num_tokens, num_routed,
-               K=experts_TK.shape[1], HAS_PROBABILITIES=grads[0] is not None, HAS_WEIGHTS=grads[1] is not None,
-               HAS_LSE=grads[2] is not None, **_route_options(num_routed))
+        launch(
+            route_backward_kernel,
+            (triton.cdiv(num_tokens, ROUTE_TOKENS),),
+            None,
+            probabilities_TN,
+            experts_TK,
+            *(_or(grad, probabilities_TN) for grad in grads),
+            grad_logits_TN,
+            num_tokens,
+            num_routed,
+            K=experts_TK.shape[1],
+            HAS_PROBABILITIES=grads[0] is not None,
+            HAS_WEIGHTS=grads[1] is not None,
+            HAS_LSE=grads[2] is not None,
+            **_route_options(num_routed),
+        )
         return grad_logits_TN, None, None, None, None
 
 
@@ -136,8 +242,21 @@ def _softmax_row(logits):
 
 
 @triton.jit
-def score_kernel(logits_TN, sorted_document_T, order_T, kept_GN, counted_T, partial_PN, num_tokens, N, stride,
-                 HAS_KEPT: tl.constexpr, HAS_COUNTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+def score_kernel(
+    logits_TN,
+    sorted_document_T,
+    order_T,
+    kept_GN,
+    counted_T,
+    partial_PN,
+    num_tokens,
+    N,
+    stride,
+    HAS_KEPT: tl.constexpr,
+    HAS_COUNTED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Sums over TOKENS tokens in document order, one a document that has tokens among them."""
     block = tl.program_id(0)
     i = block * TOKENS + tl.arange(0, TOKENS)
@@ -150,8 +269,11 @@ def score_kernel(logits_TN, sorted_document_T, order_T, kept_GN, counted_T, part
     inside = exists[:, None] & (n[None, :] < N)
     if HAS_KEPT:
         inside &= tl.load(kept_GN + document[:, None] * N + n[None, :], mask=inside, other=0) != 0
-    logits = tl.load(logits_TN + token[:, None] * stride + n[None, :], mask=inside, other=float("-inf"))
-    # Rows past the last token are all -inf, and NaN after the softmax: selected away below, never multiplied by 0.
+    logits = tl.load(
+        logits_TN + token[:, None] * stride + n[None, :], mask=inside, other=float("-inf")
+    )
+    # Rows past the last token are all -inf, and NaN after the softmax: selected away below, never
+    # multiplied by 0.
     probabilities, _ = _softmax_row(logits)
     counted = exists
     if HAS_COUNTED:
@@ -162,8 +284,20 @@ def score_kernel(logits_TN, sorted_document_T, order_T, kept_GN, counted_T, part
 
 
 @triton.jit
-def pool_kernel(partial_PN, starts_G1, pool_size_G, kept_GN, scores_GN, pool_GN, N, HAS_SIZE: tl.constexpr, HAS_KEPT: tl.constexpr,
-                TOKENS: tl.constexpr, PARTIALS: tl.constexpr, BLOCK_N: tl.constexpr):
+def pool_kernel(
+    partial_PN,
+    starts_G1,
+    pool_size_G,
+    kept_GN,
+    scores_GN,
+    pool_GN,
+    N,
+    HAS_SIZE: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Scores and pool of one document. A document without tokens scores 0 everywhere."""
     g = tl.program_id(0).to(tl.int64)
     start, end = tl.load(starts_G1 + g), tl.load(starts_G1 + g + 1)
@@ -172,14 +306,21 @@ def pool_kernel(partial_PN, starts_G1, pool_size_G, kept_GN, scores_GN, pool_GN,
     first, stop = start // TOKENS, tl.where(end > start, (end - 1) // TOKENS + 1, start // TOKENS)
     for block in range(first, stop, PARTIALS):
         b = block + tl.arange(0, PARTIALS)
-        partial = tl.load(partial_PN + (b[:, None] + g) * N + n[None, :], mask=(b[:, None] < stop) & (n[None, :] < N), other=0.0)
+        partial = tl.load(
+            partial_PN + (b[:, None] + g) * N + n[None, :],
+            mask=(b[:, None] < stop) & (n[None, :] < N),
+            other=0.0,
+        )
         score += tl.sum(partial, axis=0)
     tl.store(scores_GN + g * N + n, score, mask=n < N)
     if HAS_SIZE:
-        # Rank: how many experts are better, or as good and of a lower index. NaN ranks first, as in torch.sort.
+        # Rank: how many experts are better, or as good and of a lower index. NaN ranks first, as in
+        # torch.sort.
         score = tl.where(score == score, score, float("inf"))
         score = tl.where(n < N, score, -1.0)
-        better = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (n[None, :] < n[:, None]))
+        better = (score[None, :] > score[:, None]) | (
+            (score[None, :] == score[:, None]) & (n[None, :] < n[:, None])
+        )
         chosen = tl.sum(better.to(tl.int32), axis=1) < tl.load(pool_size_G + g)
         if HAS_KEPT:
             chosen &= tl.load(kept_GN + g * N + n, mask=n < N, other=0) != 0
@@ -187,9 +328,25 @@ def pool_kernel(partial_PN, starts_G1, pool_size_G, kept_GN, scores_GN, pool_GN,
 
 
 @triton.jit
-def route_kernel(logits_TN, document_T, pool_GN, valid_T, probabilities_TN, weights_TK, experts_TK, lse_T, counts_N,
-                 num_tokens, N, stride, K: tl.constexpr, HAS_POOL: tl.constexpr, HAS_VALID: tl.constexpr,
-                 TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
+def route_kernel(
+    logits_TN,
+    document_T,
+    pool_GN,
+    valid_T,
+    probabilities_TN,
+    weights_TK,
+    experts_TK,
+    lse_T,
+    counts_N,
+    num_tokens,
+    N,
+    stride,
+    K: tl.constexpr,
+    HAS_POOL: tl.constexpr,
+    HAS_VALID: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     """Softmax inside the pool and its K best experts, for TOKENS tokens."""
     # One 64-bit start and 32-bit steps from it: half the registers of 64-bit indices.
     start = tl.program_id(0).to(tl.int64) * TOKENS
@@ -200,9 +357,17 @@ def route_kernel(logits_TN, document_T, pool_GN, valid_T, probabilities_TN, weig
     if HAS_POOL:
         document = tl.load(document_T + start + i, mask=exists, other=0).to(tl.int32)
         inside &= tl.load(pool_GN + (document[:, None] * N + n[None, :]), mask=inside, other=0) != 0
-    logits = tl.load(logits_TN + start * stride + (i[:, None] * stride + n[None, :]), mask=inside, other=float("-inf"))
+    logits = tl.load(
+        logits_TN + start * stride + (i[:, None] * stride + n[None, :]),
+        mask=inside,
+        other=float("-inf"),
+    )
     probabilities, lse = _softmax_row(logits)
-    tl.store(probabilities_TN + start * N + (i[:, None] * N + n[None, :]), probabilities, mask=exists[:, None] & (n[None, :] < N))
+    tl.store(
+        probabilities_TN + start * N + (i[:, None] * N + n[None, :]),
+        probabilities,
+        mask=exists[:, None] & (n[None, :] < N),
+    )
     tl.store(lse_T + start + i, lse, mask=exists)
     may_use = exists
     if HAS_VALID:
@@ -211,7 +376,8 @@ def route_kernel(logits_TN, document_T, pool_GN, valid_T, probabilities_TN, weig
     counts = tl.zeros((BLOCK_N,), dtype=tl.int32)
     for k in range(K):
         weight, expert = tl.max(left, axis=1, return_indices=True)
-        # A weight of 0 is an expert outside the pool, or one inside it that underflowed: an empty slot.
+        # A weight of 0 is an expert outside the pool, or one inside it that underflowed: an empty
+        # slot.
         used = (weight > 0) & may_use
         tl.store(weights_TK + start * K + (i * K + k), tl.where(used, weight, 0.0), mask=exists)
         tl.store(experts_TK + start * K + (i * K + k), tl.where(used, expert, N), mask=exists)
@@ -222,10 +388,24 @@ def route_kernel(logits_TN, document_T, pool_GN, valid_T, probabilities_TN, weig
 
 
 @triton.jit
-def route_backward_kernel(probabilities_TN, experts_TK, grad_probabilities_TN, grad_weights_TK, grad_lse_T, grad_logits_TN,
-                          num_tokens, N, K: tl.constexpr, HAS_PROBABILITIES: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                          HAS_LSE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """dlogits = p * (dp - <p, dp>) + dlse * p, where dp adds a weight's gradient to that of its probability."""
+def route_backward_kernel(
+    probabilities_TN,
+    experts_TK,
+    grad_probabilities_TN,
+    grad_weights_TK,
+    grad_lse_T,
+    grad_logits_TN,
+    num_tokens,
+    N,
+    K: tl.constexpr,
+    HAS_PROBABILITIES: tl.constexpr,
+    HAS_WEIGHTS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dlogits = p * (dp - <p, dp>) + dlse * p, where dp adds a weight's gradient to that of its
+    probability."""
     start = tl.program_id(0).to(tl.int64) * TOKENS
     i = tl.arange(0, TOKENS)
     exists = i < num_tokens - start
@@ -239,7 +419,9 @@ def route_backward_kernel(probabilities_TN, experts_TK, grad_probabilities_TN, g
     if HAS_WEIGHTS:
         for k in range(K):
             expert = tl.load(experts_TK + start * K + (i * K + k), mask=exists, other=N)
-            grad_weight = tl.load(grad_weights_TK + start * K + (i * K + k), mask=exists & (expert < N), other=0.0)
+            grad_weight = tl.load(
+                grad_weights_TK + start * K + (i * K + k), mask=exists & (expert < N), other=0.0
+            )
             grad += tl.where(n[None, :] == expert[:, None], grad_weight[:, None], 0.0)
     grad = probabilities * (grad - tl.sum(probabilities * grad, axis=1)[:, None])
     if HAS_LSE:

@@ -1,8 +1,9 @@
 """Tile sizes of the Triton GEMM kernels: the only place that holds any.
 
-Defaults were chosen by what the compiler makes of them (`emotrain kernels`): tensor-core instructions, no spilled register,
-asynchronous copies, and many FLOPs for each byte read from the L2 cache. They have not been timed on a GPU; `SPACE` is what a
-timed search should try, every entry free of spills at the published shapes.
+Defaults were chosen by what the compiler makes of them (`emotrain kernels`): tensor-core
+instructions, no spilled register, asynchronous copies, and many FLOPs for each byte read from the
+L2 cache. They have not been timed on a GPU; `SPACE` is what a timed search should try, every entry
+free of spills at the published shapes.
 """
 
 from __future__ import annotations
@@ -25,22 +26,29 @@ class TileConfig:
     warps: int
     """Warps of 32 threads."""
     stages: int
-    """Steps of the software pipeline. Rows that are gathered inside the loop (weight_grad) need two more for the same depth:
-    their token is loaded ahead of them."""
+    """Steps of the software pipeline. Rows that are gathered inside the loop (weight_grad) need two
+    more for the same depth: their token is loaded ahead of them."""
     group: int = 8
     """Row tiles that take turns on one column tile, for the L2 cache."""
 
     def options(self) -> dict[str, int]:
         """Compile-time constants and launch options of a kernel."""
-        return {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth, "GROUP": self.group,
-                "num_warps": self.warps, "num_stages": self.stages}
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
 
     def describe(self) -> str:
         return f"{self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
 
 
 GEMM_KERNELS = ("gate_up", "rows", "grad_hidden", "weight_grad")
-"""Kernels with a TileConfig. The first three share their rows: they walk the same tiles of slots."""
+"""Kernels with a TileConfig. The first three share their rows: they walk the same tiles of
+slots."""
 
 _FLOAT32 = {
     "gate_up": TileConfig(64, 64, 32, 8, 3),
@@ -59,8 +67,9 @@ DEFAULTS: dict[str, dict[torch.dtype, dict[str, TileConfig]]] = {
         },
         torch.float32: _FLOAT32,
     },
-    # Three times the rate of tensor cores on less than twice the bandwidth of the L2 cache: 85 FLOPs for each byte that a tile
-    # reads from it, where 128 columns have 64. The epilogue of grad_hidden has no registers for as many.
+    # Three times the rate of tensor cores on less than twice the bandwidth of the L2 cache: 85
+    # FLOPs for each byte that a tile reads from it, where 128 columns have 64. The epilogue of
+    # grad_hidden has no registers for as many.
     "sm_90": {
         torch.bfloat16: {
             "gate_up": TileConfig(128, 256, 64, 8, 3),
@@ -74,21 +83,48 @@ DEFAULTS: dict[str, dict[torch.dtype, dict[str, TileConfig]]] = {
 """Target -> dtype -> kernel -> tile. A newer target takes those of the newest one it knows."""
 
 SPACE: dict[str, tuple[TileConfig, ...]] = {
-    "gate_up": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 32, 8, 4),
-                TileConfig(128, 64, 64, 4, 3), TileConfig(64, 128, 64, 4, 3), TileConfig(128, 256, 64, 8, 3)),
-    "rows": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 32, 4, 4),
-             TileConfig(128, 64, 64, 4, 3), TileConfig(64, 128, 64, 4, 3), TileConfig(128, 256, 64, 8, 3)),
-    "grad_hidden": (TileConfig(128, 128, 64, 8, 3), TileConfig(128, 128, 64, 8, 4), TileConfig(128, 128, 32, 8, 4),
-                    TileConfig(128, 64, 64, 8, 3), TileConfig(64, 128, 64, 8, 3), TileConfig(64, 64, 64, 4, 3)),
-    "weight_grad": (TileConfig(128, 128, 64, 8, 5), TileConfig(128, 128, 32, 8, 5), TileConfig(128, 128, 32, 4, 5),
-                    TileConfig(128, 64, 64, 4, 5), TileConfig(64, 128, 64, 4, 5), TileConfig(128, 256, 64, 8, 5)),
+    "gate_up": (
+        TileConfig(128, 128, 64, 8, 3),
+        TileConfig(128, 128, 64, 8, 4),
+        TileConfig(128, 128, 32, 8, 4),
+        TileConfig(128, 64, 64, 4, 3),
+        TileConfig(64, 128, 64, 4, 3),
+        TileConfig(128, 256, 64, 8, 3),
+    ),
+    "rows": (
+        TileConfig(128, 128, 64, 8, 3),
+        TileConfig(128, 128, 64, 8, 4),
+        TileConfig(128, 128, 32, 4, 4),
+        TileConfig(128, 64, 64, 4, 3),
+        TileConfig(64, 128, 64, 4, 3),
+        TileConfig(128, 256, 64, 8, 3),
+    ),
+    "grad_hidden": (
+        TileConfig(128, 128, 64, 8, 3),
+        TileConfig(128, 128, 64, 8, 4),
+        TileConfig(128, 128, 32, 8, 4),
+        TileConfig(128, 64, 64, 8, 3),
+        TileConfig(64, 128, 64, 8, 3),
+        TileConfig(64, 64, 64, 4, 3),
+    ),
+    "weight_grad": (
+        TileConfig(128, 128, 64, 8, 5),
+        TileConfig(128, 128, 32, 8, 5),
+        TileConfig(128, 128, 32, 4, 5),
+        TileConfig(128, 64, 64, 4, 5),
+        TileConfig(64, 128, 64, 4, 5),
+        TileConfig(128, 256, 64, 8, 5),
+    ),
 }
 """bfloat16 tiles worth timing."""
 
 
 def default_tiles(target: str, dtype: torch.dtype) -> dict[str, TileConfig]:
-    """Tile of each GEMM kernel for a target such as `sm_90`; the interpreter takes those of the oldest."""
-    known = [name for name in DEFAULTS if target != "interpreter" and _number(name) <= _number(target)]
+    """Tile of each GEMM kernel for a target such as `sm_90`; the interpreter takes those of the
+    oldest."""
+    known = [
+        name for name in DEFAULTS if target != "interpreter" and _number(name) <= _number(target)
+    ]
     return DEFAULTS[max(known, key=_number) if known else "sm_80"][dtype]
 
 

@@ -1,4 +1,5 @@
-"""Pretrain a model: `python launch/pretrain.py CONFIG [key=value ...]`, or the same under torchrun or deepspeed."""
+"""Pretrain a model: `python launch/pretrain.py CONFIG [key=value ...]`, or the same under
+torchrun or deepspeed."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from functools import partial
 from emotrain.cli import add_json, finish, guarded
 
 EXIT_INTERRUPTED = 75
-"""Exit code after SIGTERM, SIGINT or SIGUSR1 with a checkpoint saved: the same command goes on from there."""
+"""Exit code after SIGTERM, SIGINT or SIGUSR1 with a checkpoint saved: the same command goes on
+from there."""
 
 EPILOG = """examples:
   python launch/pretrain.py configs/quickstart.yaml
@@ -22,12 +24,25 @@ Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Pretrain EMO, a standard MoE or a dense model.", epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/quickstart.yaml")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override the file's")
-    parser.add_argument("--deepspeed", metavar="JSON", help="train by DeepSpeed, with options like configs/deepspeed/zero2.json")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher says it, also in LOCAL_RANK
+    parser = argparse.ArgumentParser(
+        description="Pretrain EMO, a standard MoE or a dense model.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, for example configs/quickstart.yaml"
+    )
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        help="train by DeepSpeed, with options like configs/deepspeed/zero2.json",
+    )
+    parser.add_argument(
+        "--local_rank", help=argparse.SUPPRESS
+    )  # the deepspeed launcher says it, also in LOCAL_RANK
     add_json(parser)
     return guarded(run, parser.parse_intermixed_args(arguments))
 
@@ -47,9 +62,13 @@ def run(args: argparse.Namespace) -> int:
         summary = train(config, ranks, **engine)
     if ranks.is_first:
         last = summary["metrics"].get("loss")
-        finish(args, summary, f"step {summary['step']} of {summary['last_step']}"
-               + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
-               + f", {summary['seconds']:.0f} s; checkpoints and metrics in {summary['run_dir']}")
+        finish(
+            args,
+            summary,
+            f"step {summary['step']} of {summary['last_step']}"
+            + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
+            + f", {summary['seconds']:.0f} s; checkpoints and metrics in {summary['run_dir']}",
+        )
     return EXIT_INTERRUPTED if summary["interrupted"] else 0
 
 

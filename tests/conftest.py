@@ -15,9 +15,50 @@ if importlib.util.find_spec("triton") is not None:
     import triton_interpreter  # noqa: F401  before a test imports Triton, by way of DeepSpeed for one
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = {"kitchen": "bread salt oven butter knead rise flour crust bake slice warm yeast".split(),
-         "harbour": "anchor tide sail rope storm deck mast gull wave hull drift chart".split(),
-         "garden": "seed soil rain root leaf prune bloom hedge moss vine shade bee".split()}
+WORDS = {
+    "kitchen": [
+        "bread",
+        "salt",
+        "oven",
+        "butter",
+        "knead",
+        "rise",
+        "flour",
+        "crust",
+        "bake",
+        "slice",
+        "warm",
+        "yeast",
+    ],
+    "harbour": [
+        "anchor",
+        "tide",
+        "sail",
+        "rope",
+        "storm",
+        "deck",
+        "mast",
+        "gull",
+        "wave",
+        "hull",
+        "drift",
+        "chart",
+    ],
+    "garden": [
+        "seed",
+        "soil",
+        "rain",
+        "root",
+        "leaf",
+        "prune",
+        "bloom",
+        "hedge",
+        "moss",
+        "vine",
+        "shade",
+        "bee",
+    ],
+}
 
 
 def write_documents(path: Path, documents_per_domain: int = 40, seed: int = 0) -> Path:
@@ -28,7 +69,12 @@ def write_documents(path: Path, documents_per_domain: int = 40, seed: int = 0) -
             for domain, words in WORDS.items():
                 text = " ".join(rng.choice(words) for _ in range(rng.randint(10, 60)))
                 split = "valid" if number % 5 == 4 else "train"
-                file.write(json.dumps({"text": text, "domain": domain, "source": "made up", "split": split}) + "\n")
+                file.write(
+                    json.dumps(
+                        {"text": text, "domain": domain, "source": "made up", "split": split}
+                    )
+                    + "\n"
+                )
     return path
 
 
@@ -38,21 +84,50 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from emotrain.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
-    prepare([write_documents(folder / "documents.jsonl")], folder / "tiny", train_tokenizer=True, vocab_size=300, workers=1)
+    prepare(
+        [write_documents(folder / "documents.jsonl")],
+        folder / "tiny",
+        train_tokenizer=True,
+        vocab_size=300,
+        workers=1,
+    )
     return folder / "tiny"
 
 
 def tiny_settings(data: Path, run_dir: Path, **training) -> dict:
     """Settings of a run that takes well under a second."""
     return {
-        "model": {"vocab_size": 320, "d_model": 16, "num_layers": 2, "num_heads": 2,
-                  "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8}, "router": {"pool": {"min": 2, "max": 7}}},
+        "model": {
+            "vocab_size": 320,
+            "d_model": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
+            "router": {"pool": {"min": 2, "max": 7}},
+        },
         "data": {"path": str(data), "sequence_length": 32},
         "optimizer": {"lr": 1e-2, "warmup_steps": 2},
-        "training": {"run_dir": str(run_dir), "steps": 6, "global_batch": 4, "micro_batch": 4, "log_every": 1, "checkpoint_every": 0,
-                     "tensorboard": False, **training}}
+        "training": {
+            "run_dir": str(run_dir),
+            "steps": 6,
+            "global_batch": 4,
+            "micro_batch": 4,
+            "log_every": 1,
+            "checkpoint_every": 0,
+            "tensorboard": False,
+            **training,
+        },
+    }
 
 
 def run_command(*command: str, timeout: float = 120, **options) -> subprocess.CompletedProcess:
     """Run a project's script or `-m module` with this Python, from the repository's root."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, **options)
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
+    )

@@ -1,4 +1,5 @@
-"""Small builders shared by the tests: configurations, batches and models that a CPU runs in milliseconds."""
+"""Small builders shared by the tests: configurations, batches and models that a CPU runs in
+milliseconds."""
 
 from __future__ import annotations
 
@@ -13,17 +14,31 @@ from emotrain.config import Config, ModelConfig, config_from_dict
 from emotrain.model.router import DocumentPoolRouter, LayerRouting
 from emotrain.model.transformer import Transformer
 
-TINY: dict[str, Any] = {"model.vocab_size": 64, "model.d_model": 16, "model.num_layers": 2, "model.num_heads": 2,
-                        "model.experts.count": 9, "model.experts.shared": 1, "model.experts.per_token": 4,
-                        "model.experts.hidden": 8, "model.router.pool.min": 3, "model.router.pool.max": 8,
-                        "data.sequence_length": 16, "training.global_batch": 4, "training.micro_batch": 2}
+TINY: dict[str, Any] = {
+    "model.vocab_size": 64,
+    "model.d_model": 16,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.experts.count": 9,
+    "model.experts.shared": 1,
+    "model.experts.per_token": 4,
+    "model.experts.hidden": 8,
+    "model.router.pool.min": 3,
+    "model.router.pool.max": 8,
+    "data.sequence_length": 16,
+    "training.global_batch": 4,
+    "training.micro_batch": 2,
+}
 """8 routed experts, 3 chosen, 1 shared."""
 
 
 def tiny_config(**overrides: Any) -> Config:
     """The tiny run; overrides name settings with `__` for the dot: `model__experts__count=5`."""
     settings: dict[str, Any] = {}
-    for key, value in {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}.items():
+    for key, value in {
+        **TINY,
+        **{key.replace("__", "."): value for key, value in overrides.items()},
+    }.items():
         *parents, leaf = key.split(".")
         group = settings
         for parent in parents:
@@ -33,14 +48,24 @@ def tiny_config(**overrides: Any) -> Config:
 
 
 def tiny_model(seed: int = 0, std: float = 0.3, **overrides: Any) -> Transformer:
-    """A random tiny model. Its weights are larger than in training, so that routing is decided and differences show."""
+    """A random tiny model. Its weights are larger than in training, so that routing is decided
+    and differences show."""
     config: ModelConfig = tiny_config(**{"model__init_std": std, **overrides}).model
     return Transformer(config).initialize(seed)
 
 
-def tiny_batch(lengths: Sequence[Sequence[int]] = ((5, 7, 4), (9, 7)), padded: bool = False, seed: int = 0, vocab: int = 64) -> PackedBatch:
-    """Random tokens in documents of these lengths, with ids 100, 101, …; `padded` makes the last one padding."""
-    ids = [[100 + sum(map(len, lengths[:row])) + i for i in range(len(of_row))] for row, of_row in enumerate(lengths)]
+def tiny_batch(
+    lengths: Sequence[Sequence[int]] = ((5, 7, 4), (9, 7)),
+    padded: bool = False,
+    seed: int = 0,
+    vocab: int = 64,
+) -> PackedBatch:
+    """Random tokens in documents of these lengths, with ids 100, 101, …; `padded` makes the last
+    one padding."""
+    ids = [
+        [100 + sum(map(len, lengths[:row])) + i for i in range(len(of_row))]
+        for row, of_row in enumerate(lengths)
+    ]
     if padded:
         ids[-1][-1] = -1
     tokens = np.random.default_rng(seed).integers(0, vocab, (len(lengths), sum(lengths[0])))
@@ -55,7 +80,15 @@ def random_document_T(num_tokens: int, num_documents: int, seed: int) -> torch.T
     return document_T[torch.randperm(num_tokens, generator=generator)]
 
 
-def route_all(router: DocumentPoolRouter, x_TD: torch.Tensor, batch: PackedBatch, pool_size_G: torch.Tensor | None = None,
-              kept_GN: torch.Tensor | None = None, z_logits: str = "pool") -> LayerRouting:
+def route_all(
+    router: DocumentPoolRouter,
+    x_TD: torch.Tensor,
+    batch: PackedBatch,
+    pool_size_G: torch.Tensor | None = None,
+    kept_GN: torch.Tensor | None = None,
+    z_logits: str = "pool",
+) -> LayerRouting:
     """A router's decision with its statistics."""
-    return router.statistics(*router(x_TD, batch, pool_size_G, kept_GN), batch, pool_size_G, z_logits)
+    return router.statistics(
+        *router(x_TD, batch, pool_size_G, kept_GN), batch, pool_size_G, z_logits
+    )

@@ -1,9 +1,12 @@
-"""Install the Python code of MegaBlocks and of its grouped GEMM, without their compiled operators, for test_kernels_megablocks.py.
+"""Install the Python code of MegaBlocks and of its grouped GEMM, without their compiled operators,
+for test_kernels_megablocks.py.
 
-    python tests/megablocks_sources.py .megablocks && python -m pytest tests/test_kernels_megablocks.py
+    python tests/megablocks_sources.py .megablocks && python -m pytest
+    tests/test_kernels_megablocks.py
 
-Both packages come as sources that ask for a GPU while they are set up. Here their build step compiles nothing, and nothing they
-depend on is installed: their own requirements would replace torch.
+Both packages come as sources that ask for a GPU while they are set up. Here their build step
+compiles nothing, and nothing they depend on is installed: their own requirements would replace
+torch.
 """
 
 from __future__ import annotations
@@ -37,7 +40,18 @@ def main() -> int:
         # Python imports `sitecustomize` when it starts, also where pip starts it to build.
         (Path(folder) / "sitecustomize.py").write_text(BUILD_NOTHING, encoding="utf-8")
         environment = {**os.environ, "PYTHONPATH": folder, "TORCH_CUDA_ARCH_LIST": "9.0"}
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--target", sys.argv[1], *PACKAGES]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-build-isolation",
+            "--no-deps",
+            "--target",
+            sys.argv[1],
+            *PACKAGES,
+        ]
         return subprocess.run(command, env=environment, check=False).returncode
 
 

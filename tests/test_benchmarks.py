@@ -1,4 +1,5 @@
-"""Each benchmark runs, at a tiny shape, and prints the keys that others read. No time is asserted: that takes an idle machine."""
+"""Each benchmark runs, at a tiny shape, and prints the keys that others read. No time is
+asserted: that takes an idle machine."""
 
 import importlib.util
 import json
@@ -9,15 +10,40 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-TINY_STEP = ["model.d_model=16", "model.num_layers=1", "model.num_heads=2", "model.vocab_size=64", "model.experts.count=4",
-             "model.experts.per_token=2", "model.experts.hidden=16", "model.router.pool.min=1", "model.router.pool.max=3",
-             "data.sequence_length=16", "training.global_batch=4", "training.micro_batch=2"]
+TINY_STEP = [
+    "model.d_model=16",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.vocab_size=64",
+    "model.experts.count=4",
+    "model.experts.per_token=2",
+    "model.experts.hidden=16",
+    "model.router.pool.min=1",
+    "model.router.pool.max=3",
+    "data.sequence_length=16",
+    "training.global_batch=4",
+    "training.micro_batch=2",
+]
 
 
 def measure(script: str, *arguments: str) -> dict:
     """The JSON object on the last line of a benchmark's output."""
-    done = subprocess.run([sys.executable, BENCHMARKS / script, "--json", "--threads", "1", "--repeats", "1", *arguments],
-                          capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / script,
+            "--json",
+            "--threads",
+            "1",
+            "--repeats",
+            "1",
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["machine"]["threads"] == 1
@@ -26,10 +52,31 @@ def measure(script: str, *arguments: str) -> dict:
 
 
 def test_router_prints_the_cost_of_the_pool():
-    result = measure("router.py", "--rows", "2", "--length", "32", "--documents", "5", "--width", "16", "--small-width", "8",
-                     "--routed", "6", "--chosen", "2")
+    result = measure(
+        "router.py",
+        "--rows",
+        "2",
+        "--length",
+        "32",
+        "--documents",
+        "5",
+        "--width",
+        "16",
+        "--small-width",
+        "8",
+        "--routed",
+        "6",
+        "--chosen",
+        "2",
+    )
     assert result["documents"] == 5
-    for key in ("pool_over_plain", "pool_ms", "plain_ms", "pool_over_plain_small_d", "loop_over_pool"):
+    for key in (
+        "pool_over_plain",
+        "pool_ms",
+        "plain_ms",
+        "pool_over_plain_small_d",
+        "loop_over_pool",
+    ):
         assert result[key] > 0, key
 
 
@@ -41,26 +88,51 @@ def test_step_prints_emo_over_standard():
     assert "speedup_over_hf" not in result
 
 
-@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the bench extra: pip install -e '.[bench]'")
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None,
+    reason="needs the bench extra: pip install -e '.[bench]'",
+)
 def test_step_measures_the_peer():
     result = measure("step.py", *TINY_STEP, "--peer", "hf")
     assert result["speedup_over_hf"] > 0
     assert result["hf_fastest_implementation"] in result["hf_tokens_per_second"]
-    assert {*result["hf_tokens_per_second"], *result["hf_skipped"]} == {"eager", "grouped_mm", "batched_mm"}
+    assert {*result["hf_tokens_per_second"], *result["hf_skipped"]} == {
+        "eager",
+        "grouped_mm",
+        "batched_mm",
+    }
 
 
 def test_step_says_what_the_peer_needs(tmp_path):
     (tmp_path / "transformers.py").write_text("raise ImportError\n")
     code = f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}, {str(BENCHMARKS)!r}]; sys.argv = ['step.py', '--peer', 'hf', *{TINY_STEP}]; "
-    done = subprocess.run([sys.executable, "-c", code + f"runpy.run_path({str(BENCHMARKS / 'step.py')!r}, run_name='__main__')"],
-                          capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            code + f"runpy.run_path({str(BENCHMARKS / 'step.py')!r}, run_name='__main__')",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1] == "--peer hf needs transformers, which is not installed; pip install -e '.[bench]'"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "--peer hf needs transformers, which is not installed; pip install -e '.[bench]'"
+    )
 
 
 def test_experts_prints_its_share_of_the_matmul_rate():
     result = measure("experts.py", "--shape", "tiny")
-    for key in ("fraction_of_matmul_peak", "speedup_over_grouped_mm", "speedup_over_loop", "gflops", "matmul_gflops"):
+    for key in (
+        "fraction_of_matmul_peak",
+        "speedup_over_grouped_mm",
+        "speedup_over_loop",
+        "gflops",
+        "matmul_gflops",
+    ):
         assert result["tiny"][key] > 0, key
 
 
@@ -76,9 +148,25 @@ def test_random_documents_fill_the_rows(monkeypatch, documents):
 
 
 def test_dispatch_prints_the_bytes_of_the_exchange():
-    """At the published number of experts and choices the ratio is a matter of counting, and holds at any size."""
-    done = subprocess.run([sys.executable, BENCHMARKS / "dispatch.py", "--json", "--tokens", "256", "--width", "512", "--pools", "16"],
-                          capture_output=True, text=True, timeout=240, check=False)
+    """At the published number of experts and choices the ratio is a matter of counting, and
+    holds at any size."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / "dispatch.py",
+            "--json",
+            "--tokens",
+            "256",
+            "--width",
+            "512",
+            "--pools",
+            "16",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["uniform"]["slots_per_token"] == 7
@@ -88,8 +176,20 @@ def test_dispatch_prints_the_bytes_of_the_exchange():
 
 
 def test_balance_schedule_prints_the_deviation_of_running(tiny_data):
-    result = measure("balance_schedule.py", "--micro-batches", "1", "2", "--data", str(tiny_data), "--steps", "2", *TINY_STEP,
-                     "model.vocab_size=320")
-    assert result["at_start"]["1"]["gradient_deviation"] < 1e-5, "with one micro-batch the schedules are the same"
+    result = measure(
+        "balance_schedule.py",
+        "--micro-batches",
+        "1",
+        "2",
+        "--data",
+        str(tiny_data),
+        "--steps",
+        "2",
+        *TINY_STEP,
+        "model.vocab_size=320",
+    )
+    assert result["at_start"]["1"]["gradient_deviation"] < 1e-5, (
+        "with one micro-batch the schedules are the same"
+    )
     assert 1e-4 < result["at_start"]["2"]["gradient_deviation"] < 1
     assert result["trained_joint"].keys() == result["trained_running"].keys()

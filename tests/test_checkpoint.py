@@ -1,6 +1,8 @@
-"""Checkpoints of one process: exact, whole or not there, old ones gone only after, and whatever is wrong with one said in one line.
+"""Checkpoints of one process: exact, whole or not there, old ones gone only after, and whatever is
+wrong with one said in one line.
 
-Layouts of several processes are in test_checkpoint_layouts.py, kill -9 and full disks in test_checkpoint_kills.py.
+Layouts of several processes are in test_checkpoint_layouts.py, kill -9 and full disks in
+test_checkpoint_kills.py.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ def test_save_and_restore_are_bit_exact(asynchronous, updates, tmp_path):
     assert_same(network, fresh, optimizer, other)
     loaded_config, loaded = checkpoint.load_model(tmp_path)
     assert loaded_config == config
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.parameters(), loaded.parameters(), strict=True)
+    )
     assert writer.last.bytes == (3 if updates else 1) * sum(p.nbytes for p in network.parameters())
     assert writer.last.step == 3 and writer.last.write_s > 0 and writer.last.snapshot_s > 0
 
@@ -90,7 +94,9 @@ def test_what_is_saved_is_what_was_there_when_save_returned(tmp_path, monkeypatc
     """Training goes on while the files are written, and the next save waits."""
     config, network, optimizer = setup()
     go_on, write_file = threading.Event(), tensor_files._write_file
-    monkeypatch.setattr(tensor_files, "_write_file", lambda *args: go_on.wait(30) and write_file(*args))
+    monkeypatch.setattr(
+        tensor_files, "_write_file", lambda *args: go_on.wait(30) and write_file(*args)
+    )
     before = [p.detach().clone() for p in network.parameters()]
     with CheckpointWriter(tmp_path, asynchronous=True) as writer:
         writer.save(network, optimizer, config, at_step(1))
@@ -100,9 +106,13 @@ def test_what_is_saved_is_what_was_there_when_save_returned(tmp_path, monkeypatc
         go_on.set()
         writer.save(network, optimizer, config, at_step(2))
         assert writer.last.step == 1
-    first, second = (checkpoint.load_model(path)[1] for path in checkpoint.list_checkpoints(tmp_path))
+    first, second = (
+        checkpoint.load_model(path)[1] for path in checkpoint.list_checkpoints(tmp_path)
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, first.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.parameters(), second.parameters(), strict=True)
+    )
     assert not torch.equal(first.head.weight, second.head.weight)
 
 
@@ -112,9 +122,14 @@ def test_files_are_read_by_others_whole_or_in_slices_and_none_is_a_pickle(tmp_pa
     tensors = load_file(path / "model-00000.safetensors")
     assert tensors.keys() == dict(network.named_parameters()).keys()
     with safe_open(path / "model-00000.safetensors", framework="pt") as file:
-        assert torch.equal(file.get_slice("blocks.1.moe.experts.down_NHD")[2:4], network.blocks[1].moe.experts.down_NHD[2:4])
+        assert torch.equal(
+            file.get_slice("blocks.1.moe.experts.down_NHD")[2:4],
+            network.blocks[1].moe.experts.down_NHD[2:4],
+        )
     moments = load_file(path / "optimizer-00000.safetensors")
-    assert torch.equal(moments["exp_avg.head.weight"], optimizer.state[network.head.weight]["exp_avg"])
+    assert torch.equal(
+        moments["exp_avg.head.weight"], optimizer.state[network.head.weight]["exp_avg"]
+    )
     for file in path.iterdir():
         with pytest.raises(ValueError, match="opcode|at position|pickle"):
             list(pickletools.genops(file.read_bytes()))
@@ -139,9 +154,19 @@ def fail(*_args, **_options):
 
 
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
-@pytest.mark.parametrize("place", ["shutil.disk_usage", "tensor_files._write_file", "checkpoint.save_config", "checkpoint.flush_to_disk",
-                                   "os.rename"])
-def test_old_checkpoints_go_only_after_a_newer_one_is_whole(place, on_error, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "shutil.disk_usage",
+        "tensor_files._write_file",
+        "checkpoint.save_config",
+        "checkpoint.flush_to_disk",
+        "os.rename",
+    ],
+)
+def test_old_checkpoints_go_only_after_a_newer_one_is_whole(
+    place, on_error, tmp_path, monkeypatch, caplog
+):
     config, network, optimizer = setup()
     writer = CheckpointWriter(tmp_path, keep=2, on_error=on_error)
     for step in (1, 2, 3):
@@ -150,17 +175,30 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_whole(place, on_error, tmp
     caplog.clear()
     with monkeypatch.context() as patch:
         module, name = place.split(".")
-        patch.setattr({"checkpoint": checkpoint, "tensor_files": tensor_files}.get(module, getattr(checkpoint, module, None)), name, fail)
-        expected = f"{tmp_path}/checkpoints/step-00000004: could not be written (No space left on device); " \
-                   f"the last whole checkpoint is {tmp_path}/checkpoints/step-00000003"
+        patch.setattr(
+            {"checkpoint": checkpoint, "tensor_files": tensor_files}.get(
+                module, getattr(checkpoint, module, None)
+            ),
+            name,
+            fail,
+        )
+        expected = (
+            f"{tmp_path}/checkpoints/step-00000004: could not be written (No space left on "
+            f"device); "
+            f"the last whole checkpoint is {tmp_path}/checkpoints/step-00000003"
+        )
         if on_error == "stop":
             with pytest.raises(OSError) as error:
                 writer.save(network, optimizer, config, at_step(4))
-            assert str(error.value) == f"{expected}; free space or choose another training.run_dir, and start again"
+            assert (
+                str(error.value)
+                == f"{expected}; free space or choose another training.run_dir, and start again"
+            )
         else:
             writer.save(network, optimizer, config, at_step(4))
-            assert [record.getMessage() for record in caplog.records if record.name == "emotrain"] == [
-                f"{expected}; training goes on (training.on_checkpoint_error=warn)"]
+            assert [
+                record.getMessage() for record in caplog.records if record.name == "emotrain"
+            ] == [f"{expected}; training goes on (training.on_checkpoint_error=warn)"]
     assert names(tmp_path) == ["step-00000002", "step-00000003"] and writer.last.step == 3
     writer.save(network, optimizer, config, at_step(5))
     assert names(tmp_path) == ["step-00000003", "step-00000005"]
@@ -170,16 +208,25 @@ def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path, mo
     config, network, optimizer = setup()
     usage = checkpoint.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=12_345))
-    with pytest.raises(OSError, match=r"\(it needs 0\.\d MB and 0\.0 MB are free\); there is no earlier checkpoint; free space"):
+    with pytest.raises(
+        OSError,
+        match=r"\(it needs 0\.\d MB and 0\.0 MB are free\); there is no earlier checkpoint; free "
+        r"space",
+    ):
         checkpoint.save(tmp_path, network, optimizer, config, STATE)
     assert names(tmp_path) == []
 
 
 def test_an_unwritable_folder_is_said_in_one_line(tmp_path):
-    """A file where the folder should be: unlike missing permissions, root cannot write there either."""
+    """A file where the folder should be: unlike missing permissions, root cannot write there
+    either."""
     config, network, optimizer = setup()
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(OSError, match=r"could not be written \(File exists: .*/checkpoints\); there is no earlier checkpoint") as error:
+    with pytest.raises(
+        OSError,
+        match=r"could not be written \(File exists: .*/checkpoints\); there is no earlier "
+        r"checkpoint",
+    ) as error:
         checkpoint.save(tmp_path, network, optimizer, config, STATE)
     assert "\n" not in str(error.value)
 
@@ -206,7 +253,8 @@ def test_the_error_of_an_asynchronous_save_comes_once_at_the_next_call(tmp_path,
 
 
 def test_a_run_that_went_back_keeps_what_it_writes(tmp_path):
-    """Checkpoints of later steps, from before it went back, are not taken for newer ones; the same step is replaced."""
+    """Checkpoints of later steps, from before it went back, are not taken for newer ones; the
+    same step is replaced."""
     config, network, optimizer = setup()
     writer = CheckpointWriter(tmp_path, keep=2)
     for step in (10, 20, 30):
@@ -234,7 +282,14 @@ def test_leftovers_are_no_checkpoints_and_go_with_the_next_save(tmp_path):
 # ---- damage
 
 
-FILES = ["model-00000.safetensors", "optimizer-00000.safetensors", "tensors.json", "state.json", "config.yaml", "manifest.json"]
+FILES = [
+    "model-00000.safetensors",
+    "optimizer-00000.safetensors",
+    "tensors.json",
+    "state.json",
+    "config.yaml",
+    "manifest.json",
+]
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -263,12 +318,15 @@ def test_damage_is_named(file, damage, tmp_path):
     if file == "optimizer-00000.safetensors" and damage == "flip":
         checkpoint.load_model(path)  # reads none of it
     else:
-        with pytest.raises((ValueError, FileNotFoundError), match="use another checkpoint|no checkpoint here"):
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match="use another checkpoint|no checkpoint here"
+        ):
             checkpoint.load_model(path)
 
 
 def edit(path, name, change) -> None:
-    """Change a JSON file of a checkpoint, and make its manifest agree: as one who means harm would."""
+    """Change a JSON file of a checkpoint, and make its manifest agree: as one who means harm
+    would."""
     values = json.loads((path / name).read_text())
     changed = change(values)
     (path / name).write_text(json.dumps(values if changed is None else changed))
@@ -282,37 +340,133 @@ def head(index) -> dict:
 
 
 HOSTILE = {
-    "outside": ("manifest.json", lambda m: m["files"].update({"../secret": {"bytes": 0, "sha256": ""}}), r"'\.\./secret' is not the name"),
-    "absolute": ("manifest.json", lambda m: m["files"].update({"/etc/passwd": {"bytes": 0, "sha256": ""}}), "passwd' is not the name"),
-    "backslash": ("manifest.json", lambda m: m["files"].update({"..\\x": {"bytes": 0, "sha256": ""}}), "is not the name of a file"),
-    "dots": ("manifest.json", lambda m: m["files"].update({"..": {"bytes": 0, "sha256": ""}}), r"'\.\.' is not the name"),
+    "outside": (
+        "manifest.json",
+        lambda m: m["files"].update({"../secret": {"bytes": 0, "sha256": ""}}),
+        r"'\.\./secret' is not the name",
+    ),
+    "absolute": (
+        "manifest.json",
+        lambda m: m["files"].update({"/etc/passwd": {"bytes": 0, "sha256": ""}}),
+        "passwd' is not the name",
+    ),
+    "backslash": (
+        "manifest.json",
+        lambda m: m["files"].update({"..\\x": {"bytes": 0, "sha256": ""}}),
+        "is not the name of a file",
+    ),
+    "dots": (
+        "manifest.json",
+        lambda m: m["files"].update({"..": {"bytes": 0, "sha256": ""}}),
+        r"'\.\.' is not the name",
+    ),
     "a list": ("manifest.json", lambda m: [1, 2], "manifest.json is not readable"),
-    "files a list": ("manifest.json", lambda m: m.update(files=["config.yaml"]), "manifest.json is not readable"),
-    "size a text": ("manifest.json", lambda m: m["files"]["config.yaml"].update(bytes="12"), "size and checksum of 'config.yaml' are '12'"),
-    "size a flag": ("manifest.json", lambda m: m["files"]["config.yaml"].update(bytes=True), "are True and"),
-    "checksum none": ("manifest.json", lambda m: m["files"]["config.yaml"].update(sha256=None), "and None"),
+    "files a list": (
+        "manifest.json",
+        lambda m: m.update(files=["config.yaml"]),
+        "manifest.json is not readable",
+    ),
+    "size a text": (
+        "manifest.json",
+        lambda m: m["files"]["config.yaml"].update(bytes="12"),
+        "size and checksum of 'config.yaml' are '12'",
+    ),
+    "size a flag": (
+        "manifest.json",
+        lambda m: m["files"]["config.yaml"].update(bytes=True),
+        "are True and",
+    ),
+    "checksum none": (
+        "manifest.json",
+        lambda m: m["files"]["config.yaml"].update(sha256=None),
+        "and None",
+    ),
     "other format": ("manifest.json", lambda m: m.update(format=1), "format 1 is not 2"),
-    "no state": ("manifest.json", lambda m: m["files"].pop("state.json") and None, r"state\.json is not in its manifest"),
-    "no files": ("manifest.json", lambda m: m.update(files={}), r"tensors\.json is not in its manifest"),
-    "elsewhere": ("tensors.json", lambda i: head(i)["parts"][0].update(file="../../x.safetensors"), "head.weight .*not a file of this"),
-    "file a number": ("tensors.json", lambda i: head(i)["parts"][0].update(file=3), "head.weight .*not a file of this"),
-    "file a list": ("tensors.json", lambda i: head(i)["parts"][0].update(file=[]), "head.weight cannot be read"),
-    "negative": ("tensors.json", lambda i: head(i)["parts"][0].update(offsets=[-1, 0]), "head.weight .*not a list of sizes"),
-    "fewer axes": ("tensors.json", lambda i: head(i)["parts"][0].update(offsets=[0]), "head.weight .*do not tile"),
-    "gap": ("tensors.json", lambda i: head(i)["parts"][0].update(shape=[319, 16]), "head.weight .*do not tile"),
-    "late start": ("tensors.json", lambda i: head(i)["parts"][0].update(shape=[319, 16], offsets=[1, 0]), "head.weight .*do not tile"),
+    "no state": (
+        "manifest.json",
+        lambda m: m["files"].pop("state.json") and None,
+        r"state\.json is not in its manifest",
+    ),
+    "no files": (
+        "manifest.json",
+        lambda m: m.update(files={}),
+        r"tensors\.json is not in its manifest",
+    ),
+    "elsewhere": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(file="../../x.safetensors"),
+        "head.weight .*not a file of this",
+    ),
+    "file a number": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(file=3),
+        "head.weight .*not a file of this",
+    ),
+    "file a list": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(file=[]),
+        "head.weight cannot be read",
+    ),
+    "negative": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(offsets=[-1, 0]),
+        "head.weight .*not a list of sizes",
+    ),
+    "fewer axes": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(offsets=[0]),
+        "head.weight .*do not tile",
+    ),
+    "gap": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(shape=[319, 16]),
+        "head.weight .*do not tile",
+    ),
+    "late start": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(shape=[319, 16], offsets=[1, 0]),
+        "head.weight .*do not tile",
+    ),
     "no parts": ("tensors.json", lambda i: head(i).update(parts=[]), "head.weight .*do not tile"),
-    "twice": ("tensors.json", lambda i: head(i)["parts"].append(head(i)["parts"][0]), "head.weight .*do not tile"),
-    "object type": ("tensors.json", lambda i: head(i).update(dtype="O"), "head.weight cannot be read"),
+    "twice": (
+        "tensors.json",
+        lambda i: head(i)["parts"].append(head(i)["parts"][0]),
+        "head.weight .*do not tile",
+    ),
+    "object type": (
+        "tensors.json",
+        lambda i: head(i).update(dtype="O"),
+        "head.weight cannot be read",
+    ),
     "index a list": ("tensors.json", lambda i: [], "tensors.json is not readable"),
-    "other dtype": ("tensors.json", lambda i: head(i).update(dtype="F64"), r"head\.weight is torch\.float64 in the checkpoint and"),
-    "wrong file": ("tensors.json", lambda i: head(i)["parts"][0].update(file="config.yaml"), r"config\.yaml: not readable"),
-    "other tensor": ("tensors.json", lambda i: head(i)["parts"][0].update(file="optimizer-00000.safetensors"), "optimizer-.*not readable"),
-    "surplus": ("tensors.json", lambda i: i["tensors"].update(more=head(i)), "more is not in the model"),
+    "other dtype": (
+        "tensors.json",
+        lambda i: head(i).update(dtype="F64"),
+        r"head\.weight is torch\.float64 in the checkpoint and",
+    ),
+    "wrong file": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(file="config.yaml"),
+        r"config\.yaml: not readable",
+    ),
+    "other tensor": (
+        "tensors.json",
+        lambda i: head(i)["parts"][0].update(file="optimizer-00000.safetensors"),
+        "optimizer-.*not readable",
+    ),
+    "surplus": (
+        "tensors.json",
+        lambda i: i["tensors"].update(more=head(i)),
+        "more is not in the model",
+    ),
     "step a text": ("state.json", lambda s: s.update(step="3"), "step='3' is not of type int"),
     "lr none": ("state.json", lambda s: s.update(lr=None), "lr=None is not of type float"),
     "unknown": ("state.json", lambda s: s.update(more=1), "state.json is not readable"),
-    "updates none": ("state.json", lambda s: s.pop("num_updates") and None, "state.json is not readable .'num_updates'"),
+    "updates none": (
+        "state.json",
+        lambda s: s.pop("num_updates") and None,
+        "state.json is not readable .'num_updates'",
+    ),
     "state a list": ("state.json", lambda s: [], "state.json is not readable"),
 }
 
@@ -346,7 +500,11 @@ def test_json_that_nests_without_end_is_refused(name, tmp_path):
 def test_another_shape_is_named(tmp_path):
     path = checkpoint.save(tmp_path, *setup()[1:], setup()[0], STATE)
     _, wide, optimizer = setup(d_model=32)
-    with pytest.raises(ValueError, match=r"embedding\.weight is \(320, 16\) in the checkpoint and \(320, 32\) in the model; use the conf"):
+    with pytest.raises(
+        ValueError,
+        match=r"embedding\.weight is \(320, 16\) in the checkpoint and \(320, 32\) in the model; "
+        r"use the conf",
+    ):
         checkpoint.restore(path, wide, optimizer)
     _, deep, optimizer = setup(num_layers=3)
     with pytest.raises(ValueError, match=r"blocks\.2\..* is not in the checkpoint"):
@@ -370,8 +528,13 @@ def run_verify(capsys, *arguments) -> tuple[int, str]:
 
 def test_verify_says_of_each_checkpoint_whether_it_is_whole(tmp_path, capsys):
     config, network, optimizer = setup()
-    paths = [checkpoint.save(tmp_path, network, optimizer, config, at_step(step)) for step in (1, 2, 3)]
-    assert run_verify(capsys, tmp_path) == (0, "".join(f"{path}: whole, 0.2 MB\n" for path in paths))
+    paths = [
+        checkpoint.save(tmp_path, network, optimizer, config, at_step(step)) for step in (1, 2, 3)
+    ]
+    assert run_verify(capsys, tmp_path) == (
+        0,
+        "".join(f"{path}: whole, 0.2 MB\n" for path in paths),
+    )
     partial = tmp_path / "checkpoints" / ".step-00000004.partial"
     partial.mkdir()
     contents = (paths[0] / "model-00000.safetensors").read_bytes()
@@ -381,13 +544,31 @@ def test_verify_says_of_each_checkpoint_whether_it_is_whole(tmp_path, capsys):
     assert code == 1
     first, second, third, left = text.splitlines()
     size = len(contents)
-    assert first == f"damaged: {paths[0]}/model-00000.safetensors: {size - 1} bytes where {size} were written; use another checkpoint"
-    assert second.startswith(f"damaged: {paths[1]}: its manifest.json is not readable") and third == f"{paths[2]}: whole, 0.2 MB"
-    assert left == f"{partial}: left by a process that was killed; the run's next checkpoint removes it" and partial.is_dir()
+    assert (
+        first == f"damaged: {paths[0]}/model-00000.safetensors: {size - 1} bytes where {size} were "
+        f"written; use another checkpoint"
+    )
+    assert (
+        second.startswith(f"damaged: {paths[1]}: its manifest.json is not readable")
+        and third == f"{paths[2]}: whole, 0.2 MB"
+    )
+    assert (
+        left
+        == f"{partial}: left by a process that was killed; the run's next checkpoint removes it"
+        and partial.is_dir()
+    )
     code, text = run_verify(capsys, paths[2], paths[0], "--json")
     result = json.loads(text)
-    assert code == 1 and not result["whole"] and [entry["whole"] for entry in result["checkpoints"]] == [True, False]
-    assert result["checkpoints"][0] == {"path": str(paths[2]), "whole": True, "error": None,
-                                        "bytes": sum(file.stat().st_size for file in paths[2].iterdir())}
+    assert (
+        code == 1
+        and not result["whole"]
+        and [entry["whole"] for entry in result["checkpoints"]] == [True, False]
+    )
+    assert result["checkpoints"][0] == {
+        "path": str(paths[2]),
+        "whole": True,
+        "error": None,
+        "bytes": sum(file.stat().st_size for file in paths[2].iterdir()),
+    }
     with pytest.raises(FileNotFoundError, match="no checkpoint here"):
         run_verify(capsys, tmp_path / "checkpoints" / "elsewhere")

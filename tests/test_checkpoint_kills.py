@@ -1,7 +1,9 @@
-"""Law 6 by force: kill -9 at random moments of a save, disks that really fill up. What is there afterwards is whole, training goes on
-from it, and ends with the losses of a run that nobody disturbed.
+"""Law 6 by force: kill -9 at random moments of a save, disks that really fill up. What is there
+afterwards is whole, training goes on from it, and ends with the losses of a run that nobody
+disturbed.
 
-Processes are forked and slowed down at every step of a save, so that kills land in each; `-m long` kills many more times.
+Processes are forked and slowed down at every step of a save, so that kills land in each; `-m long`
+kills many more times.
 """
 
 from __future__ import annotations
@@ -36,20 +38,28 @@ from tests.conftest import ROOT, tiny_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 forked = multiprocessing.get_context("fork")
-FEW_OR_MANY = pytest.mark.parametrize("kills", [4, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(2400)])])
+FEW_OR_MANY = pytest.mark.parametrize(
+    "kills", [4, pytest.param(60, marks=[pytest.mark.long, pytest.mark.timeout(2400)])]
+)
 PROCESSES = pytest.mark.parametrize("processes", [1, 2])
 
 
 def slow_down(seed: int) -> None:
-    """Sleep up to 4 ms, in this process only, before every flush, rename and removal of a save, and inside each tensor file."""
+    """Sleep up to 4 ms, in this process only, before every flush, rename and removal of a save,
+    and inside each tensor file."""
     rng = random.Random(seed)
 
     def slowed(function, seconds=0.004):
-        return lambda *args, **options: (time.sleep(rng.random() * seconds), function(*args, **options))[1]
+        return lambda *args, **options: (
+            time.sleep(rng.random() * seconds),
+            function(*args, **options),
+        )[1]
 
     os.fsync, os.rename, os.unlink = slowed(os.fsync), slowed(os.rename), slowed(os.unlink)
     write_file = tensor_files._write_file
-    tensor_files._write_file = lambda path, items, resolve: write_file(path, items, slowed(resolve, 0.002))
+    tensor_files._write_file = lambda path, items, resolve: write_file(
+        path, items, slowed(resolve, 0.002)
+    )
 
 
 def start(function, processes: int, folder: Path, *args) -> list[multiprocessing.Process]:
@@ -61,7 +71,12 @@ def start(function, processes: int, folder: Path, *args) -> list[multiprocessing
         faulthandler.register(signal.SIGUSR1, open(folder / "stacks", "a"), all_threads=True)  # noqa: SIM115
         torch.set_num_threads(1)
         if processes > 1:
-            dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{seed}", rank=rank, world_size=processes)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/rendezvous-{seed}",
+                rank=rank,
+                world_size=processes,
+            )
         function(Ranks(rank, processes), seed + rank, *args)
 
     ranks = [forked.Process(target=main, args=(rank,)) for rank in range(processes)]
@@ -70,10 +85,14 @@ def start(function, processes: int, folder: Path, *args) -> list[multiprocessing
     return ranks
 
 
-def kill_one(ranks: list[multiprocessing.Process], rng: random.Random, run_dir: Path, started: bool = True) -> bool:
-    """Kill -9 one rank; the others must end by themselves, as nobody may wait for the dead. Returns whether a save was under way.
+def kill_one(
+    ranks: list[multiprocessing.Process], rng: random.Random, run_dir: Path, started: bool = True
+) -> bool:
+    """Kill -9 one rank; the others must end by themselves, as nobody may wait for the dead. Returns
+    whether a save was under way.
 
-    Ranks that have not `started`, where one may still wait for the first word of another, are all killed, as torchrun does.
+    Ranks that have not `started`, where one may still wait for the first word of another, are all
+    killed, as torchrun does.
     """
     saving = bool(checkpoint.list_leftovers(run_dir))
     for process in [rng.choice(ranks)] if started else ranks:
@@ -84,7 +103,10 @@ def kill_one(ranks: list[multiprocessing.Process], rng: random.Random, run_dir: 
             os.kill(process.pid, signal.SIGUSR1)
             process.join(1)
             process.kill()
-            pytest.fail(f"a rank still waits, 30 s after another one was killed:\n{(run_dir.parent / 'stacks').read_text()}")
+            pytest.fail(
+                f"a rank still waits, 30 s after another one was "
+                f"killed:\n{(run_dir.parent / 'stacks').read_text()}"
+            )
     return saving
 
 
@@ -93,7 +115,9 @@ def into_a_save(ranks: list[multiprocessing.Process], rng: random.Random, run_di
     files = rng.randrange(7)
     while all(process.is_alive() for process in ranks):
         try:
-            if any(len(os.listdir(folder)) >= files for folder in checkpoint.list_leftovers(run_dir)):
+            if any(
+                len(os.listdir(folder)) >= files for folder in checkpoint.list_leftovers(run_dir)
+            ):
                 return
         except FileNotFoundError:
             pass  # it has just been given its name
@@ -109,7 +133,8 @@ def assert_all_whole(run_dir: Path) -> Path | None:
 
 
 def save_for_ever(ranks: Ranks, seed: int, run_dir: Path, asynchronous: bool) -> None:
-    """Checkpoints one after the other, whose every value is their step, from where the last process was killed."""
+    """Checkpoints one after the other, whose every value is their step, from where the last
+    process was killed."""
     slow_down(seed)
     settings = tiny_settings("data", "run", micro_batch=1)
     config = config_from_dict(settings)
@@ -134,12 +159,16 @@ def save_for_ever(ranks: Ranks, seed: int, run_dir: Path, asynchronous: bool) ->
 def last_done(folder: Path) -> int:
     """The last step that `save_for_ever` knew to be whole; only complete lines count."""
     file = folder / "done"
-    return int(file.read_text().rpartition("\n")[0].rpartition("\n")[2] or 0) if file.is_file() else 0
+    return (
+        int(file.read_text().rpartition("\n")[0].rpartition("\n")[2] or 0) if file.is_file() else 0
+    )
 
 
 @FEW_OR_MANY
 @PROCESSES
-def test_kill_9_at_any_moment_of_a_save_leaves_whole_checkpoints_and_the_newest_finished_one(processes, kills, tmp_path):
+def test_kill_9_at_any_moment_of_a_save_leaves_whole_checkpoints_and_the_newest_finished_one(
+    processes, kills, tmp_path
+):
     rng, inside_a_save, steps, run_dir = random.Random(kills + processes), 0, [0], tmp_path / "run"
     for attempt in range(kills):
         finished = steps[-1]
@@ -182,11 +211,18 @@ def losses(run_dir: Path) -> list[tuple]:
 
 @FEW_OR_MANY
 @PROCESSES
-def test_training_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_run(processes, kills, tiny_data, tmp_path):
+def test_training_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_run(
+    processes, kills, tiny_data, tmp_path
+):
     def settings(run_dir):
         return tiny_settings(tiny_data, run_dir, steps=8, micro_batch=2, checkpoint_every=1)
 
-    for process in start(lambda ranks, _, own: trained(ranks, None, own), processes, tmp_path, settings(tmp_path / "whole")):
+    for process in start(
+        lambda ranks, _, own: trained(ranks, None, own),
+        processes,
+        tmp_path,
+        settings(tmp_path / "whole"),
+    ):
         process.join()
     expected = losses(tmp_path / "whole")
     assert [step for step, *_ in expected] == list(range(1, 9))
@@ -197,7 +233,11 @@ def test_training_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_
             before = newest_step(run_dir)
             ranks = start(trained, processes, tmp_path, settings(run_dir))
             # Mostly after some progress, so that the run gets on; at times before there is any.
-            while all(process.is_alive() for process in ranks) and newest_step(run_dir) <= before and rng.random() > 0.001:
+            while (
+                all(process.is_alive() for process in ranks)
+                and newest_step(run_dir) <= before
+                and rng.random() > 0.001
+            ):
                 time.sleep(0.005)
             if done % 2:
                 into_a_save(ranks, rng, run_dir)
@@ -210,7 +250,9 @@ def test_training_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_
             assert_all_whole(run_dir)
         for process in ranks:
             process.join()
-            assert process.exitcode == 0, f"exit code {process.exitcode}: {(tmp_path / 'stderr').read_text()}"
+            assert process.exitcode == 0, (
+                f"exit code {process.exitcode}: {(tmp_path / 'stderr').read_text()}"
+            )
         assert losses(run_dir) == expected
         assert checkpoint.load_state(assert_all_whole(run_dir)).step == 8
         if done >= kills:
@@ -220,15 +262,21 @@ def test_training_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_the_launcher_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_run(tiny_data, tmp_path):
+def test_the_launcher_killed_again_and_again_ends_with_the_losses_of_an_undisturbed_run(
+    tiny_data, tmp_path
+):
     def command(run_dir):
         config_file = tmp_path / f"{run_dir.name}.yaml"
-        config_file.write_text(json.dumps(tiny_settings(tiny_data, run_dir, steps=200, checkpoint_every=1)))
+        config_file.write_text(
+            json.dumps(tiny_settings(tiny_data, run_dir, steps=200, checkpoint_every=1))
+        )
         return [sys.executable, str(ROOT / "launch/pretrain.py"), str(config_file)]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
     rng, kills = random.Random(0), 0
-    while (process := subprocess.Popen(command(tmp_path / "cut"), stderr=subprocess.PIPE)).poll() is None:
+    while (
+        process := subprocess.Popen(command(tmp_path / "cut"), stderr=subprocess.PIPE)
+    ).poll() is None:
         before = newest_step(tmp_path / "cut")
         while process.poll() is None and newest_step(tmp_path / "cut") <= before:
             time.sleep(0.005)
@@ -253,35 +301,60 @@ def small_disk(tmp_path):
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)]
     if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a file system can only be mounted by root; the test with a limit on file size stands in")
+        pytest.skip(
+            "a file system can only be mounted by root; the test with a limit on file size stands "
+            "in"
+        )
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize("known_before", [True, False])
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
-def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(on_error, known_before, small_disk, tiny_data, monkeypatch, caplog):
-    """A real file system; the space is checked before the files are begun, or, as under a quota, found out in the middle of one."""
+def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(
+    on_error, known_before, small_disk, tiny_data, monkeypatch, caplog
+):
+    """A real file system; the space is checked before the files are begun, or, as under a quota,
+    found out in the middle of one."""
     if not known_before:
         usage = shutil.disk_usage(small_disk)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 40))
     caplog.set_level(logging.INFO, "emotrain")
-    settings = tiny_settings(tiny_data, small_disk / "run", steps=8, checkpoint_every=1, keep_checkpoints=0, on_checkpoint_error=on_error)
+    settings = tiny_settings(
+        tiny_data,
+        small_disk / "run",
+        steps=8,
+        checkpoint_every=1,
+        keep_checkpoints=0,
+        on_checkpoint_error=on_error,
+    )
     if on_error == "stop":
-        with pytest.raises(OSError, match=r"; free space or choose another training\.run_dir") as error:
+        with pytest.raises(
+            OSError, match=r"; free space or choose another training\.run_dir"
+        ) as error:
             loop.train(config_from_dict(settings))
         said = [str(error.value)]
     else:
         summary = loop.train(config_from_dict(settings))
-        said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING and record.name == "emotrain"]
+        said = [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelno == logging.WARNING and record.name == "emotrain"
+        ]
     last = checkpoint.load_state(assert_all_whole(small_disk / "run")).step
     assert 1 <= last < 8
-    assert sorted(os.listdir(small_disk / "run" / "checkpoints")) == [f"step-{step:08d}" for step in range(1, last + 1)]
+    assert sorted(os.listdir(small_disk / "run" / "checkpoints")) == [
+        f"step-{step:08d}" for step in range(1, last + 1)
+    ]
     if on_error == "warn":
         assert summary["step"] == 8 and summary["checkpoint_step"] == last and len(said) == 8 - last
     reason = "No space left on device" + known_before * r"|it needs 0\.2 MB and 0\.\d MB are free"
     for step, line in enumerate(said, start=last + 1):
-        assert re.search(rf"step-{step:08d}: could not be written \((?:{reason})\); the last whole .* is \S*/step-{last:08d}; ", line)
+        assert re.search(
+            rf"step-{step:08d}: could not be written \((?:{reason})\); the last whole .* is "
+            rf"\S*/step-{last:08d}; ",
+            line,
+        )
 
 
 def test_a_limit_on_file_size_leaves_older_checkpoints_and_says_so_in_one_line(tiny_data, tmp_path):
@@ -297,10 +370,19 @@ def test_a_limit_on_file_size_leaves_older_checkpoints_and_says_so_in_one_line(t
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    done = subprocess.run([*command, "training.steps=4"], capture_output=True, text=True, check=False, preexec_fn=limit)
+    done = subprocess.run(
+        [*command, "training.steps=4"],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=limit,
+    )
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr
-    assert f"step-00000004: could not be written (File too large); the last whole checkpoint is {older}" in errors[0]
+    assert (
+        f"step-00000004: could not be written (File too large); the last whole checkpoint is "
+        f"{older}" in errors[0]
+    )
     assert os.listdir(tmp_path / "run" / "checkpoints") == [older.name]
     checkpoint.verify(older)

@@ -1,7 +1,9 @@
-"""A checkpoint does not know the layout: what any arrangement of processes saves, any other loads bit for bit.
+"""A checkpoint does not know the layout: what any arrangement of processes saves, any other loads
+bit for bit.
 
-Forked processes over gloo save real models that `build_model` has spread, with moments of a real update, and load into others. The
-oracle is the first arrangement's tensors, gathered whole. Failures on one rank reach all ranks, and nobody waits for ever.
+Forked processes over gloo save real models that `build_model` has spread, with moments of a real
+update, and load into others. The oracle is the first arrangement's tensors, gathered whole.
+Failures on one rank reach all ranks, and nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -27,9 +29,18 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.training import checkpoint, tensor_files
 from emotrain.training.checkpoint import CheckpointWriter, TrainingState
 from emotrain.training.optimizer import build_optimizer
-from emotrain.training.tensor_files import TensorFilesWriter, TensorPart, load_parts, read_index, save_parts
+from emotrain.training.tensor_files import (
+    TensorFilesWriter,
+    TensorPart,
+    load_parts,
+    read_index,
+    save_parts,
+)
 
-pytestmark = [pytest.mark.layout, pytest.mark.filterwarnings("ignore:torch.distributed is disabled")]
+pytestmark = [
+    pytest.mark.layout,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 
 
 @dataclass(frozen=True)
@@ -42,17 +53,33 @@ class Arrangement:
         return f"{self.processes}p-{self.replicate}x-ep{self.ep}"
 
     def config(self, seed: int = 0) -> Config:
-        # 7 routed experts: the last of 4 ranks has one, the others two. 331 and 9 rows are cut unevenly too.
-        return config_from_dict({
-            "model": {"vocab_size": 331, "d_model": 16, "num_layers": 1, "num_heads": 2,
-                      "experts": {"count": 9, "shared": 2, "per_token": 4, "hidden": 8}, "router": {"pool": {"min": 2, "max": 7}}},
-            "data": {"sequence_length": 16}, "parallel": {"replicate": self.replicate, "ep": self.ep},
-            "training": {"steps": 1, "global_batch": 4, "micro_batch": 1, "seed": seed}})
+        # 7 routed experts: the last of 4 ranks has one, the others two. 331 and 9 rows are cut
+        # unevenly too.
+        return config_from_dict(
+            {
+                "model": {
+                    "vocab_size": 331,
+                    "d_model": 16,
+                    "num_layers": 1,
+                    "num_heads": 2,
+                    "experts": {"count": 9, "shared": 2, "per_token": 4, "hidden": 8},
+                    "router": {"pool": {"min": 2, "max": 7}},
+                },
+                "data": {"sequence_length": 16},
+                "parallel": {"replicate": self.replicate, "ep": self.ep},
+                "training": {"steps": 1, "global_batch": 4, "micro_batch": 1, "seed": seed},
+            }
+        )
 
 
 ONE, FSDP2, FSDP4 = Arrangement(1), Arrangement(2), Arrangement(4)
 REPLICATED2, HSDP = Arrangement(2, replicate=2), Arrangement(4, replicate=2)
-EP2, EP4, EP2_DP2, EP2_HSDP = Arrangement(2, ep=2), Arrangement(4, ep=4), Arrangement(4, ep=2), Arrangement(4, replicate=2, ep=2)
+EP2, EP4, EP2_DP2, EP2_HSDP = (
+    Arrangement(2, ep=2),
+    Arrangement(4, ep=4),
+    Arrangement(4, ep=2),
+    Arrangement(4, replicate=2, ep=2),
+)
 
 
 def state(step: int = 1) -> TrainingState:
@@ -60,9 +87,12 @@ def state(step: int = 1) -> TrainingState:
 
 
 def build(arrangement: Arrangement, seed: int = 0, updated: bool = True):
-    """A model and optimizer, after one update with gradients that are a function of the values, alike on every layout."""
+    """A model and optimizer, after one update with gradients that are a function of the values,
+    alike on every layout."""
     config = arrangement.config(seed)
-    model = build_model(config, Ranks(dist.get_rank() if dist.is_initialized() else 0, arrangement.processes))
+    model = build_model(
+        config, Ranks(dist.get_rank() if dist.is_initialized() else 0, arrangement.processes)
+    )
     optimizer = build_optimizer(model, config.optimizer)
     if updated:
         for parameter in model.parameters():
@@ -75,18 +105,24 @@ def gathered(model, optimizer) -> dict[str, torch.Tensor]:
     tensors = dict(model.named_parameters())
     for name, parameter in model.named_parameters():
         tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
-    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for name, t in tensors.items()}
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in tensors.items()
+    }
 
 
 def in_processes(function, world_size: int, folder: Path, *args, timeout: float = 60) -> list:
-    """`function(*args)` in forked ranks of one process group (none for one rank). Returns what each returned; a hang is a failure."""
+    """`function(*args)` in forked ranks of one process group (none for one rank). Returns what
+    each returned; a hang is a failure."""
     folder.mkdir(exist_ok=True)
     rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
 
     def rank_main(rank: int) -> None:
         torch.set_num_threads(1)
         if world_size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
+            )
         torch.save(function(*args), folder / f"{rendezvous.name}-{rank}.pt")
         if world_size > 1:
             dist.destroy_process_group()
@@ -98,7 +134,10 @@ def in_processes(function, world_size: int, folder: Path, *args, timeout: float 
             for process in context.processes:
                 process.kill()
             pytest.fail(f"{function.__name__}: a rank was still waiting after {timeout} s")
-    return [torch.load(folder / f"{rendezvous.name}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+    return [
+        torch.load(folder / f"{rendezvous.name}-{rank}.pt", weights_only=True)
+        for rank in range(world_size)
+    ]
 
 
 def save(arrangement: Arrangement, run_dir: Path, asynchronous: bool = True):
@@ -114,8 +153,20 @@ def restore(arrangement: Arrangement, path: Path):
     return gathered(model, optimizer)
 
 
-@pytest.mark.parametrize("before, after", [
-    (EP4, ONE), (EP2, EP4), (EP4, EP2), (EP2_DP2, FSDP2), (FSDP2, REPLICATED2), (ONE, FSDP4), (EP2_HSDP, EP2_DP2), (HSDP, EP4)], ids=str)
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        (EP4, ONE),
+        (EP2, EP4),
+        (EP4, EP2),
+        (EP2_DP2, FSDP2),
+        (FSDP2, REPLICATED2),
+        (ONE, FSDP4),
+        (EP2_HSDP, EP2_DP2),
+        (HSDP, EP4),
+    ],
+    ids=str,
+)
 def test_saved_on_one_layout_and_loaded_on_another(before, after, tmp_path):
     saved = in_processes(save, before.processes, tmp_path, before, tmp_path / "run")[0]
     path = checkpoint.find(tmp_path / "run")
@@ -130,8 +181,12 @@ def test_saved_on_one_layout_and_loaded_on_another(before, after, tmp_path):
 
 
 @pytest.mark.parametrize("arrangement", [ONE, REPLICATED2, HSDP, EP2_HSDP, EP4], ids=str)
-def test_every_element_is_stored_once_by_a_rank_that_holds_it_and_nothing_is_a_pickle(arrangement, tmp_path):
-    saved = in_processes(save, arrangement.processes, tmp_path, arrangement, tmp_path / "run", False)[0]
+def test_every_element_is_stored_once_by_a_rank_that_holds_it_and_nothing_is_a_pickle(
+    arrangement, tmp_path
+):
+    saved = in_processes(
+        save, arrangement.processes, tmp_path, arrangement, tmp_path / "run", False
+    )[0]
     path = checkpoint.find(tmp_path / "run")
     elements = {name: 0 for name in saved if not name.startswith("step.")}
     files = sorted(path.glob("*.safetensors"))
@@ -149,19 +204,33 @@ def test_every_element_is_stored_once_by_a_rank_that_holds_it_and_nothing_is_a_p
 
 def test_ranks_without_any_rows_and_cuts_along_several_axes(tmp_path):
     """Parts as FSDP2 and expert parallelism may leave them, of tensors smaller than the mesh."""
+
     def cut(shape, *placements):
         whole = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-        return whole, distribute_tensor(whole, init_device_mesh("cpu", (2, 2)), placements, src_data_rank=None)
+        return whole, distribute_tensor(
+            whole, init_device_mesh("cpu", (2, 2)), placements, src_data_rank=None
+        )
 
     shapes = {"three": (3,), "five": (5, 7), "one": (1, 2, 3)}
 
     def write():
-        tensors = {name: cut(shape, *placements)[1] for (name, shape), placements in
-                   zip(shapes.items(), ([Shard(0), Shard(0)], [Shard(1), Shard(0)], [Shard(2), Shard(1)]), strict=True)}
+        tensors = {
+            name: cut(shape, *placements)[1]
+            for (name, shape), placements in zip(
+                shapes.items(),
+                ([Shard(0), Shard(0)], [Shard(1), Shard(0)], [Shard(2), Shard(1)]),
+                strict=True,
+            )
+        }
         group = dist.new_group(backend="gloo")
         (tmp_path / "files").mkdir(exist_ok=True)
-        writer = TensorFilesWriter(tmp_path / "files", lambda num_bytes: None,
-                                   lambda files, index: (tmp_path / "files" / tensor_files.INDEX).write_text(json.dumps(index)))
+        writer = TensorFilesWriter(
+            tmp_path / "files",
+            lambda num_bytes: None,
+            lambda files, index: (tmp_path / "files" / tensor_files.INDEX).write_text(
+                json.dumps(index)
+            ),
+        )
         save_parts({name: TensorPart.of(tensor) for name, tensor in tensors.items()}, writer, group)
 
     def read():
@@ -170,7 +239,9 @@ def test_ranks_without_any_rows_and_cuts_along_several_axes(tmp_path):
             for name, shape in shapes.items():
                 whole, tensor = cut(shape, *([Shard(0), Shard(0)] if len(shape) == 1 else other))
                 tensor.to_local().fill_(-1)
-                load_parts({name: TensorPart.of(tensor)}, tmp_path / "files", stored, distributed=True)
+                load_parts(
+                    {name: TensorPart.of(tensor)}, tmp_path / "files", stored, distributed=True
+                )
                 assert torch.equal(tensor.full_tensor(), whole), name
 
     in_processes(write, 4, tmp_path)
@@ -181,13 +252,15 @@ def test_ranks_without_any_rows_and_cuts_along_several_axes(tmp_path):
 
 
 def fails_on_rank_1(run_dir: Path, on_error: str, asynchronous: bool):
-    """Saves 1, 2, 3, of which the second meets a full disk on rank 1. Returns what this rank saw, and how long it waited for it."""
+    """Saves 1, 2, 3, of which the second meets a full disk on rank 1. Returns what this rank
+    saw, and how long it waited for it."""
     config, model, optimizer = build(FSDP2)
     write_file, seen, records = tensor_files._write_file, [], []
     checkpoint.log.addHandler(handler := logging.Handler())
     handler.emit = lambda record: records.append(record.getMessage())
     with CheckpointWriter(run_dir, keep=2, asynchronous=asynchronous, on_error=on_error) as writer:
         for step in (1, 2, 3):
+
             def full_disk(*args, step=step):
                 if step == 2 and dist.get_rank() == 1:
                     raise OSError(errno.ENOSPC, "No space left on device")
@@ -211,14 +284,27 @@ def fails_on_rank_1(run_dir: Path, on_error: str, asynchronous: bool):
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
 def test_a_full_disk_on_one_rank_is_known_to_all(on_error, asynchronous, tmp_path):
     run_dir = tmp_path / "run"
-    (first_rank, logged), (second_rank, quiet) = in_processes(fails_on_rank_1, 2, tmp_path, run_dir, on_error, asynchronous)
+    (first_rank, logged), (second_rank, quiet) = in_processes(
+        fails_on_rank_1, 2, tmp_path, run_dir, on_error, asynchronous
+    )
     assert first_rank == second_rank and not quiet
     first, second, third, last = first_rank
     assert first == third == "" and last == "step-00000003"
-    message = (f"{run_dir}/checkpoints/step-00000002: could not be written (No space left on device (rank 1)); "
-               f"the last whole checkpoint is {run_dir}/checkpoints/step-00000001")
-    assert second == (f"{message}; free space or choose another training.run_dir, and start again" if on_error == "stop" else "")
-    warned = [f"{message}; training goes on (training.on_checkpoint_error=warn)"] if on_error == "warn" else []
+    message = (
+        f"{run_dir}/checkpoints/step-00000002: could not be written (No space left on device (rank "
+        f"1)); "
+        f"the last whole checkpoint is {run_dir}/checkpoints/step-00000001"
+    )
+    assert second == (
+        f"{message}; free space or choose another training.run_dir, and start again"
+        if on_error == "stop"
+        else ""
+    )
+    warned = (
+        [f"{message}; training goes on (training.on_checkpoint_error=warn)"]
+        if on_error == "warn"
+        else []
+    )
     assert [line for line in logged if not line.startswith("checkpoint ")] == warned
     assert sorted(os.listdir(run_dir / "checkpoints")) == ["step-00000001", "step-00000003"]
     for path in checkpoint.list_checkpoints(run_dir):
@@ -252,7 +338,9 @@ def refused(arrangement: Arrangement, path: Path):
     before = gathered(model, optimizer)
     with pytest.raises(ValueError, match="use another checkpoint") as error:
         checkpoint.restore(path, model, optimizer)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in gathered(model, optimizer).items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in gathered(model, optimizer).items()
+    )
     return str(error.value)
 
 
@@ -263,5 +351,7 @@ def test_damage_that_one_rank_finds_is_refused_by_all_and_changes_nothing(tmp_pa
         contents = file.read_bytes()
         file.write_bytes(contents[:-3] + bytes([contents[-3] ^ 1]) + contents[-2:])
         messages = in_processes(refused, 4, tmp_path, EP4, path)
-        assert set(messages) == {f"{file}: contents differ from the checksum in manifest.json; use another checkpoint"}
+        assert set(messages) == {
+            f"{file}: contents differ from the checksum in manifest.json; use another checkpoint"
+        }
         file.write_bytes(contents)

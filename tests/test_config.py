@@ -1,4 +1,5 @@
-"""Proves the settings: precedence, what is refused and with which words, and that the reference page is true."""
+"""Proves the settings: precedence, what is refused and with which words, and that the reference
+page is true."""
 
 from __future__ import annotations
 
@@ -8,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from emotrain.config import (CHOICES, MAY_BE_ZERO, Config, config_from_dict, config_to_dict, flatten, load_config, save_config)
+from emotrain.config import (
+    CHOICES,
+    MAY_BE_ZERO,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    flatten,
+    load_config,
+    save_config,
+)
 from emotrain.settings import field_docs, settings_reference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,22 +47,42 @@ def refusal(settings: dict[str, Any]) -> str:
 
 
 def test_defaults_then_bases_then_file_then_command_line(tmp_path: Path) -> None:
-    write(tmp_path / "shared/root.yaml", "optimizer: {lr: 1, beta1: 0.1, warmup_steps: 1, eps: 0.5}\n")
-    write(tmp_path / "shared/middle.yaml", "base: root.yaml\noptimizer: {lr: 2, beta1: 0.2, warmup_steps: 2}\n")
+    write(
+        tmp_path / "shared/root.yaml", "optimizer: {lr: 1, beta1: 0.1, warmup_steps: 1, eps: 0.5}\n"
+    )
+    write(
+        tmp_path / "shared/middle.yaml",
+        "base: root.yaml\noptimizer: {lr: 2, beta1: 0.2, warmup_steps: 2}\n",
+    )
     top = write(tmp_path / "top.yaml", "base: shared/middle.yaml\noptimizer: {lr: 3, beta1: 0.3}\n")
     optimizer = load_config(top, ["optimizer.lr=4", "optimizer.clip_norm=0"]).optimizer
-    assert (optimizer.lr, optimizer.beta1, optimizer.warmup_steps, optimizer.eps) == (4, 0.3, 2, 0.5)
+    assert (optimizer.lr, optimizer.beta1, optimizer.warmup_steps, optimizer.eps) == (
+        4,
+        0.3,
+        2,
+        0.5,
+    )
     assert (optimizer.clip_norm, optimizer.weight_decay) == (0, Config().optimizer.weight_decay)
 
 
-@pytest.mark.parametrize("text, expected", [("1e-3", 1e-3), ("4e-3", 4e-3), ("1", 1.0), (".5", 0.5)])
-def test_numbers_on_the_command_line_and_in_a_file_read_alike(tmp_path: Path, text: str, expected: float) -> None:
+@pytest.mark.parametrize(
+    "text, expected", [("1e-3", 1e-3), ("4e-3", 4e-3), ("1", 1.0), (".5", 0.5)]
+)
+def test_numbers_on_the_command_line_and_in_a_file_read_alike(
+    tmp_path: Path, text: str, expected: float
+) -> None:
     file = write(tmp_path / "a.yaml", f"optimizer:\n  lr: {text}\n")
-    assert load_config(file).optimizer.lr == load_config(write(tmp_path / "b.yaml", ""), [f"optimizer.lr={text}"]).optimizer.lr == expected
+    assert (
+        load_config(file).optimizer.lr
+        == load_config(write(tmp_path / "b.yaml", ""), [f"optimizer.lr={text}"]).optimizer.lr
+        == expected
+    )
 
 
 def test_whole_floats_are_counts(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path / "a.yaml", "training: {tokens: 130e9}\n"), ["anneal.tokens=1e6"])
+    config = load_config(
+        write(tmp_path / "a.yaml", "training: {tokens: 130e9}\n"), ["anneal.tokens=1e6"]
+    )
     assert config.training.tokens == 130_000_000_000 and type(config.training.tokens) is int
     assert type(config.anneal.tokens) is int
 
@@ -64,7 +94,10 @@ def test_an_override_is_key_equals_value(tmp_path: Path, override: str) -> None:
 
 
 def test_a_list_and_a_text_with_an_equals_sign_on_the_command_line(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path / "a.yaml", ""), ["model.num_layers=2", "model.experts.count_per_layer=[9,12]", "data.path=a=b"])
+    config = load_config(
+        write(tmp_path / "a.yaml", ""),
+        ["model.num_layers=2", "model.experts.count_per_layer=[9,12]", "data.path=a=b"],
+    )
     assert config.model.experts.count_per_layer == (9, 12) and config.data.path == "a=b"
 
 
@@ -81,11 +114,21 @@ def test_base_files_that_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
         load_config(write(tmp_path / "self.yaml", "base: self.yaml\n"))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("a: [1\n", "not readable as YAML"), ("- 1\n- 2\n", "not a list"), ("base: [a.yaml]\n", "name of one file"),
-    ("optimizer: {lr: 1, lr: 2}\n", "not readable as YAML"), ("model: 3\n", "model=3 is a group of settings"),
-    ("model:\n", "model=None is a group of settings"), ("\x00", "not readable as YAML")])
-def test_files_that_are_no_settings_are_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a: [1\n", "not readable as YAML"),
+        ("- 1\n- 2\n", "not a list"),
+        ("base: [a.yaml]\n", "name of one file"),
+        ("optimizer: {lr: 1, lr: 2}\n", "not readable as YAML"),
+        ("model: 3\n", "model=3 is a group of settings"),
+        ("model:\n", "model=None is a group of settings"),
+        ("\x00", "not readable as YAML"),
+    ],
+)
+def test_files_that_are_no_settings_are_refused_in_one_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path / "a.yaml", text))
     assert "\n" not in str(caught.value)
@@ -99,11 +142,16 @@ def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:
 
 def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     for source in sorted((ROOT / "configs").glob("*.yaml")):
-        config = load_config(source, ["training.run_dir='a: #b'", "model.experts.count_per_layer=[]"])
+        config = load_config(
+            source, ["training.run_dir='a: #b'", "model.experts.count_per_layer=[]"]
+        )
         save_config(config, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == config
         assert config_from_dict(config_to_dict(config)) == config
-    per_layer = load_config(ROOT / "configs/emo_1b14b_1t.yaml", ["model.num_layers=2", "model.experts.count_per_layer=[9,128]"])
+    per_layer = load_config(
+        ROOT / "configs/emo_1b14b_1t.yaml",
+        ["model.num_layers=2", "model.experts.count_per_layer=[9,128]"],
+    )
     save_config(per_layer, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == per_layer
 
@@ -111,11 +159,23 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
 # ---- unknown settings
 
 
-@pytest.mark.parametrize("key, nearest", [
-    ("optimizer.learning_rate", "optimizer.lr"), ("lr", "optimizer.lr"), ("optimizer.betas", "optimizer.beta1"),
-    ("training.batch_size", "training.global_batch"), ("model.layers", "model.num_layers"), ("model.experts.cuont", "model.experts.count"),
-    ("seed", "training.seed"), ("data.seq_len", "data.sequence_length"), ("training.max_steps", "training.steps"), ("modle", "model"),
-    ("model.expert", "model.experts"), ("model.pool", "model.router.pool")])
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("optimizer.learning_rate", "optimizer.lr"),
+        ("lr", "optimizer.lr"),
+        ("optimizer.betas", "optimizer.beta1"),
+        ("training.batch_size", "training.global_batch"),
+        ("model.layers", "model.num_layers"),
+        ("model.experts.cuont", "model.experts.count"),
+        ("seed", "training.seed"),
+        ("data.seq_len", "data.sequence_length"),
+        ("training.max_steps", "training.steps"),
+        ("modle", "model"),
+        ("model.expert", "model.experts"),
+        ("model.pool", "model.router.pool"),
+    ],
+)
 def test_an_unknown_setting_names_the_nearest(key: str, nearest: str) -> None:
     assert refusal(nested(key, 1)) == f"{key} is not a setting; did you mean {nearest}?"
     assert refusal(nested(f"{key}.inner", 1)) == f"{key} is not a setting; did you mean {nearest}?"
@@ -133,12 +193,28 @@ def test_a_setting_below_a_value_is_refused(tmp_path: Path) -> None:
 # ---- types, choices, bounds
 
 
-@pytest.mark.parametrize("key, value", [
-    ("model.num_layers", 2.5), ("model.num_layers", "2"), ("model.num_layers", True), ("model.num_layers", float("inf")),
-    ("model.num_layers", float("nan")), ("training.seed", 2**63), ("training.seed", 10**400), ("optimizer.lr", "fast"),
-    ("optimizer.lr", None), ("optimizer.lr", 10**400), ("training.compile", 1), ("training.compile", "yes"), ("data.path", 3),
-    ("data.path", None), ("model.experts.count_per_layer", 3),
-    ("model.experts.count_per_layer", [1, 2.0]), ("model.experts.count_per_layer", [True])])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model.num_layers", 2.5),
+        ("model.num_layers", "2"),
+        ("model.num_layers", True),
+        ("model.num_layers", float("inf")),
+        ("model.num_layers", float("nan")),
+        ("training.seed", 2**63),
+        ("training.seed", 10**400),
+        ("optimizer.lr", "fast"),
+        ("optimizer.lr", None),
+        ("optimizer.lr", 10**400),
+        ("training.compile", 1),
+        ("training.compile", "yes"),
+        ("data.path", 3),
+        ("data.path", None),
+        ("model.experts.count_per_layer", 3),
+        ("model.experts.count_per_layer", [1, 2.0]),
+        ("model.experts.count_per_layer", [True]),
+    ],
+)
 def test_wrong_types_are_refused(key: str, value: Any) -> None:
     assert refusal(nested(key, value)).startswith(f"{key}={value!r} must be ")
 
@@ -146,16 +222,24 @@ def test_wrong_types_are_refused(key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", CHOICES)
 def test_choices_are_listed(key: str) -> None:
     message = refusal(nested(key, "other"))
-    assert message.startswith(f"{key}=other is not known") and all(choice in message for choice in CHOICES[key])
+    assert message.startswith(f"{key}=other is not known") and all(
+        choice in message for choice in CHOICES[key]
+    )
     assert dict(flatten(Config()))[key] in CHOICES[key]
 
 
-NUMBERS = [key for key, value in flatten(Config()) if isinstance(value, (int, float)) and not isinstance(value, bool)]
+NUMBERS = [
+    key
+    for key, value in flatten(Config())
+    if isinstance(value, (int, float)) and not isinstance(value, bool)
+]
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_numbers_are_bounded_below(key: str) -> None:
-    assert refusal(nested(key, -1)).startswith(f"{key}=-1") and refusal(nested(key, -1)).endswith(("must be at least 0", "must be positive"))
+    assert refusal(nested(key, -1)).startswith(f"{key}=-1") and refusal(nested(key, -1)).endswith(
+        ("must be at least 0", "must be positive")
+    )
     if key not in MAY_BE_ZERO:
         assert refusal(nested(key, 0)).endswith("must be positive")
 
@@ -165,30 +249,47 @@ def test_numbers_are_finite(value: float) -> None:
     assert "not finite" in refusal(nested("optimizer.lr", value))
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"model.d_model": 100, "model.num_heads": 3}, "not a multiple of model.num_heads=3"),
-    ({"model.d_model": 48}, "3 wide"),
-    ({"model.num_kv_heads": 5}, "not a multiple of model.num_kv_heads=5"),
-    ({"model.experts.count_per_layer": [8, 9]}, "2 entries for 16 layers"),
-    ({"model.experts.shared": 9}, "per_token=8 counts the shared experts"),
-    ({"model.experts.count": 4}, "needs 7 routed experts, layer 0 has 3"),
-    ({"model.experts.shared": 8}, "tokens choose none of them"),
-    ({"model.router.pool.min": 9, "model.router.pool.max": 8}, "min=9 is above"),
-    ({"data.sequence_length": 1}, "leaves nothing to predict"),
-    ({"data.repetition_filter.min_period": 14}, "min_period=14 is above"),
-    ({"optimizer.beta2": 1.0}, "must be below 1"),
-    ({"training.micro_batch": 3}, "global_batch=1024 is not a multiple of training.micro_batch=3"),
-    ({"anneal.checkpoint": "runs/a", "anneal.tokens": 5}, "less than one step of 4194304 tokens"),
-])
-def test_combinations_that_cannot_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"model.d_model": 100, "model.num_heads": 3}, "not a multiple of model.num_heads=3"),
+        ({"model.d_model": 48}, "3 wide"),
+        ({"model.num_kv_heads": 5}, "not a multiple of model.num_kv_heads=5"),
+        ({"model.experts.count_per_layer": [8, 9]}, "2 entries for 16 layers"),
+        ({"model.experts.shared": 9}, "per_token=8 counts the shared experts"),
+        ({"model.experts.count": 4}, "needs 7 routed experts, layer 0 has 3"),
+        ({"model.experts.shared": 8}, "tokens choose none of them"),
+        ({"model.router.pool.min": 9, "model.router.pool.max": 8}, "min=9 is above"),
+        ({"data.sequence_length": 1}, "leaves nothing to predict"),
+        ({"data.repetition_filter.min_period": 14}, "min_period=14 is above"),
+        ({"optimizer.beta2": 1.0}, "must be below 1"),
+        (
+            {"training.micro_batch": 3},
+            "global_batch=1024 is not a multiple of training.micro_batch=3",
+        ),
+        (
+            {"anneal.checkpoint": "runs/a", "anneal.tokens": 5},
+            "less than one step of 4194304 tokens",
+        ),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-        load_config(write(tmp_path / "a.yaml", ""), [f"{key}={value}" for key, value in settings.items()])
+        load_config(
+            write(tmp_path / "a.yaml", ""), [f"{key}={value}" for key, value in settings.items()]
+        )
 
 
 def test_steps() -> None:
     """Pretraining rounds the steps up, an anneal rounds them down (spec 5)."""
+
     def steps(**overrides: dict[str, Any]) -> int:
-        return config_from_dict({"training": {"global_batch": 10, "micro_batch": 1}, "data": {"sequence_length": 10}} | overrides).num_steps
+        return config_from_dict(
+            {"training": {"global_batch": 10, "micro_batch": 1}, "data": {"sequence_length": 10}}
+            | overrides
+        ).num_steps
 
     assert steps(training={"global_batch": 10, "micro_batch": 1, "tokens": 1001}) == 11
     assert steps(training={"global_batch": 10, "micro_batch": 1, "tokens": 1001, "steps": 5}) == 5
@@ -201,7 +302,10 @@ def test_steps() -> None:
 def test_every_setting_is_documented() -> None:
     def classes(cls: type) -> list[type]:
         inner = [type(getattr(cls(), item.name)) for item in dataclasses.fields(cls)]
-        return [cls, *(found for kind in inner if dataclasses.is_dataclass(kind) for found in classes(kind))]
+        return [
+            cls,
+            *(found for kind in inner if dataclasses.is_dataclass(kind) for found in classes(kind)),
+        ]
 
     for cls in classes(Config):
         assert field_docs(cls).keys() == {item.name for item in dataclasses.fields(cls)}
@@ -210,4 +314,6 @@ def test_every_setting_is_documented() -> None:
 def test_the_settings_page_is_the_generated_one() -> None:
     page = settings_reference()
     assert all(f"| `{key}` |" in page for key, _ in flatten(Config()))
-    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == page, "run: emotrain settings > docs/settings.md"
+    assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == page, (
+        "run: emotrain settings > docs/settings.md"
+    )

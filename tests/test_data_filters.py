@@ -1,8 +1,10 @@
-"""Proves that the fast repetition filter finds exactly the sequences that a literal reading of spec 4.4 finds."""
+"""Proves that the fast repetition filter finds exactly the sequences that a literal reading of
+spec 4.4 finds."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
@@ -36,18 +38,28 @@ def repetitions(tokens, period):
 
 def is_repetitive_oracle(tokens, config):
     periods = range(config.min_period, min(config.max_period, len(tokens) // 3) + 1)
-    return any(times >= config.max_count for period in periods for _, _, times in repetitions(tokens, period))
+    return any(
+        times >= config.max_count
+        for period in periods
+        for _, _, times in repetitions(tokens, period)
+    )
 
 
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_agrees_with_the_spec(data):
-    config = RepetitionFilterConfig(True, min_period=data.draw(st.integers(1, 3)), max_period=data.draw(st.integers(3, 6)),
-                                    max_count=data.draw(st.integers(1, 6)))
+    config = RepetitionFilterConfig(
+        True,
+        min_period=data.draw(st.integers(1, 3)),
+        max_period=data.draw(st.integers(3, 6)),
+        max_count=data.draw(st.integers(1, 6)),
+    )
     length = data.draw(st.integers(2, 40))
     row = st.lists(st.integers(0, data.draw(st.integers(0, 2))), min_size=length, max_size=length)
     tokens_BS = np.array(data.draw(st.lists(row, min_size=1, max_size=4)))
-    assert is_repetitive(tokens_BS, config).tolist() == [is_repetitive_oracle(tokens, config) for tokens in tokens_BS]
+    assert is_repetitive(tokens_BS, config).tolist() == [
+        is_repetitive_oracle(tokens, config) for tokens in tokens_BS
+    ]
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 13])
@@ -57,11 +69,15 @@ def test_the_published_setting_at_its_edge(period, missing):
     rng = np.random.default_rng(period)
     tokens_BS = rng.permutation(4096)[None] + 1000
     pattern = np.arange(period)
-    repeated = np.tile(pattern, 32)[:32 * period - missing]
+    repeated = np.tile(pattern, 32)[: 32 * period - missing]
     start = int(rng.integers(0, 4096 - len(repeated)))
-    tokens_BS[0, start:start + len(repeated)] = repeated
+    tokens_BS[0, start : start + len(repeated)] = repeated
     config = RepetitionFilterConfig(enabled=True)
-    assert is_repetitive(tokens_BS, config).tolist() == [not missing] == [is_repetitive_oracle(tokens_BS[0], config)]
+    assert (
+        is_repetitive(tokens_BS, config).tolist()
+        == [not missing]
+        == [is_repetitive_oracle(tokens_BS[0], config)]
+    )
 
 
 def test_longer_periods_are_left_alone():

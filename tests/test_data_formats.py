@@ -1,5 +1,6 @@
-"""Proves of the prepared data set that reading gives back what was written, in place, and that whatever was damaged, cut or
-forged on the disk is refused with one line instead of giving wrong tokens or leaving the folder."""
+"""Proves of the prepared data set that reading gives back what was written, in place, and that
+whatever was damaged, cut or forged on the disk is refused with one line instead of giving wrong
+tokens or leaving the folder."""
 
 import json
 
@@ -8,7 +9,14 @@ import pyarrow as pa
 import pytest
 
 from emotrain.data import formats
-from emotrain.data.formats import Dataset, ShardInfo, sha256_of, token_dtype, write_manifest, write_shard
+from emotrain.data.formats import (
+    Dataset,
+    ShardInfo,
+    sha256_of,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
 
 
 def make_dataset(folder, vocab_size=50, shards=(7, 5), valid=4, seed=0):
@@ -22,16 +30,30 @@ def make_dataset(folder, vocab_size=50, shards=(7, 5), valid=4, seed=0):
             tokens = rng.integers(0, vocab_size, lengths.sum()).astype(token_dtype(vocab_size))
             names = [f"d{rng.integers(3)}" for _ in range(count)]
             offsets = np.concatenate([[0], np.cumsum(lengths)])
-            infos.append(write_shard(folder / split / f"shard-{shard:05d}.arrow", tokens, offsets, names,
-                                     [f"{split}-{shard}-{row}" for row in range(count)]))
+            infos.append(
+                write_shard(
+                    folder / split / f"shard-{shard:05d}.arrow",
+                    tokens,
+                    offsets,
+                    names,
+                    [f"{split}-{shard}-{row}" for row in range(count)],
+                )
+            )
             for row, name in enumerate(names):
-                documents[split, shard, row] = tokens[offsets[row]:offsets[row + 1]], name
+                documents[split, shard, row] = tokens[offsets[row] : offsets[row + 1]], name
                 counted = domains.setdefault(name, {"documents": 0, "tokens": 0})
                 counted["documents"] += 1
                 counted["tokens"] += int(lengths[row])
         splits[split] = {"shards": infos, "domains": domains}
-    write_manifest(folder, vocab_size=vocab_size, eos_id=0, eos_token="<eos>", splits=splits, skipped_documents={"empty": 0},
-                   settings={})
+    write_manifest(
+        folder,
+        vocab_size=vocab_size,
+        eos_id=0,
+        eos_token="<eos>",
+        splits=splits,
+        skipped_documents={"empty": 0},
+        settings={},
+    )
     return documents
 
 
@@ -47,7 +69,9 @@ def edit(folder, change):
     (folder / "dataset.json").write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(50, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)])
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(50, np.uint16), (2**16, np.uint16), (2**16 + 1, np.uint32)]
+)
 def test_round_trip(tmp_path, vocab_size, dtype):
     written = make_dataset(tmp_path / "data", vocab_size)
     dataset = Dataset(tmp_path / "data")
@@ -59,7 +83,10 @@ def test_round_trip(tmp_path, vocab_size, dtype):
             assert tokens.dtype == dtype and not tokens.flags.owndata and not tokens.flags.writeable
             assert dataset.document_domains([document_id]) == [domain]
     assert found.keys() == written.keys()
-    assert all(np.array_equal(found[key][0], written[key][0]) and found[key][1] == written[key][1] for key in written)
+    assert all(
+        np.array_equal(found[key][0], written[key][0]) and found[key][1] == written[key][1]
+        for key in written
+    )
     assert [dataset.num_documents(split) for split in ("train", "valid")] == [12, 4]
     assert dataset.first_ids == {"train": [0, 7, 12], "valid": [12, 16]}
 
@@ -72,7 +99,9 @@ def test_documents_by_domain_and_limit(folder):
     assert [(i, d) for i, _, d in dataset.documents("train", domain)] == of_domain
     assert [i for i, _, _ in dataset.documents("train", limit=9)] == list(range(9))
     assert [(i, d) for i, _, d in dataset.documents("train", domain, limit=2)] == of_domain[:2]
-    with pytest.raises(ValueError, match="domain 'nothing' has no valid documents; choose one of d"):
+    with pytest.raises(
+        ValueError, match="domain 'nothing' has no valid documents; choose one of d"
+    ):
         next(dataset.documents("valid", "nothing"))
     with pytest.raises(ValueError, match="split='test' is not known; choose one of train, valid"):
         next(dataset.documents("test"))
@@ -91,7 +120,9 @@ def test_arrays_outlive_the_mapping_limit(folder, monkeypatch):
 
 def test_checksums_are_checked_once_a_shard(folder, monkeypatch):
     hashed = []
-    monkeypatch.setattr(formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    monkeypatch.setattr(
+        formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
+    )
     monkeypatch.setattr(formats, "MAX_OPEN_SHARDS", 1)
     dataset = Dataset(folder)
     assert hashed == []
@@ -104,7 +135,7 @@ def test_every_flipped_byte_is_noticed(folder):
     path = folder / "train" / "shard-00001.arrow"
     whole = path.read_bytes()
     for position in range(0, len(whole), 37):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1:])
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1 :])
         with pytest.raises(ValueError, match="sha256 is .* its bytes have changed, copy it again"):
             Dataset(folder).shard("train", 1)
         try:  # without checksums tokens may be wrong, but nothing may crash or point outside the file
@@ -119,21 +150,39 @@ def test_a_truncated_shard_is_refused_on_opening(folder, size):
     path = folder / "train" / "shard-00000.arrow"
     whole = path.read_bytes()
     path.write_bytes(whole[:size])
-    with pytest.raises(ValueError, match=f"has {len(whole[:size])} bytes, dataset.json says {len(whole)}; copy it again"):
+    with pytest.raises(
+        ValueError,
+        match=f"has {len(whole[:size])} bytes, dataset.json says {len(whole)}; copy it again",
+    ):
         Dataset(folder)
-    edit(folder, lambda m: m["splits"]["train"]["shards"][0].update(bytes=max(1, len(whole[:size])), sha256=sha256_of(path)))
+    edit(
+        folder,
+        lambda m: m["splits"]["train"]["shards"][0].update(
+            bytes=max(1, len(whole[:size])), sha256=sha256_of(path)
+        ),
+    )
     if size:
-        with pytest.raises(ValueError, match="is not a readable Arrow file .*; copy the shard again"):
+        with pytest.raises(
+            ValueError, match="is not a readable Arrow file .*; copy the shard again"
+        ):
             Dataset(folder).shard("train", 0)
 
 
 def replace_shard(folder, batches, schema=None):
     """Write other record batches under the name of the first shard, and make the manifest agree."""
     path = folder / "train" / "shard-00000.arrow"
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema or batches[0].schema) as writer:
+    with (
+        pa.OSFile(str(path), "wb") as file,
+        pa.ipc.new_file(file, schema or batches[0].schema) as writer,
+    ):
         for batch in batches:
             writer.write_batch(batch)
-    edit(folder, lambda m: m["splits"]["train"]["shards"][0].update(bytes=path.stat().st_size, sha256=sha256_of(path)))
+    edit(
+        folder,
+        lambda m: m["splits"]["train"]["shards"][0].update(
+            bytes=path.stat().st_size, sha256=sha256_of(path)
+        ),
+    )
 
 
 def test_forged_shards_are_refused(folder):
@@ -141,7 +190,9 @@ def test_forged_shards_are_refused(folder):
     tokens = good.column("tokens")
 
     def with_tokens(array):
-        return pa.record_batch([array, good.column("domain"), good.column("source")], names=good.schema.names)
+        return pa.record_batch(
+            [array, good.column("domain"), good.column("source")], names=good.schema.names
+        )
 
     offsets = tokens.offsets.to_pylist()
     backwards = [offsets[0], offsets[3], *offsets[2:]]
@@ -149,12 +200,24 @@ def test_forged_shards_are_refused(folder):
     too_large = pa.array(np.full(len(tokens.values), 50, dtype=np.uint16))
     for batches, message in [
         ([good, good], "has 2 record batches, a shard has one"),
-        ([with_tokens(tokens.cast(pa.large_list(pa.uint32())))], "has columns .*uint32.*, not those of uint16 shards"),
+        (
+            [with_tokens(tokens.cast(pa.large_list(pa.uint32())))],
+            "has columns .*uint32.*, not those of uint16 shards",
+        ),
         ([with_tokens(tokens.cast(pa.list_(pa.uint16())))], "not those of uint16 shards"),
         ([good.slice(0, 3)], "holds 3 documents"),
-        ([with_tokens(pa.LargeListArray.from_arrays(pa.array(backwards), tokens.values))], "non-monotonic offset"),
-        ([with_tokens(pa.LargeListArray.from_arrays(pa.array(empty_document), tokens.values))], "offsets that do not rise"),
-        ([with_tokens(pa.LargeListArray.from_arrays(pa.array(offsets), too_large))], "holds token id 50, vocab_size is 50"),
+        (
+            [with_tokens(pa.LargeListArray.from_arrays(pa.array(backwards), tokens.values))],
+            "non-monotonic offset",
+        ),
+        (
+            [with_tokens(pa.LargeListArray.from_arrays(pa.array(empty_document), tokens.values))],
+            "offsets that do not rise",
+        ),
+        (
+            [with_tokens(pa.LargeListArray.from_arrays(pa.array(offsets), too_large))],
+            "holds token id 50, vocab_size is 50",
+        ),
     ]:
         replace_shard(folder, batches)
         with pytest.raises(ValueError, match=message) as caught:
@@ -163,13 +226,17 @@ def test_forged_shards_are_refused(folder):
 
 
 def test_a_folder_that_is_no_data_set(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such folder; make a data set with `emotrain prepare"):
+    with pytest.raises(
+        FileNotFoundError, match="nowhere: no such folder; make a data set with `emotrain prepare"
+    ):
         Dataset(tmp_path / "nowhere")
     (folder / "train" / "shard-00001.arrow").unlink()
     with pytest.raises(FileNotFoundError, match="shard-00001.arrow: shard is missing; restore it"):
         Dataset(folder)
     (folder / "dataset.json").unlink()
-    with pytest.raises(FileNotFoundError, match="has no dataset.json, so it is no data set, or half of one"):
+    with pytest.raises(
+        FileNotFoundError, match="has no dataset.json, so it is no data set, or half of one"
+    ):
         Dataset(folder)
 
 
@@ -188,7 +255,11 @@ BAD_MANIFESTS = [
     (("splits", "valid"), None, "has valid=None, it must be an object"),
     (("splits", "train", "shards"), {}, "has train shards {}, they must be a list"),
     (SHARD, "train/shard-00000.arrow", "it must be an object"),
-    ((*SHARD, "file"), "../elsewhere.arrow", "names shard '../elsewhere.arrow', which is no file in train/"),
+    (
+        (*SHARD, "file"),
+        "../elsewhere.arrow",
+        "names shard '../elsewhere.arrow', which is no file in train/",
+    ),
     ((*SHARD, "file"), "/etc/passwd", "names shard '/etc/passwd', which is no file in train/"),
     ((*SHARD, "file"), "train/..", "names shard 'train/..', which is no file in train/"),
     ((*SHARD, "file"), "train/../valid/shard-00000.arrow", "which is no file in train/"),
@@ -217,7 +288,9 @@ def test_untrusted_manifests_are_refused(folder, keys, value, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 100_000, '{"format": "emotrain-dataset"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, '{"format": "emotrain-dataset"}']
+)
 def test_malformed_manifests_are_refused(folder, text):
     (folder / "dataset.json").write_text(text)
     with pytest.raises(ValueError, match="dataset.json: (is not JSON|has)"):
@@ -236,10 +309,18 @@ def test_fingerprint_names_the_tokens(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         make_dataset(tmp_path / name, seed=seed)
     a, b, c = (Dataset(tmp_path / name) for name in "abc")
-    assert a.fingerprint() == b.fingerprint() != c.fingerprint() and a.fingerprint() != a.fingerprint("valid")
+    assert (
+        a.fingerprint() == b.fingerprint() != c.fingerprint()
+        and a.fingerprint() != a.fingerprint("valid")
+    )
 
 
 def test_shard_info_is_what_the_manifest_holds(folder):
     info = Dataset(folder).shards["train"][0]
-    assert info == ShardInfo("train/shard-00000.arrow", 7, info.tokens, (folder / info.file).stat().st_size,
-                             sha256_of(folder / info.file))
+    assert info == ShardInfo(
+        "train/shard-00000.arrow",
+        7,
+        info.tokens,
+        (folder / info.file).stat().st_size,
+        sha256_of(folder / info.file),
+    )

@@ -1,5 +1,6 @@
-"""Proves of the loader that its order is a permutation in every epoch and a function of (seed, position) alone, that
-neither ranks nor micro-batches change what a step trains on, and that each token comes with the document that holds it."""
+"""Proves of the loader that its order is a permutation in every epoch and a function of (seed,
+position) alone, that neither ranks nor micro-batches change what a step trains on, and that each
+token comes with the document that holds it."""
 
 import threading
 import time
@@ -7,7 +8,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_data_formats import make_dataset
 
 from emotrain.config import RepetitionFilterConfig
@@ -34,7 +36,8 @@ def loader(folder):
 def same(one, other):
     return one.has_padding == other.has_padding and all(
         torch.equal(getattr(one, name), getattr(other, name))
-        for name in ("tokens_BS", "targets_BS", "document_BS", "document_ids_G"))
+        for name in ("tokens_BS", "targets_BS", "document_BS", "document_ids_G")
+    )
 
 
 @given(st.integers(1, 5000), st.integers(0, 2**63))
@@ -52,7 +55,8 @@ def test_permute_of_a_range_too_large_to_store(size, key, start):
 
 
 def test_permute_looks_random():
-    """Where each of 8 things goes, over 4,000 keys: every place equally often (chi-squared, 49 degrees of freedom)."""
+    """Where each of 8 things goes, over 4,000 keys: every place equally often (chi-squared, 49
+    degrees of freedom)."""
     keys = keyed(0, np.arange(4000))
     places = np.stack([permute(np.full(4000, thing), 8, keys) for thing in range(8)])
     counts = np.stack([np.bincount(row, minlength=8) for row in places])
@@ -63,21 +67,28 @@ def test_permute_looks_random():
 
 def test_mix64_is_that_of_splitmix64():
     """The first outputs of the published generator from seed 0."""
-    states = (np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    assert [hex(value) for value in mix64(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4", "0x6c45d188009454f"]
+    states = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert [hex(value) for value in mix64(states).tolist()] == [
+        "0xe220a8397b1dcdaf",
+        "0x6e789e6aa1b965f4",
+        "0x6c45d188009454f",
+    ]
 
 
 def test_every_epoch_is_another_order_of_all_windows(loader):
     count = loader.num_sequences
     assert count == sum(info.tokens // SEQUENCE for info in loader.dataset.shards["train"])
-    epochs = [loader.windows(range(epoch * count, (epoch + 1) * count)).tolist() for epoch in range(3)]
+    epochs = [
+        loader.windows(range(epoch * count, (epoch + 1) * count)).tolist() for epoch in range(3)
+    ]
     assert all(sorted(order) == list(range(count)) for order in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert epochs[0] != Loader(loader.dataset.path, SEQUENCE, seed=4).windows(range(count)).tolist()
 
 
 def test_order_is_stable():
-    """These numbers are part of every checkpoint: a release that changes them would resume runs on other data."""
+    """These numbers are part of every checkpoint: a release that changes them would resume runs
+    on other data."""
     order = permute(np.arange(10), 10, keyed(0, np.zeros(10, dtype=np.int64)))
     assert order.tolist() == [7, 2, 1, 8, 9, 3, 4, 0, 6, 5]
 
@@ -90,8 +101,14 @@ def test_each_token_has_the_document_that_holds_it(loader):
         for row in range(info.documents):
             mapped = dataset.shard("train", shard)
             document_id = dataset.first_ids["train"][shard] + row
-            stream += [(token, document_id) for token in mapped.tokens[mapped.offsets[row]:mapped.offsets[row + 1]].tolist()]
-        flat += [stream[start:start + SEQUENCE] for start in range(0, len(stream) - SEQUENCE + 1, SEQUENCE)]
+            stream += [
+                (token, document_id)
+                for token in mapped.tokens[mapped.offsets[row] : mapped.offsets[row + 1]].tolist()
+            ]
+        flat += [
+            stream[start : start + SEQUENCE]
+            for start in range(0, len(stream) - SEQUENCE + 1, SEQUENCE)
+        ]
     positions = range(loader.num_sequences)
     batch = loader.batch(positions)
     for row, window in enumerate(loader.windows(positions)):
@@ -108,28 +125,48 @@ def test_documents_in_window(lengths, data):
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     start = data.draw(st.integers(0, int(offsets[-1]) - 1))
     stop = data.draw(st.integers(start + 1, int(offsets[-1])))
-    owners = [document for document, length in enumerate(lengths) for _ in range(length)][start:stop]
+    owners = [document for document, length in enumerate(lengths) for _ in range(length)][
+        start:stop
+    ]
     first, found = documents_in_window(offsets, start, stop)
-    assert np.repeat(np.arange(first, first + len(found)), found).tolist() == owners and found.min() > 0
+    assert (
+        np.repeat(np.arange(first, first + len(found)), found).tolist() == owners
+        and found.min() > 0
+    )
 
 
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "micro_batch"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2)]
+)
 def test_ranks_and_micro_batches_do_not_change_a_step(loader, world_size, micro_batch):
     for step in (0, 5, 40):
         whole = loader.batch(range(step * 12, step * 12 + 12))
-        parts = [batch for rank in range(world_size) for batch in loader.step(step, 12, micro_batch, rank, world_size)]
+        parts = [
+            batch
+            for rank in range(world_size)
+            for batch in loader.step(step, 12, micro_batch, rank, world_size)
+        ]
         assert torch.equal(torch.cat([part.tokens_BS for part in parts]), whole.tokens_BS)
         assert torch.equal(torch.cat([part.targets_BS for part in parts]), whole.targets_BS)
-        assert torch.equal(torch.cat([part.document_ids_G[part.document_BS] for part in parts]),
-                           whole.document_ids_G[whole.document_BS])
+        assert torch.equal(
+            torch.cat([part.document_ids_G[part.document_BS] for part in parts]),
+            whole.document_ids_G[whole.document_BS],
+        )
 
 
 def test_a_run_goes_on_from_its_step_alone(loader, folder):
     straight = [loader.step(step, 6, 3) for step in range(20)]
     again = Loader(folder, SEQUENCE, seed=3)
-    assert all(same(a, b) for step in range(7, 20) for a, b in zip(straight[step], again.step(step, 6, 3), strict=True))
+    assert all(
+        same(a, b)
+        for step in range(7, 20)
+        for a, b in zip(straight[step], again.step(step, 6, 3), strict=True)
+    )
     assert again.fingerprint == loader.fingerprint
-    assert loader.fingerprint not in (Loader(folder, 8, 3).fingerprint, Loader(folder, SEQUENCE, 3, split="valid").fingerprint)
+    assert loader.fingerprint not in (
+        Loader(folder, 8, 3).fingerprint,
+        Loader(folder, SEQUENCE, 3, split="valid").fingerprint,
+    )
 
 
 def test_targets_across_documents_are_a_choice(folder):
@@ -144,26 +181,51 @@ def test_filtered_sequences_keep_their_tokens_and_lose_their_targets(folder):
     plain = Loader(folder, SEQUENCE, 3).batch(range(60))
     config = RepetitionFilterConfig(enabled=True, max_period=2, max_count=1)
     filtered = Loader(folder, SEQUENCE, 3, repetition_filter=config).batch(range(60))
-    off = Loader(folder, SEQUENCE, 3, repetition_filter=RepetitionFilterConfig(max_period=2, max_count=1)).batch(range(60))
+    off = Loader(
+        folder, SEQUENCE, 3, repetition_filter=RepetitionFilterConfig(max_period=2, max_count=1)
+    ).batch(range(60))
     assert same(plain, off) and torch.equal(plain.tokens_BS, filtered.tokens_BS)
-    repeats_B = torch.tensor([any((row[i:i + 2 * p] == row[i + p:i + 3 * p]).all() for p in (1, 2)
-                                  for i in range(SEQUENCE - 3 * p + 1)) for row in plain.tokens_BS.numpy()])
+    repeats_B = torch.tensor(
+        [
+            any(
+                (row[i : i + 2 * p] == row[i + p : i + 3 * p]).all()
+                for p in (1, 2)
+                for i in range(SEQUENCE - 3 * p + 1)
+            )
+            for row in plain.tokens_BS.numpy()
+        ]
+    )
     assert torch.equal((filtered.targets_BS == -100).all(dim=1), repeats_B)
     assert torch.equal(filtered.targets_BS[~repeats_B], plain.targets_BS[~repeats_B])
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda path: Loader(path, 1, 0), "sequence_length=1, seed=0: a sequence has at least 2 tokens"),
-    (lambda path: Loader(path, SEQUENCE, -1), "seed=-1"),
-    (lambda path: Loader(path, 10_000, 0), "no train shard holds a whole sequence of 10000 tokens .* lower sequence_length"),
-    (lambda path: Loader(path, SEQUENCE, 0, split="dev"), "split='dev' is not known"),
-    (lambda path: Loader(path, SEQUENCE, 0).batch([3, -1]), "position -1 is before the start"),
-    (lambda path: Loader(path, SEQUENCE, 0).step(0, 10, 2, 0, 2), "global_batch=10 is not a multiple of micro_batch=2 times 2"),
-    (lambda path: Loader(path, SEQUENCE, 0).step(0, 8, 2, 2, 2), "rank 2 of 2"),
-    (lambda path: Loader(path, SEQUENCE, 0).step(-1, 8, 2), "step -1"),
-    (lambda path: Loader(path, SEQUENCE, 0).prefetch(0, 3, 7, 2), "global_batch=7 is not a multiple"),
-    (lambda path: Loader(path, SEQUENCE, 0).prefetch(0, -1, 8, 2), "num_steps=-1"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda path: Loader(path, 1, 0),
+            "sequence_length=1, seed=0: a sequence has at least 2 tokens",
+        ),
+        (lambda path: Loader(path, SEQUENCE, -1), "seed=-1"),
+        (
+            lambda path: Loader(path, 10_000, 0),
+            "no train shard holds a whole sequence of 10000 tokens .* lower sequence_length",
+        ),
+        (lambda path: Loader(path, SEQUENCE, 0, split="dev"), "split='dev' is not known"),
+        (lambda path: Loader(path, SEQUENCE, 0).batch([3, -1]), "position -1 is before the start"),
+        (
+            lambda path: Loader(path, SEQUENCE, 0).step(0, 10, 2, 0, 2),
+            "global_batch=10 is not a multiple of micro_batch=2 times 2",
+        ),
+        (lambda path: Loader(path, SEQUENCE, 0).step(0, 8, 2, 2, 2), "rank 2 of 2"),
+        (lambda path: Loader(path, SEQUENCE, 0).step(-1, 8, 2), "step -1"),
+        (
+            lambda path: Loader(path, SEQUENCE, 0).prefetch(0, 3, 7, 2),
+            "global_batch=7 is not a multiple",
+        ),
+        (lambda path: Loader(path, SEQUENCE, 0).prefetch(0, -1, 8, 2), "num_steps=-1"),
+    ],
+)
 def test_mistakes_get_one_line(folder, call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(folder)
@@ -178,7 +240,11 @@ def test_prefetch_gives_the_same_steps_and_ends(loader):
     with loader.prefetch(4, 9, 6, 3) as steps:
         ahead = list(steps)
     assert len(ahead) == 9
-    assert all(same(a, b) for index, step in enumerate(ahead) for a, b in zip(step, loader.step(4 + index, 6, 3), strict=True))
+    assert all(
+        same(a, b)
+        for index, step in enumerate(ahead)
+        for a, b in zip(step, loader.step(4 + index, 6, 3), strict=True)
+    )
     assert not loader_threads()
 
 
@@ -192,7 +258,9 @@ def test_prefetch_can_be_left_early(loader):
 
 def test_prefetch_raises_where_the_step_would_have_come(loader, monkeypatch):
     real = loader.step
-    monkeypatch.setattr(loader, "step", lambda index, *args: real(index, *args) if index < 2 else 1 / 0)
+    monkeypatch.setattr(
+        loader, "step", lambda index, *args: real(index, *args) if index < 2 else 1 / 0
+    )
     with loader.prefetch(0, 5, 6, 3) as steps:
         assert len([next(steps), next(steps)]) == 2
         with pytest.raises(ZeroDivisionError):
@@ -223,32 +291,49 @@ def test_damage_is_noticed_when_a_shard_is_first_used(tmp_path):
 
 def test_document_domains(loader):
     batch = loader.batch(range(10))
-    expected = {document_id: domain for document_id, _, domain in Dataset(loader.dataset.path).documents("train")}
-    assert loader.document_domains(batch.document_ids_G.tolist()) == [expected[i] for i in batch.document_ids_G.tolist()]
+    expected = {
+        document_id: domain
+        for document_id, _, domain in Dataset(loader.dataset.path).documents("train")
+    }
+    assert loader.document_domains(batch.document_ids_G.tolist()) == [
+        expected[i] for i in batch.document_ids_G.tolist()
+    ]
 
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=20), st.integers(1, 12))
 @settings(max_examples=100, deadline=None)
 def test_packed_documents_come_out_whole(lengths, row_length):
     """Every token of every document once, in order, its successor as target, and padding apart."""
-    documents = [np.arange(length, dtype=np.uint16) + 100 * number for number, length in enumerate(lengths)]
-    batch = pack_documents(documents, [7 * number for number in range(len(lengths))], row_length, pad_id=9999)
+    documents = [
+        np.arange(length, dtype=np.uint16) + 100 * number for number, length in enumerate(lengths)
+    ]
+    batch = pack_documents(
+        documents, [7 * number for number in range(len(lengths))], row_length, pad_id=9999
+    )
     found = {7 * number: [] for number in range(len(lengths))}
     ids_BS = batch.document_ids_G[batch.document_BS]
     for row in range(batch.tokens_BS.shape[0]):
         for column in range(row_length):
             document_id, token = int(ids_BS[row, column]), int(batch.tokens_BS[row, column])
-            goes_on = column + 1 < row_length and batch.document_BS[row, column + 1] == batch.document_BS[row, column]
+            goes_on = (
+                column + 1 < row_length
+                and batch.document_BS[row, column + 1] == batch.document_BS[row, column]
+            )
             if document_id < 0:
                 assert token == 9999 and batch.targets_BS[row, column] == -100
                 continue
             found[document_id].append(token)
             assert batch.targets_BS[row, column] == (token + 1 if goes_on else -100)
-    assert [sorted(tokens) for tokens in found.values()] == [document.tolist() for document in documents]
+    assert [sorted(tokens) for tokens in found.values()] == [
+        document.tolist() for document in documents
+    ]
     assert batch.has_padding == bool((ids_BS < 0).any()) and (ids_BS >= 0).any(dim=1).all()
 
 
 def test_packing_refuses_what_it_cannot_pack():
     for documents, ids in (([], []), ([np.zeros(0)], [1]), ([np.zeros(3)], [1, 2])):
-        with pytest.raises(ValueError, match="cannot be packed into rows of 8; give at least one document, none empty"):
+        with pytest.raises(
+            ValueError,
+            match="cannot be packed into rows of 8; give at least one document, none empty",
+        ):
             pack_documents(documents, ids, 8)

@@ -1,6 +1,6 @@
-"""Proves of `emotrain prepare` that every document arrives once and whole, that the result is a function of inputs and seed
-alone, that bad documents are counted or refused by name, and that no interruption leaves a half data set or damages an
-older one."""
+"""Proves of `emotrain prepare` that every document arrives once and whole, that the result is a
+function of inputs and seed alone, that bad documents are counted or refused by name, and that no
+interruption leaves a half data set or damages an older one."""
 
 import argparse
 import errno
@@ -23,13 +23,30 @@ from emotrain.data.prepare import SAMPLE_DIR, add_arguments, prepare, run
 from emotrain.data.staging import Staging
 from emotrain.data.tokenizer import load_tokenizer, train_tokenizer
 
-WORDS = "expert pool token router document shared sparse layer batch domain".split()
+WORDS = [
+    "expert",
+    "pool",
+    "token",
+    "router",
+    "document",
+    "shared",
+    "sparse",
+    "layer",
+    "batch",
+    "domain",
+]
 
 
 def make_documents(count, seed=0):
     rng = np.random.default_rng(seed)
-    return [{"text": f"{number} " + " ".join(rng.choice(WORDS, rng.integers(1, 60))), "domain": f"d{number % 3}",
-             "source": f"s{number}"} for number in range(count)]
+    return [
+        {
+            "text": f"{number} " + " ".join(rng.choice(WORDS, rng.integers(1, 60))),
+            "domain": f"d{number % 3}",
+            "source": f"s{number}",
+        }
+        for number in range(count)
+    ]
 
 
 def write_jsonl(path, records):
@@ -64,7 +81,11 @@ def texts_of(folder):
 
 
 def files_of(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def leftovers(folder):
@@ -72,12 +93,19 @@ def leftovers(folder):
 
 
 def test_round_trip_through_many_shards(corpus, tokenizer_file, tmp_path):
-    report = prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file, shard_tokens=1500, valid_fraction=0.2)
+    report = prepare(
+        [corpus], tmp_path / "out", tokenizer=tokenizer_file, shard_tokens=1500, valid_fraction=0.2
+    )
     texts, splits = texts_of(tmp_path / "out")
     assert texts == {d["source"]: (d["text"], d["domain"]) for d in make_documents(400)}
     assert report["train_shards"] > 3 and report["valid_shards"] > 1
-    assert report["documents"] == 400 and report["valid_documents"] == sum(s == "valid" for s in splits.values()) > 40
-    assert report["tokens"] == sum(len(t) for s in ("train", "valid") for _, t, _ in Dataset(tmp_path / "out").documents(s))
+    assert (
+        report["documents"] == 400
+        and report["valid_documents"] == sum(s == "valid" for s in splits.values()) > 40
+    )
+    assert report["tokens"] == sum(
+        len(t) for s in ("train", "valid") for _, t, _ in Dataset(tmp_path / "out").documents(s)
+    )
     assert report["text_bytes"] == sum(len(d["text"]) for d in make_documents(400))
     assert not leftovers(tmp_path / "out")
 
@@ -110,29 +138,51 @@ def test_split_field_is_obeyed(tokenizer_file, tmp_path):
     records = make_documents(40)
     for number, record in enumerate(records):
         record["split"] = ("train", "valid", "validation", "test")[number % 4]
-    prepare([write_jsonl(tmp_path / "a.jsonl", records)], tmp_path / "out", tokenizer=tokenizer_file, valid_fraction=0.9)
+    prepare(
+        [write_jsonl(tmp_path / "a.jsonl", records)],
+        tmp_path / "out",
+        tokenizer=tokenizer_file,
+        valid_fraction=0.9,
+    )
     _, splits = texts_of(tmp_path / "out")
-    assert all(splits[f"s{number}"] == ("train" if number % 4 == 0 else "valid") for number in range(40))
+    assert all(
+        splits[f"s{number}"] == ("train" if number % 4 == 0 else "valid") for number in range(40)
+    )
 
 
 def test_a_text_cannot_forge_the_end_of_a_document(tokenizer_file, tmp_path):
     text = "before <|endoftext|> after"
-    prepare([write_jsonl(tmp_path / "a.jsonl", [{"text": text}])], tmp_path / "out", tokenizer=tokenizer_file, valid_fraction=0)
-    (_, tokens, domain), = Dataset(tmp_path / "out").documents("train")
+    prepare(
+        [write_jsonl(tmp_path / "a.jsonl", [{"text": text}])],
+        tmp_path / "out",
+        tokenizer=tokenizer_file,
+        valid_fraction=0,
+    )
+    ((_, tokens, domain),) = Dataset(tmp_path / "out").documents("train")
     assert (tokens == load_tokenizer(tokenizer_file).eos_id).sum() == 1
     assert Dataset(tmp_path / "out").tokenizer().decode(tokens) == text and domain == tmp_path.name
 
 
 def test_another_tokenizer_in_the_folder_is_noticed(corpus, tokenizer_file, tmp_path):
     prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
-    (tmp_path / "out" / "tokenizer.json").write_text(train_tokenizer(["other words"], 270).to_json())
-    with pytest.raises(ValueError, match="tokenizer.json: has .* tokens and EOS 0, dataset.json says 300 and 0; restore"):
+    (tmp_path / "out" / "tokenizer.json").write_text(
+        train_tokenizer(["other words"], 270).to_json()
+    )
+    with pytest.raises(
+        ValueError,
+        match="tokenizer.json: has .* tokens and EOS 0, dataset.json says 300 and 0; restore",
+    ):
         Dataset(tmp_path / "out").tokenizer()
 
 
 def test_truncation_in_a_tokenizer_file_is_switched_off(tokenizer_file, tmp_path):
     settings = json.loads(tokenizer_file.read_text())
-    settings["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    settings["truncation"] = {
+        "direction": "Right",
+        "max_length": 5,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
     (tmp_path / "cut.json").write_text(json.dumps(settings))
     assert len(load_tokenizer(tmp_path / "cut.json").encode_batch(["expert " * 100])[0]) > 50
 
@@ -148,8 +198,9 @@ def test_every_kind_of_file_reads_the_same(name, tmp_path):
         with pa.output_stream(str(path), compression=compression) as stream:
             stream.write(lines)
     found = list(DocumentReader().read(path))
-    assert [(d.text, d.domain, d.source, d.split) for d in found] == \
-           [(r["text"], r["domain"], r["source"], None) for r in records]
+    assert [(d.text, d.domain, d.source, d.split) for d in found] == [
+        (r["text"], r["domain"], r["source"], None) for r in records
+    ]
 
 
 def test_folders_text_files_and_field_names(tmp_path):
@@ -162,14 +213,16 @@ def test_folders_text_files_and_field_names(tmp_path):
     assert [path.name for path in files] == ["a.jsonl", "b.txt"]
     reader = DocumentReader(Fields(text="content", domain="kind"))
     documents = [document for path in files for document in reader.read(path)]
-    assert [(d.text, d.domain, d.source) for d in documents] == [("x", "k", "a.jsonl:line 1"),
-                                                                 ("Dear expert", "letters", "b.txt")]
+    assert [(d.text, d.domain, d.source) for d in documents] == [
+        ("x", "k", "a.jsonl:line 1"),
+        ("Dear expert", "letters", "b.txt"),
+    ]
 
 
 BAD_LINES = [
     ("empty", b'{"text": "  "}', "line 2 is empty"),
     ("bad_json", b'{"text": ', "line 2 is not JSON"),
-    ("bad_json", b'[1, 2]', "line 2 holds a JSON list"),
+    ("bad_json", b"[1, 2]", "line 2 holds a JSON list"),
     ("invalid_utf8", b'{"text": "\xff"}', "line 2 is not UTF-8"),
     ("invalid_utf8", b'{"text": "\\ud800"}', "line 2 has half of a surrogate pair"),
     ("missing_text", b'{"body": "x"}', "line 2 has no 'text'"),
@@ -184,7 +237,10 @@ def test_bad_lines_are_counted_or_refused(reason, line, message, tokenizer_file,
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "good"}\n' + line + b'\n\n{"text": "good too"}')
     report = prepare([path], tmp_path / "out", tokenizer=tokenizer_file, valid_fraction=0)
-    assert report["documents"] == 2 and report["skipped_documents"] == report[f"skipped_{reason}_documents"] == 1
+    assert (
+        report["documents"] == 2
+        and report["skipped_documents"] == report[f"skipped_{reason}_documents"] == 1
+    )
     assert Dataset(tmp_path / "out").skipped_documents[reason] == 1
     with pytest.raises(ValueError, match=f"a.jsonl: {message}.*without --strict"):
         prepare([path], tmp_path / "strict", tokenizer=tokenizer_file, strict=True)
@@ -193,9 +249,14 @@ def test_bad_lines_are_counted_or_refused(reason, line, message, tokenizer_file,
 
 def test_bad_parquet_values_are_counted(tmp_path):
     binary = pa.array([b"good", b"\xff\xfe", None, b" "], pa.binary())
-    pq.write_table(pa.table({"text": binary, "domain": pa.array(["a"] * 4).dictionary_encode()}), tmp_path / "a.parquet")
+    pq.write_table(
+        pa.table({"text": binary, "domain": pa.array(["a"] * 4).dictionary_encode()}),
+        tmp_path / "a.parquet",
+    )
     reader = DocumentReader()
-    assert [(d.text, d.domain, d.source) for d in reader.read(tmp_path / "a.parquet")] == [("good", "a", "a.parquet:row 0")]
+    assert [(d.text, d.domain, d.source) for d in reader.read(tmp_path / "a.parquet")] == [
+        ("good", "a", "a.parquet:row 0")
+    ]
     assert reader.skipped == {"invalid_utf8": 1, "missing_text": 1, "empty": 1}
 
 
@@ -207,31 +268,43 @@ def test_damaged_files_are_refused_by_name(name, damage, tokenizer_file, tmp_pat
         pq.write_table(pa.Table.from_pylist(make_documents(200)), path)
     else:
         lines = "".join(json.dumps(record) + "\n" for record in make_documents(200)).encode()
-        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else pa.Codec("zstd").compress(lines, asbytes=True))
+        path.write_bytes(
+            gzip.compress(lines)
+            if name.endswith(".gz")
+            else pa.Codec("zstd").compress(lines, asbytes=True)
+        )
     path.write_bytes(path.read_bytes()[:-40] if damage == "truncated" else b"garbage" * 100)
-    with pytest.raises(ValueError, match=rf"{name}: not readable to its end \(.*; restore the file"):
+    with pytest.raises(
+        ValueError, match=rf"{name}: not readable to its end \(.*; restore the file"
+    ):
         prepare([path], tmp_path / "out", tokenizer=tokenizer_file)
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path / "out")
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"inputs": ["nowhere"]}, "nowhere: no such file or folder"),
-    ({"inputs": ["a.csv"]}, "a.csv: unknown kind of file; documents are read from .jsonl"),
-    ({"inputs": ["folder"]}, "folder: no document files"),
-    ({"inputs": ["a.jsonl", "./a.jsonl"]}, "named twice"),
-    ({"tokenizer": "nowhere.json"}, "nowhere.json: no such tokenizer file"),
-    ({"tokenizer": "a.csv"}, "a.csv: not a tokenizer.json"),
-    ({"tokenizer": None}, "no tokenizer; give either --tokenizer FILE or --train-tokenizer"),
-    ({"train_tokenizer": True}, "two tokenizers"),
-    ({"eos_token": "</s>"}, r"no token '</s>' .* special tokens are <\|endoftext\|>"),
-    ({"tokenizer": None, "train_tokenizer": True, "vocab_size": 100}, "vocab_size=100 cannot hold .* at least 257"),
-    ({"fields": Fields(text="body")}, "no train documents in 1 files .*missing_text"),
-    ({"out": "a.jsonl/inner"}, "a.jsonl: not a folder; choose another --out"),
-    ({"shard_tokens": 0}, "shard_tokens=0 must be positive"),
-    ({"valid_fraction": 1.0}, "valid_fraction=1.0 must be"),
-    ({"seed": -1}, "seed=-1 must be at least 0"),
-    ({"workers": 0}, "workers=0 must be at least 1"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"inputs": ["nowhere"]}, "nowhere: no such file or folder"),
+        ({"inputs": ["a.csv"]}, "a.csv: unknown kind of file; documents are read from .jsonl"),
+        ({"inputs": ["folder"]}, "folder: no document files"),
+        ({"inputs": ["a.jsonl", "./a.jsonl"]}, "named twice"),
+        ({"tokenizer": "nowhere.json"}, "nowhere.json: no such tokenizer file"),
+        ({"tokenizer": "a.csv"}, "a.csv: not a tokenizer.json"),
+        ({"tokenizer": None}, "no tokenizer; give either --tokenizer FILE or --train-tokenizer"),
+        ({"train_tokenizer": True}, "two tokenizers"),
+        ({"eos_token": "</s>"}, r"no token '</s>' .* special tokens are <\|endoftext\|>"),
+        (
+            {"tokenizer": None, "train_tokenizer": True, "vocab_size": 100},
+            "vocab_size=100 cannot hold .* at least 257",
+        ),
+        ({"fields": Fields(text="body")}, "no train documents in 1 files .*missing_text"),
+        ({"out": "a.jsonl/inner"}, "a.jsonl: not a folder; choose another --out"),
+        ({"shard_tokens": 0}, "shard_tokens=0 must be positive"),
+        ({"valid_fraction": 1.0}, "valid_fraction=1.0 must be"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
+        ({"workers": 0}, "workers=0 must be at least 1"),
+    ],
+)
 def test_mistakes_get_one_line(change, message, corpus, tokenizer_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", make_documents(3))
@@ -248,10 +321,18 @@ def test_an_older_data_set_is_replaced_only_when_asked_and_whole(corpus, tokeniz
     out = tmp_path / "out"
     prepare([corpus], out, tokenizer=tokenizer_file)
     before = files_of(out)
-    with pytest.raises(ValueError, match="exists; choose another --out, or replace it with --overwrite"):
+    with pytest.raises(
+        ValueError, match="exists; choose another --out, or replace it with --overwrite"
+    ):
         prepare([corpus], out, tokenizer=tokenizer_file, seed=1)
     with pytest.raises(ValueError, match="no column 'nothing'"):
-        prepare([SAMPLE_DIR / "jargon.parquet"], out, tokenizer=tokenizer_file, overwrite=True, fields=Fields(text="nothing"))
+        prepare(
+            [SAMPLE_DIR / "jargon.parquet"],
+            out,
+            tokenizer=tokenizer_file,
+            overwrite=True,
+            fields=Fields(text="nothing"),
+        )
     assert files_of(out) == before
     prepare([corpus], out, tokenizer=tokenizer_file, seed=1, overwrite=True)
     assert files_of(out) != before and files_of(out).keys() == before.keys() and not leftovers(out)
@@ -260,18 +341,26 @@ def test_an_older_data_set_is_replaced_only_when_asked_and_whole(corpus, tokeniz
 def test_overwrite_never_deletes_what_is_not_a_data_set(corpus, tokenizer_file, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="mine: is not a prepared data set, and --overwrite replaces nothing else"):
+    with pytest.raises(
+        ValueError, match="mine: is not a prepared data set, and --overwrite replaces nothing else"
+    ):
         prepare([corpus], tmp_path / "mine", tokenizer=tokenizer_file, overwrite=True)
     prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
     (tmp_path / "out" / "train" / "notes.txt").write_text("keep")
-    with pytest.raises(ValueError, match="out: holds train/notes.txt, which is not part of the data set"):
+    with pytest.raises(
+        ValueError, match="out: holds train/notes.txt, which is not part of the data set"
+    ):
         prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file, overwrite=True)
-    assert (tmp_path / "mine" / "thesis.tex").exists() and (tmp_path / "out" / "train" / "notes.txt").exists()
+    assert (tmp_path / "mine" / "thesis.tex").exists() and (
+        tmp_path / "out" / "train" / "notes.txt"
+    ).exists()
 
 
 @pytest.mark.parametrize("where", ["_Spill._flush", "write_shard", "write_manifest"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_gets_one_line_and_leaves_no_trace(where, overwrite, corpus, tokenizer_file, tmp_path, monkeypatch):
+def test_a_full_disk_gets_one_line_and_leaves_no_trace(
+    where, overwrite, corpus, tokenizer_file, tmp_path, monkeypatch
+):
     out = tmp_path / "out"
     if overwrite:
         prepare([corpus], out, tokenizer=tokenizer_file)
@@ -282,7 +371,9 @@ def test_a_full_disk_gets_one_line_and_leaves_no_trace(where, overwrite, corpus,
 
     owner, _, name = where.rpartition(".")
     monkeypatch.setattr(getattr(prepare_module, owner) if owner else prepare_module, name, full)
-    with pytest.raises(OSError, match="no space left on the disk of .*out; free some or choose another --out"):
+    with pytest.raises(
+        OSError, match="no space left on the disk of .*out; free some or choose another --out"
+    ):
         prepare([corpus], out, tokenizer=tokenizer_file, overwrite=overwrite)
     assert files_of(out) == before and out.exists() == overwrite and not leftovers(out)
 
@@ -313,16 +404,35 @@ prepare.prepare([corpus], out, tokenizer=tokenizer, seed=1, overwrite=True)
 """
 
 
-@pytest.mark.parametrize(("module", "name", "when", "replaced"), [
-    ("prepare", "write_shard", "before", False), ("prepare", "write_manifest", "after", False),
-    ("staging", "_exchange", "before", False), ("staging", "_exchange", "after", True),
-])
-def test_kill_9_leaves_the_old_data_set_or_the_new_one(module, name, when, replaced, corpus, tokenizer_file, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "name", "when", "replaced"),
+    [
+        ("prepare", "write_shard", "before", False),
+        ("prepare", "write_manifest", "after", False),
+        ("staging", "_exchange", "before", False),
+        ("staging", "_exchange", "after", True),
+    ],
+)
+def test_kill_9_leaves_the_old_data_set_or_the_new_one(
+    module, name, when, replaced, corpus, tokenizer_file, tmp_path
+):
     out = tmp_path / "out"
     prepare([corpus], out, tokenizer=tokenizer_file)
     before = files_of(out)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, module, name, when, str(corpus), str(out), str(tokenizer_file)],
-                               stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            KILLED,
+            module,
+            name,
+            when,
+            str(corpus),
+            str(out),
+            str(tokenizer_file),
+        ],
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout.readline() == b"here\n"
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -363,14 +473,22 @@ def test_command_prints_its_report(corpus, tokenizer_file, tmp_path, capsys):
 def test_the_embedded_corpus(tmp_path):
     files = find_files([SAMPLE_DIR])
     assert sum(path.stat().st_size for path in SAMPLE_DIR.iterdir()) < 6e6
-    licences, reader = (SAMPLE_DIR / "LICENSES.md").read_text(encoding="utf-8"), DocumentReader(strict=True)
+    licences, reader = (
+        (SAMPLE_DIR / "LICENSES.md").read_text(encoding="utf-8"),
+        DocumentReader(strict=True),
+    )
     held_out, originals = {}, {}
     for path in files:
         documents = list(reader.read(path))
-        assert {document.domain for document in documents} == {path.stem} and f"`{path.name}`" in licences
+        assert {document.domain for document in documents} == {
+            path.stem
+        } and f"`{path.name}`" in licences
         held_out[path.stem] = sum(document.split == "valid" for document in documents)
         for document in documents:
-            assert originals.setdefault(document.source.split("#")[0], document.split) == document.split
+            assert (
+                originals.setdefault(document.source.split("#")[0], document.split)
+                == document.split
+            )
     assert len(files) >= 12 and min(held_out.values()) >= 24
 
 

@@ -1,12 +1,13 @@
-"""DeepSpeed trains the same model as the native engine: ZeRO 1, 2 and 3, experts in DeepSpeed's expert groups, any number of
-micro-batches, clipped or not.
+"""DeepSpeed trains the same model as the native engine: ZeRO 1, 2 and 3, experts in DeepSpeed's
+expert groups, any number of micro-batches, clipped or not.
 
-Proves that gradients of dense parameters and of experts have the right scale and one norm (what DeepSpeed does by itself is measured
-beside), that no option of the JSON file that is let through changes training, that a step which is not finite is skipped on all ranks,
-that checkpoints go on under either engine, and that the real launcher starts it.
+Proves that gradients of dense parameters and of experts have the right scale and one norm (what
+DeepSpeed does by itself is measured beside), that no option of the JSON file that is let through
+changes training, that a step which is not finite is skipped on all ranks, that checkpoints go on
+under either engine, and that the real launcher starts it.
 
-The oracle is one process without DeepSpeed. AdamW's epsilon is large: an update then shows the scale of its gradient, which AdamW
-otherwise divides out.
+The oracle is one process without DeepSpeed. AdamW's epsilon is large: an update then shows the
+scale of its gradient, which AdamW otherwise divides out.
 """
 
 from __future__ import annotations
@@ -47,7 +48,13 @@ from deepspeed.utils import safe_get_full_fp32_param
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
-def config(ep: int = 1, micro_batch: int = layout.ROWS, precision: str = "float32", recompute: str = "none", **losses) -> Config:
+def config(
+    ep: int = 1,
+    micro_batch: int = layout.ROWS,
+    precision: str = "float32",
+    recompute: str = "none",
+    **losses,
+) -> Config:
     """Seven routed experts: they divide by no number of ranks."""
     settings = config_to_dict(layout.config({"ep": ep, "recompute": recompute}, **losses))
     settings["optimizer"].update(lr=1.0, eps=1.0, warmup_steps=0, weight_decay=0.01)
@@ -69,17 +76,35 @@ class Recorder:
     def step(self, number: int) -> None:
         size = self.settings.training.micro_batch
         batches = layout.micro_batches(number, size, self.ranks.rank, self.ranks.world_size)
-        result = forward_backward(self.engine.model, batches, self.settings, number, self.ranks, engine=self.engine)
+        result = forward_backward(
+            self.engine.model, batches, self.settings, number, self.ranks, engine=self.engine
+        )
         if result.finite:
             self.engine.update()
-        self.numbers.append([result.loss, result.cross_entropy, result.z, result.balance, result.router_z, float(result.grad_norm)])
+        self.numbers.append(
+            [
+                result.loss,
+                result.cross_entropy,
+                result.z,
+                result.balance,
+                result.router_z,
+                float(result.grad_norm),
+            ]
+        )
 
     def record(self) -> dict:
         """Losses and norms by step, and this rank's parameters by name."""
         partitioned = getattr(self.engine, "stage", 0) == 3
-        parameters = {name: (safe_get_full_fp32_param(parameter) if partitioned else parameter).detach().clone()
-                      for name, parameter in self.engine.model.named_parameters()}
-        return {"numbers": torch.tensor(self.numbers, dtype=torch.float64), "parameters": parameters}
+        parameters = {
+            name: (safe_get_full_fp32_param(parameter) if partitioned else parameter)
+            .detach()
+            .clone()
+            for name, parameter in self.engine.model.named_parameters()
+        }
+        return {
+            "numbers": torch.tensor(self.numbers, dtype=torch.float64),
+            "parameters": parameters,
+        }
 
 
 def native(settings: Config) -> Recorder:
@@ -104,7 +129,9 @@ def with_clipping(settings: Config, clip_norm: float) -> Config:
 def _worker(rank, world_size, folder, settings, json_options, work, arguments):
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     file = Path(folder) / f"options-{rank}.json"
     file.write_text(json.dumps(json_options))
     ranks = Ranks(rank, world_size)
@@ -114,10 +141,18 @@ def _worker(rank, world_size, folder, settings, json_options, work, arguments):
     dist.destroy_process_group()
 
 
-def run(folder: Path, settings: Config, json_options: dict, work, *arguments, world_size: int = 2) -> list[dict]:
-    """What every process records when it does `work(recorder, *arguments)` with a DeepSpeed engine."""
+def run(
+    folder: Path, settings: Config, json_options: dict, work, *arguments, world_size: int = 2
+) -> list[dict]:
+    """What every process records when it does `work(recorder, *arguments)` with a DeepSpeed
+    engine."""
     folder = Path(tempfile.mkdtemp(dir=folder))
-    mp.start_processes(_worker, (world_size, str(folder), settings, json_options, work, arguments), nprocs=world_size, start_method="fork")
+    mp.start_processes(
+        _worker,
+        (world_size, str(folder), settings, json_options, work, arguments),
+        nprocs=world_size,
+        start_method="fork",
+    )
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
@@ -140,13 +175,22 @@ def assert_same_training(records: list[dict], wanted: dict, ep: int, rtol: float
         torch.testing.assert_close(record["numbers"], wanted["numbers"], rtol=rtol, atol=0)
     for name, values in whole(records, ep).items():
         other = wanted["parameters"][name]
-        torch.testing.assert_close(values, other, rtol=rtol, atol=rtol * other.abs().max().item(), msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            values,
+            other,
+            rtol=rtol,
+            atol=rtol * other.abs().max().item(),
+            msg=lambda text, n=name: f"{n}: {text}",
+        )
 
 
 # ---- the same training
 
 
-@pytest.mark.parametrize(("stage", "ep", "micro_batch"), [(1, 1, 4), (1, 2, 1), (2, 1, 2), (2, 2, 4), (2, 2, 1), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("stage", "ep", "micro_batch"),
+    [(1, 1, 4), (1, 2, 1), (2, 1, 2), (2, 2, 4), (2, 2, 1), (3, 1, 1)],
+)
 def test_zero_on_two_processes_is_one_process_without_it(stage, ep, micro_batch, tmp_path):
     wanted = expected()
     assert wanted["numbers"][:, -1].min() > 0.5, "clipping is active"
@@ -161,7 +205,10 @@ def test_experts_on_four_processes_of_which_two_hold_the_same_ones(stage, tmp_pa
     torch.testing.assert_close(records[0]["parameters"], records[2]["parameters"], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("stage", "ep", "recompute"), [(2, 2, "selective"), (2, 2, "full"), (3, 1, "selective"), (3, 1, "full")])
+@pytest.mark.parametrize(
+    ("stage", "ep", "recompute"),
+    [(2, 2, "selective"), (2, 2, "full"), (3, 1, "selective"), (3, 1, "full")],
+)
 def test_recomputation(stage, ep, recompute, tmp_path):
     records = run(tmp_path, config(ep, 2, recompute=recompute), options(stage), train, 2)
     assert_same_training(records, expected(2), ep)
@@ -169,7 +216,8 @@ def test_recomputation(stage, ep, recompute, tmp_path):
 
 @pytest.mark.parametrize(("stage", "ep"), [(1, 2), (2, 2), (3, 1)])
 def test_forward_and_backward_passes_in_turn(stage, ep, tmp_path):
-    """As the loop runs them unless experts are balanced over the global batch; the joint schedule runs all forward passes first."""
+    """As the loop runs them unless experts are balanced over the global batch; the joint
+    schedule runs all forward passes first."""
     settings = config(ep, 2, balance_scope="micro_batch")
     oracle = native(config(1, 2, balance_scope="micro_batch"))
     train(oracle, 2)
@@ -183,19 +231,33 @@ def test_without_clipping(stage, tmp_path):
 
 
 def test_bfloat16_is_that_of_the_configuration(tmp_path):
-    """DeepSpeed turns an autocast that it did not make off on GPUs; here the engine makes its own."""
+    """DeepSpeed turns an autocast that it did not make off on GPUs; here the engine makes its
+    own."""
     records = run(tmp_path, config(2, 4, "bfloat16"), options(2), train, 1)
-    got, wanted, exact = records[0]["numbers"], expected(1, "bfloat16")["numbers"], expected(1)["numbers"]
+    got, wanted, exact = (
+        records[0]["numbers"],
+        expected(1, "bfloat16")["numbers"],
+        expected(1)["numbers"],
+    )
     torch.testing.assert_close(got, wanted, rtol=2e-3, atol=0)
     assert not torch.allclose(got, exact, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize(("stage", "ep", "others"), [
-    (1, 1, {"reduce_scatter": False}), (2, 1, {"reduce_scatter": False}), (1, 1, {"contiguous_gradients": False}),
-    (1, 2, {"overlap_comm": True}), (2, 2, {"overlap_comm": True, "round_robin_gradients": True}),
-    (2, 2, {"use_multi_rank_bucket_allreduce": False}), (2, 2, {"reduce_bucket_size": 100}),
-    (3, 1, {"overlap_comm": False, "stage3_param_persistence_threshold": 0}),
-    (3, 1, {"reduce_scatter": False, "sub_group_size": 1000})], ids=str)
+@pytest.mark.parametrize(
+    ("stage", "ep", "others"),
+    [
+        (1, 1, {"reduce_scatter": False}),
+        (2, 1, {"reduce_scatter": False}),
+        (1, 1, {"contiguous_gradients": False}),
+        (1, 2, {"overlap_comm": True}),
+        (2, 2, {"overlap_comm": True, "round_robin_gradients": True}),
+        (2, 2, {"use_multi_rank_bucket_allreduce": False}),
+        (2, 2, {"reduce_bucket_size": 100}),
+        (3, 1, {"overlap_comm": False, "stage3_param_persistence_threshold": 0}),
+        (3, 1, {"reduce_scatter": False, "sub_group_size": 1000}),
+    ],
+    ids=str,
+)
 def test_no_option_that_is_let_through_changes_training(stage, ep, others, tmp_path):
     records = run(tmp_path, config(ep, 2), options(stage, **others), train, 2)
     assert_same_training(records, expected(2), ep)
@@ -205,7 +267,8 @@ def test_no_option_that_is_let_through_changes_training(stage, ep, others, tmp_p
 
 
 def _averaging(recorder: Recorder) -> None:
-    """One step as DeepSpeed would make it: gradients averaged over ranks, losses over micro-batches."""
+    """One step as DeepSpeed would make it: gradients averaged over ranks, losses over
+    micro-batches."""
     engine = recorder.engine._engine
     engine.optimizer.gradient_average = True
     backward = engine.backward
@@ -218,18 +281,23 @@ def test_by_itself_it_would_divide_gradients_by_processes_and_by_micro_batches(s
     micro_batch = 2
     records = run(tmp_path, config(2, micro_batch), options(stage), _averaging)
     factor = layout.ROWS // micro_batch
-    torch.testing.assert_close(records[0]["numbers"][0, -1] * factor, expected(1)["numbers"][0, -1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        records[0]["numbers"][0, -1] * factor, expected(1)["numbers"][0, -1], rtol=1e-5, atol=0
+    )
 
 
 # ---- steps that are not finite
 
 
 def _fail_second_step(recorder: Recorder) -> None:
-    """The second step's loss is infinite on the second rank alone, with a gradient that would be finite."""
+    """The second step's loss is infinite on the second rank alone, with a gradient that would be
+    finite."""
     recorder.step(1)
     before = recorder.record()["parameters"]
     backward = recorder.engine.backward
-    recorder.engine.backward = lambda loss, is_last: backward(loss + (torch.inf if recorder.ranks.rank == 1 else 0), is_last)
+    recorder.engine.backward = lambda loss, is_last: backward(
+        loss + (torch.inf if recorder.ranks.rank == 1 else 0), is_last
+    )
     recorder.step(2)
     for name, values in recorder.record()["parameters"].items():
         assert torch.equal(values, before[name]), name
@@ -256,7 +324,12 @@ def test_a_step_that_is_not_finite_is_skipped_on_all_ranks(stage, ep, tmp_path):
 def _save_after_two(recorder: Recorder, run_dir: Path) -> None:
     train(recorder, 2)
     with checkpoint.CheckpointWriter(run_dir) as writer:
-        recorder.engine.save(writer, recorder.settings, checkpoint.TrainingState(2, 0, "data", 0, layout.ROWS, 1.0), None)
+        recorder.engine.save(
+            writer,
+            recorder.settings,
+            checkpoint.TrainingState(2, 0, "data", 0, layout.ROWS, 1.0),
+            None,
+        )
     recorder.step(3)
 
 
@@ -265,8 +338,14 @@ def _resume(recorder: Recorder, run_dir: Path) -> None:
     recorder.step(3)
 
 
-@pytest.mark.parametrize(("stage", "ep", "then"), [(1, 2, (2, 1)), (2, 2, (2, 2)), (3, 1, (3, 1)), (2, 1, (3, 1))], ids=str)
-def test_a_run_goes_on_from_its_checkpoint_under_the_same_and_another_layout(stage, ep, then, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "ep", "then"),
+    [(1, 2, (2, 1)), (2, 2, (2, 2)), (3, 1, (3, 1)), (2, 1, (3, 1))],
+    ids=str,
+)
+def test_a_run_goes_on_from_its_checkpoint_under_the_same_and_another_layout(
+    stage, ep, then, tmp_path
+):
     run_dir = tmp_path / "run"
     saved = run(tmp_path, config(ep, 2), options(stage), _save_after_two, run_dir)
     resumed = run(tmp_path, config(then[1], 2), options(then[0]), _resume, run_dir)
@@ -285,9 +364,13 @@ def test_a_native_checkpoint_goes_on_under_deepspeed(tmp_path):
     alone = native(config())
     train(alone, 2)
     with checkpoint.CheckpointWriter(tmp_path / "run") as writer:
-        alone.engine.save(writer, config(), checkpoint.TrainingState(2, 0, "data", 0, layout.ROWS, 1.0), None)
+        alone.engine.save(
+            writer, config(), checkpoint.TrainingState(2, 0, "data", 0, layout.ROWS, 1.0), None
+        )
     resumed = run(tmp_path, config(2, 1), options(2), _resume, tmp_path / "run")
-    assert_same_training(resumed, {"numbers": expected()["numbers"][2:], "parameters": expected()["parameters"]}, 2)
+    assert_same_training(
+        resumed, {"numbers": expected()["numbers"][2:], "parameters": expected()["parameters"]}, 2
+    )
 
 
 # ---- options that contradict the configuration
@@ -303,26 +386,76 @@ def test_the_files_that_come_with_the_project_are_valid(file):
 
 def test_options_may_repeat_the_configuration(tmp_path):
     file = tmp_path / "options.json"
-    file.write_text(json.dumps({**options(2), "train_batch_size": layout.ROWS, "gradient_clipping": 0.5, "fp16": {"enabled": False},
-                                "gradient_accumulation_steps": "auto", "steps_per_print": 7}))
+    file.write_text(
+        json.dumps(
+            {
+                **options(2),
+                "train_batch_size": layout.ROWS,
+                "gradient_clipping": 0.5,
+                "fp16": {"enabled": False},
+                "gradient_accumulation_steps": "auto",
+                "steps_per_print": 7,
+            }
+        )
+    )
     read = read_options(file, config(micro_batch=2), 2)
-    assert (read["gradient_accumulation_steps"], read["steps_per_print"]) == (2, 7) and "fp16" not in read
+    assert (read["gradient_accumulation_steps"], read["steps_per_print"]) == (
+        2,
+        7,
+    ) and "fp16" not in read
 
 
-@pytest.mark.parametrize(("changes", "ep", "message"), [
-    ({"train_batch_size": 64}, 1, "train_batch_size=64 contradicts training.global_batch=8, which decides; remove train_batch_size"),
-    ({"gradient_clipping": 1.0}, 1, "gradient_clipping=1.0 contradicts optimizer.clip_norm=0.5"),
-    ({"bf16": {"enabled": True}}, 1, "bf16 is decided by training.precision; remove it"),
-    ({"optimizer": {"type": "Adam"}}, 1, "optimizer is decided by optimizer.*; remove it"),
-    ({"gradient_predivide_factor": 2.0}, 1, "gradient_predivide_factor is decided by the losses, which need sums; remove it"),
-    ({"zero_optimisation": {}}, 1, "zero_optimisation is not passed on to DeepSpeed; remove it"),
-    (options(0), 1, "zero_optimization.stage=0 must be 1, 2 or 3"),
-    (options(2, offload_optimizer={"device": "cpu"}), 1, "zero_optimization.offload_optimizer is not known to leave training the same"),
-    (options(3), 2, "zero_optimization.stage=3 cuts every parameter over all processes.*use stage 2 or parallel.ep=1"),
-    (options(1, reduce_scatter=False), 2, "zero_optimization.reduce_scatter=False sums experts over the wrong ranks with parallel.ep=2"),
-    ({"zero_optimization": 2}, 1, "it needs a section zero_optimization"),
-], ids=lambda value: str(value)[:40])
-def test_an_option_that_contradicts_the_configuration_is_refused_in_one_line(changes, ep, message, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "ep", "message"),
+    [
+        (
+            {"train_batch_size": 64},
+            1,
+            "train_batch_size=64 contradicts training.global_batch=8, which decides; remove "
+            "train_batch_size",
+        ),
+        (
+            {"gradient_clipping": 1.0},
+            1,
+            "gradient_clipping=1.0 contradicts optimizer.clip_norm=0.5",
+        ),
+        ({"bf16": {"enabled": True}}, 1, "bf16 is decided by training.precision; remove it"),
+        ({"optimizer": {"type": "Adam"}}, 1, "optimizer is decided by optimizer.*; remove it"),
+        (
+            {"gradient_predivide_factor": 2.0},
+            1,
+            "gradient_predivide_factor is decided by the losses, which need sums; remove it",
+        ),
+        (
+            {"zero_optimisation": {}},
+            1,
+            "zero_optimisation is not passed on to DeepSpeed; remove it",
+        ),
+        (options(0), 1, "zero_optimization.stage=0 must be 1, 2 or 3"),
+        (
+            options(2, offload_optimizer={"device": "cpu"}),
+            1,
+            "zero_optimization.offload_optimizer is not known to leave training the same",
+        ),
+        (
+            options(3),
+            2,
+            "zero_optimization.stage=3 cuts every parameter over all processes.*use stage 2 or "
+            "parallel.ep=1",
+        ),
+        (
+            options(1, reduce_scatter=False),
+            2,
+            "zero_optimization.reduce_scatter=False sums experts over the wrong ranks with "
+            "parallel.ep=2",
+        ),
+        ({"zero_optimization": 2}, 1, "it needs a section zero_optimization"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_an_option_that_contradicts_the_configuration_is_refused_in_one_line(
+    changes, ep, message, tmp_path
+):
     file = tmp_path / "options.json"
     file.write_text(json.dumps({**options(2), **changes}))
     with pytest.raises(ValueError, match=message) as error:
@@ -332,7 +465,10 @@ def test_an_option_that_contradicts_the_configuration_is_refused_in_one_line(cha
 
 def test_copies_of_the_model_are_refused(tmp_path):
     settings = config_from_dict({**config_to_dict(config()), "parallel": {"replicate": 2}})
-    with pytest.raises(ValueError, match="parallel.replicate=2, parallel.shard=0: ZeRO spreads one copy over all 2 processes"):
+    with pytest.raises(
+        ValueError,
+        match="parallel.replicate=2, parallel.shard=0: ZeRO spreads one copy over all 2 processes",
+    ):
         read_options(SHIPPED[0], settings, 2)
 
 
@@ -345,10 +481,14 @@ def test_files_that_are_not_options(tmp_path):
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    with pytest.raises(ValueError, match="needs a launcher of processes; start with `deepspeed launch/pretrain.py"):
+    with pytest.raises(
+        ValueError, match="needs a launcher of processes; start with `deepspeed launch/pretrain.py"
+    ):
         DeepSpeedEngine(SHIPPED[0], config(), Ranks(), fresh=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"is not installed; pip install 'emotrain\[deepspeed\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"is not installed; pip install 'emotrain\[deepspeed\]'"
+    ):
         DeepSpeedEngine(SHIPPED[0], config(), Ranks(), fresh=True)
 
 
@@ -367,28 +507,63 @@ def free_port() -> int:
 def launch(settings: dict, folder: Path, *arguments: object) -> dict:
     """A run of two processes by the real launcher, and its summary."""
     save_config(config_from_dict(settings), folder / "config.yaml")
-    kept = {key: value for key, value in os.environ.items() if not re.match(r"RANK$|LOCAL_|WORLD_SIZE|MASTER_", key)}
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
-    process = subprocess.run([*launcher, "launch/pretrain.py", folder / "config.yaml", *arguments, "--json"], cwd=ROOT, capture_output=True,
-                             env={**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, text=True, timeout=240, check=False)
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not re.match(r"RANK$|LOCAL_|WORLD_SIZE|MASTER_", key)
+    }
+    launcher = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    process = subprocess.run(
+        [*launcher, "launch/pretrain.py", folder / "config.yaml", *arguments, "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        env={**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert process.returncode == 0, process.stderr
     return next(json.loads(line) for line in process.stdout.splitlines() if line.startswith("{"))
 
 
 def losses(run_dir: Path) -> torch.Tensor:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return torch.tensor([[line["loss"], line["grad_norm"], *line["load_imbalance"]] for line in lines])
+    return torch.tensor(
+        [[line["loss"], line["grad_norm"], *line["load_imbalance"]] for line in lines]
+    )
 
 
 def test_the_launcher_trains_as_one_native_process(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", micro_batch=1, device="cpu", steps=4)
     options_file = "configs/deepspeed/zero2.json"
-    summary = launch({**settings, "parallel": {"ep": 2}}, tmp_path, "--deepspeed", options_file, "optimizer.schedule=linear")
+    summary = launch(
+        {**settings, "parallel": {"ep": 2}},
+        tmp_path,
+        "--deepspeed",
+        options_file,
+        "optimizer.schedule=linear",
+    )
     assert summary["step"] == 4
-    settings["training"]["run_dir"], settings["optimizer"]["schedule"] = str(tmp_path / "native"), "linear"
+    settings["training"]["run_dir"], settings["optimizer"]["schedule"] = (
+        str(tmp_path / "native"),
+        "linear",
+    )
     loop.train(config_from_dict(settings), Ranks())
     assert len(losses(tmp_path / "run")) == 4
-    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "native"), rtol=1e-5, atol=0)
-    (_, model), (_, wanted) = checkpoint.load_model(tmp_path / "run"), checkpoint.load_model(tmp_path / "native")
+    torch.testing.assert_close(
+        losses(tmp_path / "run"), losses(tmp_path / "native"), rtol=1e-5, atol=0
+    )
+    (_, model), (_, wanted) = (
+        checkpoint.load_model(tmp_path / "run"),
+        checkpoint.load_model(tmp_path / "native"),
+    )
     for (name, parameter), other in zip(model.named_parameters(), wanted.parameters(), strict=True):
-        torch.testing.assert_close(parameter, other, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            parameter, other, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,5 +1,6 @@
-"""Proves the exchange of tokens between ranks: the same sums and gradients as with all experts on one rank, a token once to each rank
-that holds one of its experts, and work that overlaps the exchange in both directions."""
+"""Proves the exchange of tokens between ranks: the same sums and gradients as with all experts on
+one rank, a token once to each rank that holds one of its experts, and work that overlaps the
+exchange in both directions."""
 
 from __future__ import annotations
 
@@ -19,20 +20,31 @@ WIDTH, HIDDEN = 16, 8
 
 def run(world_size: int, folder, body, *args) -> None:
     """`body(rank, *args)` in `world_size` processes of one group."""
-    mp.start_processes(_enter, (world_size, str(folder), body, args), nprocs=world_size, start_method="fork")
+    mp.start_processes(
+        _enter, (world_size, str(folder), body, args), nprocs=world_size, start_method="fork"
+    )
 
 
 def _enter(rank, world_size, folder, body, args):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     body(rank, *args)
     dist.destroy_process_group()
 
 
 def bank(num_experts: int) -> RoutedExperts:
     """All experts of a layer, the same in every process, in fp64."""
-    experts = RoutedExperts(tiny_config(model__experts__count=num_experts + 1, model__experts__per_token=2, model__router__pool__max=num_experts,
-                                        model__router__pool__min=1).model, layer=0).double()
+    experts = RoutedExperts(
+        tiny_config(
+            model__experts__count=num_experts + 1,
+            model__experts__per_token=2,
+            model__router__pool__max=num_experts,
+            model__router__pool__min=1,
+        ).model,
+        layer=0,
+    ).double()
     generator = torch.Generator().manual_seed(7)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter.data, std=0.3, generator=generator)
@@ -49,10 +61,14 @@ def part_of(experts: RoutedExperts, rank: int, world_size: int) -> RoutedExperts
 
 CHOICES = {
     "random": lambda rank, n: torch.rand(12, n).argsort(dim=1)[:, :3],
-    "empty slots": lambda rank, n: torch.where(torch.rand(12, 3) < 0.5, n, torch.rand(12, n).argsort(dim=1)[:, :3]),
+    "empty slots": lambda rank, n: torch.where(
+        torch.rand(12, 3) < 0.5, n, torch.rand(12, n).argsort(dim=1)[:, :3]
+    ),
     "all to the last expert": lambda rank, n: torch.tensor([[n - 1, n, n]] * 5),
     "all to the first rank": lambda rank, n: torch.tensor([[0, 1, n]] * 5),
-    "one rank has no token": lambda rank, n: torch.rand(0 if rank == 1 else 9, n).argsort(dim=1)[:, :3],
+    "one rank has no token": lambda rank, n: torch.rand(0 if rank == 1 else 9, n).argsort(dim=1)[
+        :, :3
+    ],
     "nothing is routed": lambda rank, n: torch.full((4, 3), n),
 }
 
@@ -60,7 +76,9 @@ CHOICES = {
 def routing_of(choices: str, rank: int, num_experts: int) -> PoolRouting:
     torch.manual_seed(rank)
     experts_TK = CHOICES[choices](rank, num_experts)
-    weights_TK = torch.where(experts_TK < num_experts, torch.rand(experts_TK.shape, dtype=torch.float64), 0)
+    weights_TK = torch.where(
+        experts_TK < num_experts, torch.rand(experts_TK.shape, dtype=torch.float64), 0
+    )
     counts_N = torch.bincount(experts_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
     return PoolRouting(None, weights_TK.requires_grad_(), experts_TK, None, counts_N, None, None)
 
@@ -73,7 +91,9 @@ def _same_as_local(rank: int, choices: str, num_experts: int) -> None:
     x_TD = torch.randn(len(routing.experts_TK), WIDTH, dtype=torch.float64, requires_grad=True)
     cotangent_TD = torch.randn_like(x_TD)
     leaves = (x_TD, routing.weights_TK)
-    got_TD, answer = AllToAllDispatcher(dist.group.WORLD, num_experts)(x_TD, routing, part, lambda: "done")
+    got_TD, answer = AllToAllDispatcher(dist.group.WORLD, num_experts)(
+        x_TD, routing, part, lambda: "done"
+    )
     assert answer == "done"
     got = torch.autograd.grad(got_TD, (*leaves, *part.parameters()), cotangent_TD)
     wanted_TD, _ = LocalDispatcher()(x_TD, routing, whole, lambda: None)
@@ -90,14 +110,23 @@ def _same_as_local(rank: int, choices: str, num_experts: int) -> None:
 
 @pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize(("world_size", "num_experts"), [(2, 8), (2, 7), (4, 7)])
-def test_sums_and_gradients_are_those_of_one_rank(world_size: int, num_experts: int, choices: str, tmp_path) -> None:
+def test_sums_and_gradients_are_those_of_one_rank(
+    world_size: int, num_experts: int, choices: str, tmp_path
+) -> None:
     run(world_size, tmp_path, _same_as_local, choices, num_experts)
 
 
 def _once_to_each_rank(rank: int) -> None:
     """Experts 0 and 1 are rank 0's, 2 and 3 rank 1's."""
-    routing = PoolRouting(None, torch.full((4, 2), 0.5, dtype=torch.float64), torch.tensor([[0, 1], [0, 2], [3, 2], [4, 4]]), None,
-                          torch.tensor([2, 1, 2, 1]), None, None)
+    routing = PoolRouting(
+        None,
+        torch.full((4, 2), 0.5, dtype=torch.float64),
+        torch.tensor([[0, 1], [0, 2], [3, 2], [4, 4]]),
+        None,
+        torch.tensor([2, 1, 2, 1]),
+        None,
+        None,
+    )
     sizes = []
 
     class Watched(AllToAllDispatcher):
@@ -105,7 +134,9 @@ def _once_to_each_rank(rank: int) -> None:
             sizes.append(super().split_sizes(send_R2))
             return sizes[-1]
 
-    Watched(dist.group.WORLD, 4)(torch.randn(4, WIDTH, dtype=torch.float64), routing, part_of(bank(4), rank, 2), lambda: None)
+    Watched(dist.group.WORLD, 4)(
+        torch.randn(4, WIDTH, dtype=torch.float64), routing, part_of(bank(4), rank, 2), lambda: None
+    )
     # Two of four tokens have an expert on each rank: three slots on either, from each of two ranks.
     assert sizes == [([2, 2], [2, 2], 6)]
 
@@ -151,7 +182,9 @@ def _overlaps(rank: int) -> None:
     dist.all_to_all_single = noted
     routing, experts = routing_of("random", rank, 8), part_of(bank(8), rank, 2)
     x_TD = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
-    y_TD, shared_TD = AllToAllDispatcher(dist.group.WORLD, 8)(x_TD, routing, experts, lambda: _Noted.apply(x_TD, events))
+    y_TD, shared_TD = AllToAllDispatcher(dist.group.WORLD, 8)(
+        x_TD, routing, experts, lambda: _Noted.apply(x_TD, events)
+    )
     there, back = ["start"] * 3, ["start", "wait"]
     assert events == [*there, "meanwhile", *["wait"] * 3, *back]
     events.clear()

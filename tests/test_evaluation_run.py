@@ -1,4 +1,5 @@
-"""`emotrain evaluate` and `emotrain report` on a run on disk: files, tables, pictures, and one line for every mistake."""
+"""`emotrain evaluate` and `emotrain report` on a run on disk: files, tables, pictures, and one
+line for every mistake."""
 
 import builtins
 import json
@@ -7,6 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from helpers import tiny_config, tiny_model
 
 from emotrain.cli import main
 from emotrain.config import save_config
@@ -19,7 +21,6 @@ from emotrain.evaluation.tables import Table, mean_table
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
 from emotrain.training.optimizer import build_optimizer
-from helpers import tiny_config, tiny_model
 
 PNG = b"\x89PNG\r\n\x1a\n"
 DOMAINS = ("law", "code <b>&", "prose")
@@ -32,16 +33,34 @@ def write_data(folder, per_domain=6, vocab_size=64, domains=DOMAINS):
     splits = {}
     for split in SPLITS:
         (folder / split).mkdir(parents=True)
-        documents = [(j, np.append(random.integers(1 + 10 * j, 20 + 10 * j, random.integers(3, 40)), 0)) for j in range(len(domains))
-                     for _ in range(per_domain)]
+        documents = [
+            (j, np.append(random.integers(1 + 10 * j, 20 + 10 * j, random.integers(3, 40)), 0))
+            for j in range(len(domains))
+            for _ in range(per_domain)
+        ]
         tokens = np.concatenate([tokens for _, tokens in documents]).astype(np.uint16)
         offsets = np.cumsum([0, *(len(tokens) for _, tokens in documents)])
-        info = write_shard(folder / split / "shard-00000.arrow", tokens, offsets, [domains[j] for j, _ in documents],
-                           ["test"] * len(documents))
-        counts = {name: {"documents": per_domain, "tokens": sum(len(t) for k, t in documents if k == j)}
-                  for j, name in enumerate(domains)}
+        info = write_shard(
+            folder / split / "shard-00000.arrow",
+            tokens,
+            offsets,
+            [domains[j] for j, _ in documents],
+            ["test"] * len(documents),
+        )
+        counts = {
+            name: {"documents": per_domain, "tokens": sum(len(t) for k, t in documents if k == j)}
+            for j, name in enumerate(domains)
+        }
         splits[split] = {"shards": [info], "domains": counts}
-    write_manifest(folder, vocab_size=vocab_size, eos_id=0, eos_token="<eos>", splits=splits, skipped_documents={}, settings={})
+    write_manifest(
+        folder,
+        vocab_size=vocab_size,
+        eos_id=0,
+        eos_token="<eos>",
+        splits=splits,
+        skipped_documents={},
+        settings={},
+    )
     return folder
 
 
@@ -52,10 +71,22 @@ def write_run(run_dir, **overrides):
     optimizer = build_optimizer(model, config.optimizer)
     sum(parameter.sum() for parameter in model.parameters()).backward()
     optimizer.step()
-    checkpoint.save(run_dir, model, optimizer, config, checkpoint.TrainingState(7, 448, "data", 0, 4, 1e-3))
+    checkpoint.save(
+        run_dir, model, optimizer, config, checkpoint.TrainingState(7, 448, "data", 0, 4, 1e-3)
+    )
     save_config(config, run_dir / "config.yaml")
-    lines = [json.dumps({"step": step, "tokens": 64 * step, "cross_entropy": 3.9 - step / 10, "load_imbalance": [2.0, 1.5],
-                         "tokens_per_second": 1e4}) for step in range(1, 8)]
+    lines = [
+        json.dumps(
+            {
+                "step": step,
+                "tokens": 64 * step,
+                "cross_entropy": 3.9 - step / 10,
+                "load_imbalance": [2.0, 1.5],
+                "tokens_per_second": 1e4,
+            }
+        )
+        for step in range(1, 8)
+    ]
     (run_dir / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo', encoding="utf-8")
     return run_dir
 
@@ -71,7 +102,18 @@ def run_dir(tmp_path):
 
 
 def evaluate_arguments(run_dir, data, *more):
-    return ["evaluate", str(run_dir), "--data", str(data), "--calibration-documents", "3", "--keep", "1.0", "0.5", *more]
+    return [
+        "evaluate",
+        str(run_dir),
+        "--data",
+        str(data),
+        "--calibration-documents",
+        "3",
+        "--keep",
+        "1.0",
+        "0.5",
+        *more,
+    ]
 
 
 def test_evaluate_writes_its_files_and_prints_tables(run_dir, data, capsys):
@@ -80,17 +122,37 @@ def test_evaluate_writes_its_files_and_prints_tables(run_dir, data, capsys):
     folder = run_dir / "evaluation"
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["step"] == 7 and result["format"] == 1 and set(result["domains"]) == set(DOMAINS)
-    assert result["domains"]["law"]["documents"] == 6 and result["domains"]["law"]["calibration_documents"] == 3
+    assert (
+        result["domains"]["law"]["documents"] == 6
+        and result["domains"]["law"]["calibration_documents"] == 3
+    )
     assert (folder / "subsets.png").read_bytes().startswith(PNG)
     markdown = (folder / "evaluation.md").read_text()
     increase = f"{result['mean']['increase_nats']['0.5']['selected']:+.3f}"
     assert increase in printed and increase in markdown and "4 of 9" in markdown
-    assert sorted(path.name for path in folder.iterdir()) == ["evaluation.json", "evaluation.md", "subsets.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+        "subsets.png",
+    ]
 
 
 def test_json_is_the_whole_of_stdout_and_the_same_as_the_file(run_dir, data, tmp_path, capsys):
-    assert main(evaluate_arguments(run_dir / "checkpoints/step-00000007", data, "--json", "--out", str(tmp_path / "out"))) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert (
+        main(
+            evaluate_arguments(
+                run_dir / "checkpoints/step-00000007",
+                data,
+                "--json",
+                "--out",
+                str(tmp_path / "out"),
+            )
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out) == json.loads(
+        (tmp_path / "out" / "evaluation.json").read_text()
+    )
     assert not (run_dir / "evaluation").exists()
 
 
@@ -101,13 +163,24 @@ def test_evaluation_is_deterministic_and_does_not_depend_on_the_batch(run_dir, d
         results.append(json.loads(capsys.readouterr().out))
     assert results[1] == results[2]
     for name in DOMAINS:
-        assert results[0]["domains"][name]["loss_nats"] == pytest.approx(results[1]["domains"][name]["loss_nats"], rel=1e-6)
+        assert results[0]["domains"][name]["loss_nats"] == pytest.approx(
+            results[1]["domains"][name]["loss_nats"], rel=1e-6
+        )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--keep", "1.5"), "keep=1.5 is not a share"), (("--keep", "0"), "keep=0 is not a share"),
-    (("--calibration-documents", "7"), "domain 'code <b>&' has 6 train documents, 7 are needed; lower --calibration-documents"),
-    (("--documents", "1"), "documents=1 gives no standard error"), (("--micro-batch", "-1"), "micro_batch=-1")])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--keep", "1.5"), "keep=1.5 is not a share"),
+        (("--keep", "0"), "keep=0 is not a share"),
+        (
+            ("--calibration-documents", "7"),
+            "domain 'code <b>&' has 6 train documents, 7 are needed; lower --calibration-documents",
+        ),
+        (("--documents", "1"), "documents=1 gives no standard error"),
+        (("--micro-batch", "-1"), "micro_batch=-1"),
+    ],
+)
 def test_settings_that_cannot_be_are_one_line(run_dir, data, capsys, arguments, message):
     assert_refused(evaluate_arguments(run_dir, data, *arguments), message, capsys)
     assert not (run_dir / "evaluation").exists()
@@ -117,7 +190,11 @@ def test_missing_or_foreign_inputs_are_one_line(run_dir, data, tmp_path, capsys)
     assert_refused(evaluate_arguments(tmp_path, data), "no checkpoint here", capsys)
     assert_refused(evaluate_arguments(run_dir, tmp_path / "nothing"), "nothing", capsys)
     larger = write_data(tmp_path / "larger", vocab_size=65)
-    assert_refused(evaluate_arguments(run_dir, larger), "has a vocabulary of 65 tokens, the model has model.vocab_size=64", capsys)
+    assert_refused(
+        evaluate_arguments(run_dir, larger),
+        "has a vocabulary of 65 tokens, the model has model.vocab_size=64",
+        capsys,
+    )
     dense = write_run(tmp_path / "dense", model__experts__count=1, model__experts__per_token=1)
     assert_refused(evaluate_arguments(dense, data), "the model is dense", capsys)
 
@@ -125,9 +202,15 @@ def test_missing_or_foreign_inputs_are_one_line(run_dir, data, tmp_path, capsys)
 def test_data_of_another_tokenizer_is_refused(run_dir, tmp_path, capsys):
     """A vocabulary of the same size with other meanings would give numbers, wrong ones."""
     data = write_data(tmp_path / "set")
-    (run_dir / "checkpoints/step-00000007/tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (run_dir / "checkpoints/step-00000007/tokenizer.json").write_text(
+        '{"model": {"vocab": {"a": 0}}}'
+    )
     (data / "tokenizer.json").write_text('{"model": {"vocab": {"b": 0}}}')
-    assert_refused(evaluate_arguments(run_dir, data), "is not the tokenizer that the model was trained with", capsys)
+    assert_refused(
+        evaluate_arguments(run_dir, data),
+        "is not the tokenizer that the model was trained with",
+        capsys,
+    )
     (data / "tokenizer.json").write_text('{"model":{"vocab":{"a":0}},"version":"2"}')
     assert main(evaluate_arguments(run_dir, data)) == 0
 
@@ -135,7 +218,12 @@ def test_data_of_another_tokenizer_is_refused(run_dir, tmp_path, capsys):
 def assert_refused(arguments, message, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
-    assert message in printed.err and printed.err.startswith("error: ") and printed.err.count("\n") == 1 and not printed.out
+    assert (
+        message in printed.err
+        and printed.err.startswith("error: ")
+        and printed.err.count("\n") == 1
+        and not printed.out
+    )
 
 
 class Page(HTMLParser):
@@ -148,8 +236,11 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        self.loads += [value for key, value in attrs if key in ("src", "srcset", "href")
-                       and not value.startswith("data:image/png;base64,")]
+        self.loads += [
+            value
+            for key, value in attrs
+            if key in ("src", "srcset", "href") and not value.startswith("data:image/png;base64,")
+        ]
         self.images += tag == "img"
         if tag not in ("img", "meta", "source"):
             self.open.append(tag)
@@ -182,7 +273,9 @@ def test_a_report_tells_what_is_not_there_yet(tmp_path):
     text = write_report(run_dir).read_text()
     assert "Not evaluated yet" in text and "No metrics yet" in text and Page(text).images == 0
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "something": 3}\n')
-    assert Page(write_report(run_dir).read_text()).images == 0, "metrics without known keys have no curves"
+    assert Page(write_report(run_dir).read_text()).images == 0, (
+        "metrics without known keys have no curves"
+    )
 
 
 def test_report_mistakes_are_one_line(run_dir, tmp_path, capsys):
@@ -194,18 +287,44 @@ def test_report_mistakes_are_one_line(run_dir, tmp_path, capsys):
 
 
 def result_with(selected, random, cross_domain, error=0.01):
-    """The parts of a result that `findings` reads, with these mean increases at half of the experts."""
+    """The parts of a result that `findings` reads, with these mean increases at half of the
+    experts."""
     arms = {"selected": selected, "random": random, "cross_domain": cross_domain}
-    entry = {"increase_nats": {"0.5": arms}, "standard_error_nats": {"0.5": dict.fromkeys(arms, error)}}
-    return {"settings": {"calibration_documents": 8}, "experts": {"per_layer": [8], "kept_per_layer": {"0.5": [4]}}, "mean": entry,
-            "domains": {"law": entry}, "routing": {"domain_cosine": None, "effective_experts": 3.0}}
+    entry = {
+        "increase_nats": {"0.5": arms},
+        "standard_error_nats": {"0.5": dict.fromkeys(arms, error)},
+    }
+    return {
+        "settings": {"calibration_documents": 8},
+        "experts": {"per_layer": [8], "kept_per_layer": {"0.5": [4]}},
+        "mean": entry,
+        "domains": {"law": entry},
+        "routing": {"domain_cosine": None, "effective_experts": 3.0},
+    }
 
 
-@pytest.mark.parametrize(("increases", "said"), [
-    ((0.01, 1.0, 1.0), ("stays what it was", "so it matters which experts stay", "special to their domains")),
-    ((0.5, 0.51, 0.51), ("rises by 0.500 nats/token on average", "does not matter which experts stay", "not special to their domains")),
-    ((0.5, 0.1, 0.5), ("rises by 0.500", "the selection does harm here", "not modular by this measure")),
-    ((-0.2, 0.0, 0.0), ("falls by 0.200", "so it matters", "special to their domains"))])
+@pytest.mark.parametrize(
+    ("increases", "said"),
+    [
+        (
+            (0.01, 1.0, 1.0),
+            ("stays what it was", "so it matters which experts stay", "special to their domains"),
+        ),
+        (
+            (0.5, 0.51, 0.51),
+            (
+                "rises by 0.500 nats/token on average",
+                "does not matter which experts stay",
+                "not special to their domains",
+            ),
+        ),
+        (
+            (0.5, 0.1, 0.5),
+            ("rises by 0.500", "the selection does harm here", "not modular by this measure"),
+        ),
+        ((-0.2, 0.0, 0.0), ("falls by 0.200", "so it matters", "special to their domains")),
+    ],
+)
 def test_findings_follow_the_numbers_whichever_way_they_point(increases, said):
     sentences = findings(result_with(*increases))
     assert len(sentences) == 3
@@ -216,7 +335,10 @@ def test_findings_follow_the_numbers_whichever_way_they_point(increases, said):
 def small_result(seed):
     random = np.random.default_rng(seed)
     documents = [np.append(random.integers(1, 60, 12), 0) for _ in range(8)]
-    domains = {name: DomainDocuments(documents[:2], documents[i:i + 4]) for i, name in enumerate(("a", "b"))}
+    domains = {
+        name: DomainDocuments(documents[:2], documents[i : i + 4])
+        for i, name in enumerate(("a", "b"))
+    }
     return sweep(tiny_model(seed), domains, SweepSettings(keep=(1.0, 0.5, 0.25)), 16, 2)
 
 
@@ -224,8 +346,12 @@ def test_evaluations_are_compared_in_one_table_and_one_plot():
     evaluations = [("EMO", small_result(0)), ("standard", small_result(1))]
     table = mean_table(evaluations)
     assert subset_figure(evaluations).startswith(PNG)
-    assert [row[:2] for row in table.rows] == [(label, f"{kept} of 9") for label in ("EMO", "standard") for kept in (9, 4, 2)]
-    assert table.rows[1][3].startswith(f"{evaluations[0][1]['mean']['increase_nats']['0.5']['selected']:+.3f}")
+    assert [row[:2] for row in table.rows] == [
+        (label, f"{kept} of 9") for label in ("EMO", "standard") for kept in (9, 4, 2)
+    ]
+    assert table.rows[1][3].startswith(
+        f"{evaluations[0][1]['mean']['increase_nats']['0.5']['selected']:+.3f}"
+    )
 
 
 def test_tables_escape_what_would_break_them():
@@ -236,7 +362,9 @@ def test_tables_escape_what_would_break_them():
     assert mean_table([("", small_result(0))]).header[0] == "experts kept"
 
 
-def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_is_missing(run_dir, data, monkeypatch, caplog, capsys):
+def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_is_missing(
+    run_dir, data, monkeypatch, caplog, capsys
+):
     real_import = builtins.__import__
 
     def without_matplotlib(name, *args, **kwargs):
@@ -250,14 +378,20 @@ def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_is_mi
     with caplog.at_level("WARNING"):
         assert main(evaluate_arguments(run_dir, data)) == 0
     assert "pip install 'emotrain[report]'" in caplog.text
-    assert sorted(path.name for path in (run_dir / "evaluation").iterdir()) == ["evaluation.json", "evaluation.md"]
+    assert sorted(path.name for path in (run_dir / "evaluation").iterdir()) == [
+        "evaluation.json",
+        "evaluation.md",
+    ]
     capsys.readouterr()
     assert_refused(["report", str(run_dir)], "pip install 'emotrain[report]'", capsys)
 
 
 def test_many_domains_fit_one_plot():
     documents = [np.arange(1, 14) for _ in range(4)]
-    domains = {f"domain {i}": DomainDocuments(documents[:1], documents[1:]) for i in range(plots.MAX_NAMED_LINES + 2)}
+    domains = {
+        f"domain {i}": DomainDocuments(documents[:1], documents[1:])
+        for i in range(plots.MAX_NAMED_LINES + 2)
+    }
     result = sweep(tiny_model(), domains, SweepSettings(keep=(0.5,), random_seeds=0), 16, 4)
     for dark in (False, True):
         assert plots.subset_figure([("", result)], dark).startswith(PNG)

@@ -1,5 +1,6 @@
-"""Proves the expert kernels: `grouped_mlp` against a loop over tokens, in plain torch, through the kernel that is compiled for
-this CPU, and on torch's grouped GEMM (what a GPU runs), and the shared experts."""
+"""Proves the expert kernels: `grouped_mlp` against a loop over tokens, in plain torch, through the
+kernel that is compiled for this CPU, and on torch's grouped GEMM (what a GPU runs), and the
+shared experts."""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def oracle(x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def oracle(
+    x_TD: Tensor, weights_TK: Tensor, experts_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor
+) -> Tensor:
     """Token by token, choice by choice, differentiable."""
     rows = []
     for x_D, weights_K, experts_K in zip(x_TD, weights_TK, experts_TK.tolist(), strict=True):
@@ -49,7 +52,9 @@ def distinct_choices(num_tokens: int) -> Tensor:
 
 
 def with_empty_slots(num_tokens: int) -> Tensor:
-    return torch.where(torch.rand(num_tokens, CHOSEN) < 0.4, NUM_EXPERTS, distinct_choices(num_tokens))
+    return torch.where(
+        torch.rand(num_tokens, CHOSEN) < 0.4, NUM_EXPERTS, distinct_choices(num_tokens)
+    )
 
 
 CASES = {
@@ -58,34 +63,53 @@ CASES = {
     "all to one expert": lambda: torch.tensor([[2, NUM_EXPERTS, NUM_EXPERTS]] * 20),
     "first and last experts empty": lambda: torch.tensor([[1, 2, 3], [3, 1, 2]] * 5),
     "empty slots": lambda: with_empty_slots(20),
-    "tokens without a slot": lambda: torch.cat([torch.full((4, CHOSEN), NUM_EXPERTS), distinct_choices(6)]),
+    "tokens without a slot": lambda: torch.cat(
+        [torch.full((4, CHOSEN), NUM_EXPERTS), distinct_choices(6)]
+    ),
     "nothing routed": lambda: torch.full((4, CHOSEN), NUM_EXPERTS),
 }
 
 
-def arguments(experts_TK: Tensor, dtype: torch.dtype, width: int = WIDTH, hidden: int = HIDDEN) -> list[Tensor]:
+def arguments(
+    experts_TK: Tensor, dtype: torch.dtype, width: int = WIDTH, hidden: int = HIDDEN
+) -> list[Tensor]:
     """x, weights and both banks as leaves with gradient; weights of empty slots are 0."""
     num_tokens = experts_TK.shape[0]
-    weights_TK = torch.where(experts_TK < NUM_EXPERTS, torch.rand(num_tokens, CHOSEN, dtype=dtype), 0)
-    tensors = [torch.randn(num_tokens, width, dtype=dtype), weights_TK,
-               torch.randn(NUM_EXPERTS, 2 * hidden, width, dtype=dtype) * width**-0.5,
-               torch.randn(NUM_EXPERTS, hidden, width, dtype=dtype) * hidden**-0.5]
+    weights_TK = torch.where(
+        experts_TK < NUM_EXPERTS, torch.rand(num_tokens, CHOSEN, dtype=dtype), 0
+    )
+    tensors = [
+        torch.randn(num_tokens, width, dtype=dtype),
+        weights_TK,
+        torch.randn(NUM_EXPERTS, 2 * hidden, width, dtype=dtype) * width**-0.5,
+        torch.randn(NUM_EXPERTS, hidden, width, dtype=dtype) * hidden**-0.5,
+    ]
     return [tensor.requires_grad_() for tensor in tensors]
 
 
 def slots_of(experts_TK: Tensor) -> SortedSlots:
-    return sort_slots(experts_TK, torch.bincount(experts_TK.flatten(), minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS])
+    return sort_slots(
+        experts_TK, torch.bincount(experts_TK.flatten(), minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS]
+    )
 
 
-def run_grouped_mm(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def run_grouped_mm(
+    x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
+) -> Tensor:
     """The path of a GPU; grouped_mm runs on a CPU too."""
-    return _grouped_mm_mlp(x_TD, weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype), slots, gate_up_NFD, down_NHD)
+    return _grouped_mm_mlp(
+        x_TD, weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype), slots, gate_up_NFD, down_NHD
+    )
 
 
-def run_cpu_kernel(x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor) -> Tensor:
+def run_cpu_kernel(
+    x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
+) -> Tensor:
     """The path of a CPU with a C++ compiler, whatever the size."""
     assert cpu_grouped_mlp.supports(x_TD, weights_TK, gate_up_NFD, down_NHD)
-    return cpu_grouped_mlp.grouped_mlp_cpu(x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD)
+    return cpu_grouped_mlp.grouped_mlp_cpu(
+        x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD
+    )
 
 
 @pytest.fixture(scope="module")
@@ -141,24 +165,37 @@ def test_loop_path_agrees_with_the_oracle(case: str) -> None:
     expected_TD = oracle(x_TD, weights_TK, experts_TK, gate_up_NFD, down_NHD)
     torch.testing.assert_close(y_TD, expected_TD)
     if (experts_TK < NUM_EXPERTS).any():
-        for ours, theirs in zip(gradients(y_TD, leaves), gradients(expected_TD, leaves), strict=True):
+        for ours, theirs in zip(
+            gradients(y_TD, leaves), gradients(expected_TD, leaves), strict=True
+        ):
             torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("case", sorted(CASES.keys() - {"nothing routed"}))
-def test_grouped_gemm_path_agrees_with_the_loop_path(case: str, dtype: torch.dtype, tolerance: float) -> None:
+def test_grouped_gemm_path_agrees_with_the_loop_path(
+    case: str, dtype: torch.dtype, tolerance: float
+) -> None:
     experts_TK = CASES[case]()
     leaves = arguments(experts_TK, dtype)
     slots = slots_of(experts_TK)
-    y_TD, expected_TD = (path(*leaves[:2], slots, *leaves[2:]) for path in (run_grouped_mm, grouped_mlp))
+    y_TD, expected_TD = (
+        path(*leaves[:2], slots, *leaves[2:]) for path in (run_grouped_mm, grouped_mlp)
+    )
     assert y_TD.dtype == dtype
-    for ours, theirs in zip([y_TD, *gradients(y_TD, leaves)], [expected_TD, *gradients(expected_TD, leaves)], strict=True):
-        torch.testing.assert_close(ours, theirs, atol=tolerance * max(1.0, theirs.abs().max().item()), rtol=0)
+    for ours, theirs in zip(
+        [y_TD, *gradients(y_TD, leaves)],
+        [expected_TD, *gradients(expected_TD, leaves)],
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            ours, theirs, atol=tolerance * max(1.0, theirs.abs().max().item()), rtol=0
+        )
 
 
 class _Poison(torch.autograd.Function):
-    """NaN in the rows after the last group: of the value on the way forward, or of the gradient on the way back."""
+    """NaN in the rows after the last group: of the value on the way forward, or of the gradient
+    on the way back."""
 
     @staticmethod
     def forward(ctx, rows, stop, poison_value):
@@ -172,19 +209,23 @@ class _Poison(torch.autograd.Function):
     def backward(ctx, grad):
         grad = grad.clone()
         if ctx.poison_gradient:
-            grad[ctx.stop:] = torch.nan
+            grad[ctx.stop :] = torch.nan
         return grad, None, None
 
 
 @pytest.mark.parametrize("path", [grouped_mlp, run_grouped_mm, run_cpu_kernel])
-def test_nothing_unused_reaches_the_result_or_a_gradient(path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN in the weights of empty slots, in tokens without a slot, in idle experts, and in every row that grouped_mm
-    leaves unwritten in its result and in the gradient of its input."""
+def test_nothing_unused_reaches_the_result_or_a_gradient(
+    path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the weights of empty slots, in tokens without a slot, in idle experts, and in every
+    row that grouped_mm leaves unwritten in its result and in the gradient of its input."""
     grouped_mm = F.grouped_mm
 
     def poisoned(a_RD: Tensor, b_NDF: Tensor, offs: Tensor) -> Tensor:
         stop = int(offs[-1])
-        return _Poison.apply(grouped_mm(_Poison.apply(a_RD, stop, False), b_NDF, offs=offs), stop, True)
+        return _Poison.apply(
+            grouped_mm(_Poison.apply(a_RD, stop, False), b_NDF, offs=offs), stop, True
+        )
 
     monkeypatch.setattr(F, "grouped_mm", poisoned)
     if path is run_cpu_kernel:
@@ -207,14 +248,19 @@ def test_gradcheck() -> None:
     experts_TK = with_empty_slots(4)
     x_TD, weights_TK, gate_up_NFD, down_NHD = arguments(experts_TK, torch.float64)
     slots = slots_of(experts_TK)
-    assert torch.autograd.gradcheck(lambda *leaves: grouped_mlp(leaves[0], leaves[1], slots, *leaves[2:]),
-                                    (x_TD, weights_TK, gate_up_NFD, down_NHD))
+    assert torch.autograd.gradcheck(
+        lambda *leaves: grouped_mlp(leaves[0], leaves[1], slots, *leaves[2:]),
+        (x_TD, weights_TK, gate_up_NFD, down_NHD),
+    )
 
 
 def test_grouped_mm_needs_rows_of_sixteen_bytes() -> None:
-    """The rule of torch's grouped GEMM that the CPU path does not have: why widths of 6 train on a CPU only."""
+    """The rule of torch's grouped GEMM that the CPU path does not have: why widths of 6 train on
+    a CPU only."""
     with pytest.raises(RuntimeError, match="16 bytes"):
-        F.grouped_mm(torch.randn(4, 6), torch.randn(2, 6, 6), offs=torch.tensor([2, 4], dtype=torch.int32))
+        F.grouped_mm(
+            torch.randn(4, 6), torch.randn(2, 6, 6), offs=torch.tensor([2, 4], dtype=torch.int32)
+        )
 
 
 # ---- the kernel for this CPU
@@ -222,7 +268,9 @@ def test_grouped_mm_needs_rows_of_sixteen_bytes() -> None:
 
 def assert_near(ours: list[Tensor], theirs: list[Tensor]) -> None:
     for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their, atol=2e-6 * max(1.0, their.abs().max().item()), rtol=1e-5)
+        torch.testing.assert_close(
+            our, their, atol=2e-6 * max(1.0, their.abs().max().item()), rtol=1e-5
+        )
 
 
 def results(path, leaves: list[Tensor], experts_TK: Tensor) -> list[Tensor]:
@@ -232,7 +280,9 @@ def results(path, leaves: list[Tensor], experts_TK: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("width, hidden", [(32, 32), (CPU_WIDTH, CPU_HIDDEN), (64, 160)])
 @pytest.mark.parametrize("case", CASES)
-def test_cpu_kernel_agrees_with_the_oracle(case: str, width: int, hidden: int, compiled: None) -> None:
+def test_cpu_kernel_agrees_with_the_oracle(
+    case: str, width: int, hidden: int, compiled: None
+) -> None:
     experts_TK = CASES[case]()
     leaves = arguments(experts_TK, torch.float32, width, hidden)
     ours = results(run_cpu_kernel, leaves, experts_TK)
@@ -243,8 +293,11 @@ def test_cpu_kernel_agrees_with_the_oracle(case: str, width: int, hidden: int, c
     assert_near(ours, [expected_TD, *gradients(expected_TD, leaves)])
 
 
-def test_cpu_kernel_gives_the_same_bits_on_any_number_of_threads(compiled: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts of up to 300 rows in chunks of 24: many chunks add to the same tokens and the same weights."""
+def test_cpu_kernel_gives_the_same_bits_on_any_number_of_threads(
+    compiled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts of up to 300 rows in chunks of 24: many chunks add to the same tokens and the same
+    weights."""
     monkeypatch.setattr(cpu_grouped_mlp, "CHUNK_ROWS", 24)
     experts_TK = with_empty_slots(300)
     experts_TK[:, 0] = 2
@@ -262,12 +315,15 @@ def test_cpu_kernel_gives_the_same_bits_on_any_number_of_threads(compiled: None,
 
 
 def test_cpu_kernel_saturates_and_propagates_as_torch_does(compiled: None) -> None:
-    """Gates of +-100 and more, where exp leaves the range of float32, and a token that is not a number."""
+    """Gates of +-100 and more, where exp leaves the range of float32, and a token that is not a
+    number."""
     experts_TK = distinct_choices(20)
     leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
     with torch.no_grad():
         leaves[0][:10] *= 100
-    assert_near(results(run_cpu_kernel, leaves, experts_TK), results(grouped_mlp, leaves, experts_TK))
+    assert_near(
+        results(run_cpu_kernel, leaves, experts_TK), results(grouped_mlp, leaves, experts_TK)
+    )
     with torch.no_grad():
         leaves[0][3] = torch.nan
     y_TD = run_cpu_kernel(*leaves[:2], slots_of(experts_TK), *leaves[2:])
@@ -279,31 +335,48 @@ def test_cpu_kernel_takes_operands_that_are_not_contiguous(compiled: None) -> No
     leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
     turned = [tensor.detach().mT.contiguous().mT.requires_grad_() for tensor in leaves]
     assert not turned[0].is_contiguous()
-    for ours, theirs in zip(results(run_cpu_kernel, turned, experts_TK), results(run_cpu_kernel, leaves, experts_TK), strict=True):
+    for ours, theirs in zip(
+        results(run_cpu_kernel, turned, experts_TK),
+        results(run_cpu_kernel, leaves, experts_TK),
+        strict=True,
+    ):
         assert torch.equal(ours, theirs)
 
 
-def test_only_large_float32_calls_left_to_auto_ask_for_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is compiled for a small model, another type, widths that no panel divides, or a backend asked for by name."""
+def test_only_large_float32_calls_left_to_auto_ask_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing is compiled for a small model, another type, widths that no panel divides, or a
+    backend asked for by name."""
     asked = []
     monkeypatch.setattr(cpu_grouped_mlp, "library", lambda: asked.append(True))
     experts_TK = distinct_choices(20)
 
-    def ask(dtype: torch.dtype = torch.float32, width: int = CPU_WIDTH, backend: str = "auto") -> bool:
+    def ask(
+        dtype: torch.dtype = torch.float32, width: int = CPU_WIDTH, backend: str = "auto"
+    ) -> bool:
         asked.clear()
         leaves = arguments(experts_TK, dtype, width, CPU_HIDDEN)
         grouped_mlp(*leaves[:2], slots_of(experts_TK), *leaves[2:], backend=backend)
         return bool(asked)
 
     assert not ask()
-    monkeypatch.setattr(cpu_grouped_mlp, "WORTH_COMPILING", experts_TK.numel() * CPU_WIDTH * CPU_HIDDEN)
+    monkeypatch.setattr(
+        cpu_grouped_mlp, "WORTH_COMPILING", experts_TK.numel() * CPU_WIDTH * CPU_HIDDEN
+    )
     assert ask()
-    assert not any([ask(torch.bfloat16), ask(torch.float64), ask(width=CPU_WIDTH + 8), ask(backend="torch")])
+    assert not any(
+        [ask(torch.bfloat16), ask(torch.float64), ask(width=CPU_WIDTH + 8), ask(backend="torch")]
+    )
 
 
 @pytest.mark.parametrize("compiler", [None, "/bin/false"])
-def test_without_the_kernel_torch_runs_and_the_log_says_so_once(compiler: str | None, uncompiled: Path, monkeypatch: pytest.MonkeyPatch,
-                                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_without_the_kernel_torch_runs_and_the_log_says_so_once(
+    compiler: str | None,
+    uncompiled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Without a compiler, and with one that fails."""
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     monkeypatch.setattr(cpu_grouped_mlp, "WORTH_COMPILING", 0)
@@ -311,8 +384,12 @@ def test_without_the_kernel_torch_runs_and_the_log_says_so_once(compiler: str | 
     leaves = arguments(experts_TK, torch.float32, CPU_WIDTH, CPU_HIDDEN)
     with caplog.at_level(logging.WARNING, "emotrain"):
         ours, again = (results(grouped_mlp, leaves, experts_TK) for _ in range(2))
-    assert [record.message.partition(",")[0] for record in caplog.records] == ["experts run in torch"]
-    expected = results(lambda *operands: grouped_mlp(*operands, backend="torch"), leaves, experts_TK)
+    assert [record.message.partition(",")[0] for record in caplog.records] == [
+        "experts run in torch"
+    ]
+    expected = results(
+        lambda *operands: grouped_mlp(*operands, backend="torch"), leaves, experts_TK
+    )
     for first, second, third in zip(ours, again, expected, strict=True):
         assert torch.equal(first, third) and torch.equal(second, third)
 
@@ -321,7 +398,10 @@ def test_processes_that_compile_at_once_end_with_one_library(uncompiled: Path) -
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=lambda: sys.exit(cpu_grouped_mlp.library() is None)) for _ in range(3)]
+    processes = [
+        context.Process(target=lambda: sys.exit(cpu_grouped_mlp.library() is None))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -334,8 +414,13 @@ def test_processes_that_compile_at_once_end_with_one_library(uncompiled: Path) -
 
 
 def shared_experts(shared: int) -> SharedExperts:
-    experts = SharedExperts(tiny_config(model__experts__count=NUM_EXPERTS + 1, model__experts__shared=shared,
-                                        model__experts__per_token=shared + 2).model)
+    experts = SharedExperts(
+        tiny_config(
+            model__experts__count=NUM_EXPERTS + 1,
+            model__experts__shared=shared,
+            model__experts__per_token=shared + 2,
+        ).model
+    )
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter.data, std=0.3)
     return experts.double()
@@ -347,7 +432,9 @@ def test_shared_experts_are_the_sum_of_each_alone(shared: int, weighted: bool) -
     experts, x_TD = shared_experts(shared), torch.randn(6, 16, dtype=torch.float64)
     weights_TM = torch.rand(6, shared, dtype=torch.float64) if weighted else None
     expected_TD = torch.zeros_like(x_TD)
-    for expert, (gate_up_FD, down_HD) in enumerate(zip(experts.gate_up_MFD, experts.down_MHD, strict=True)):
+    for expert, (gate_up_FD, down_HD) in enumerate(
+        zip(experts.gate_up_MFD, experts.down_MHD, strict=True)
+    ):
         gate_TH, up_TH = (x_TD @ gate_up_FD.T).chunk(2, dim=-1)
         weight_T1 = 1 if weights_TM is None else weights_TM[:, expert, None]
         expected_TD = expected_TD + weight_T1 * ((F.silu(gate_TH) * up_TH) @ down_HD)

@@ -1,7 +1,9 @@
-"""What goes wrong on a cluster: dead and hung processes, updates that are not finite, stops, and another number of processes.
+"""What goes wrong on a cluster: dead and hung processes, updates that are not finite, stops, and
+another number of processes.
 
-Whatever happens, the run goes on from a whole checkpoint with the losses of a run to which nothing happened, or ends with one line that
-says where to look. Launchers are the real ones where they are what is tested; else ranks are forks that meet in a file.
+Whatever happens, the run goes on from a whole checkpoint with the losses of a run to which nothing
+happened, or ends with one line that says where to look. Launchers are the real ones where they are
+what is tested; else ranks are forks that meet in a file.
 """
 
 from __future__ import annotations
@@ -42,13 +44,20 @@ def losses(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 def fork(function: Callable, world_size: int, *arguments, join: bool = True):
-    return mp.start_processes(function, arguments, nprocs=world_size, start_method="fork", join=join)
+    return mp.start_processes(
+        function, arguments, nprocs=world_size, start_method="fork", join=join
+    )
 
 
 def meet(rank: int, world_size: int, folder: Path, timeout_s: float = 60.0) -> Ranks:
     os.environ["TORCH_FR_BUFFER_SIZE"] = "100"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{world_size}", rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous-{world_size}",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
     return Ranks(rank, world_size)
 
 
@@ -104,11 +113,18 @@ def _hang(rank, folder, where):
     os._exit(0)
 
 
-@pytest.mark.parametrize(("where", "name"), [
-    ("all_reduce", "gloo:all_reduce of 3 "), ("fsdp forward", "gloo:all_gather of 36 "), ("fsdp backward", "gloo:all_reduce of 72 "),
-    ("exchange backward", "gloo:all_to_all of 4x8 ")])
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("all_reduce", "gloo:all_reduce of 3 "),
+        ("fsdp forward", "gloo:all_gather of 36 "),
+        ("fsdp backward", "gloo:all_reduce of 72 "),
+        ("exchange backward", "gloo:all_to_all of 4x8 "),
+    ],
+)
 def test_a_hung_collective_is_named_whoever_started_it(where, name, tmp_path):
-    """FSDP and exchanges wait inside of autograd, where no line of ours is near. (gloo reduces and scatters by all_reduce.)"""
+    """FSDP and exchanges wait inside of autograd, where no line of ours is near. (gloo reduces
+    and scatters by all_reduce.)"""
     context = fork(_hang, 2, tmp_path, where, join=False)
     try:
         wait_for((tmp_path / "error").is_file, 30)
@@ -131,7 +147,9 @@ def _limits(rank, settings, folder):
 
 def test_every_group_of_the_layout_has_the_limit(tiny_data, tmp_path):
     """Groups that torch makes for a mesh start with a limit of their own."""
-    settings = tiny_settings(tiny_data, tmp_path / "run", micro_batch=1, steps=1, collective_timeout_s=77.0)
+    settings = tiny_settings(
+        tiny_data, tmp_path / "run", micro_batch=1, steps=1, collective_timeout_s=77.0
+    )
     fork(_limits, 4, {**settings, "parallel": {"ep": 2, "replicate": 2}}, tmp_path)
     limits = json.loads((tmp_path / "limits-0").read_text())
     limits.pop("checkpoints", None)
@@ -139,50 +157,95 @@ def test_every_group_of_the_layout_has_the_limit(tiny_data, tmp_path):
 
 
 def test_other_errors_pass_as_they_are():
-    with pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"), collective_errors(Ranks(), 1.0, lambda: 1):
+    with (
+        pytest.raises(RuntimeError, match="^mat1 and mat2 shapes cannot be multiplied"),
+        collective_errors(Ranks(), 1.0, lambda: 1),
+    ):
         torch.ones(2, 3) @ torch.ones(2, 3)
 
 
 def nccl_entry(name: str, state: str, age_s: float = 0.0) -> dict:
     """As NCCL's recorder writes them: an entry is retired once its collective has ended."""
-    return {"profiling_name": f"nccl:{name}", "state": state, "retired": state == "completed", "input_sizes": [[4, 8]],
-            "process_group": ["3", "ep"], "time_created_ns": time.time_ns() - int(age_s * 1e9)}
+    return {
+        "profiling_name": f"nccl:{name}",
+        "state": state,
+        "retired": state == "completed",
+        "input_sizes": [[4, 8]],
+        "process_group": ["3", "ep"],
+        "time_created_ns": time.time_ns() - int(age_s * 1e9),
+    }
 
 
 def test_the_first_collective_under_way_is_the_one_at_fault():
     """On a GPU the host has already asked for the ones behind it."""
-    record = [nccl_entry("all_gather", "completed"), nccl_entry("all_to_all", "started"), nccl_entry("all_reduce", "scheduled")]
+    record = [
+        nccl_entry("all_gather", "completed"),
+        nccl_entry("all_to_all", "started"),
+        nccl_entry("all_reduce", "scheduled"),
+    ]
     assert in_flight(record) is record[1]
     line = describe(Ranks(3, 8), 12, 600.0, record)
-    assert line.startswith("rank 3, step 12: nccl:all_to_all of 4x8 in group ep did not end within 600 s")
-    assert describe(Ranks(3, 8), 12, 600.0, [], "Connection closed by peer").startswith("rank 3, step 12: a collective broke off")
+    assert line.startswith(
+        "rank 3, step 12: nccl:all_to_all of 4x8 in group ep did not end within 600 s"
+    )
+    assert describe(Ranks(3, 8), 12, 600.0, [], "Connection closed by peer").startswith(
+        "rank 3, step 12: a collective broke off"
+    )
 
 
-@pytest.mark.parametrize(("state", "age_s", "ends"), [("started", 5.0, True), ("scheduled", 5.0, True), ("started", 0.0, False),
-                                                      ("completed", 5.0, False)])
+@pytest.mark.parametrize(
+    ("state", "age_s", "ends"),
+    [
+        ("started", 5.0, True),
+        ("scheduled", 5.0, True),
+        ("started", 0.0, False),
+        ("completed", 5.0, False),
+    ],
+)
 def test_the_watch_of_a_gpu_ends_a_process_that_waits_too_long(state, age_s, ends, capsys):
     codes, record = [], [nccl_entry("all_reduce", state, age_s)]
     watch = faults._Watch(Ranks(1, 2), 2.0, lambda: 4, lambda: record, codes.append)
     watch._thread.join(0.6)
     watch.stop()
     assert codes == ([faults.EXIT_BROKE] if ends else [])
-    assert ("error: rank 1, step 4: nccl:all_reduce of 4x8 in group ep did not end within 2 s" in capsys.readouterr().err) == ends
+    assert (
+        "error: rank 1, step 4: nccl:all_reduce of 4x8 in group ep did not end within 2 s"
+        in capsys.readouterr().err
+    ) == ends
 
 
 # ---- under torchrun
 
 
 class Torchrun:
-    """A run of the trainer on two processes under the real launcher; `ranks()` are their process ids by rank."""
+    """A run of the trainer on two processes under the real launcher; `ranks()` are their process
+    ids by rank."""
 
     def __init__(self, folder: Path, data: Path, max_restarts: int = 0, **training):
-        save_config(config_from_dict(tiny_settings(data, folder / "run", micro_batch=2, **training)), folder / "config.yaml")
+        save_config(
+            config_from_dict(tiny_settings(data, folder / "run", micro_batch=2, **training)),
+            folder / "config.yaml",
+        )
         self.metrics, self.stderr = folder / "run" / "metrics.jsonl", folder / "stderr"
         with open(self.stderr, "w") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                 "--max-restarts", str(max_restarts), "launch/pretrain.py", folder / "config.yaml"], cwd=ROOT, stderr=stderr,
-                stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    "2",
+                    "--max-restarts",
+                    str(max_restarts),
+                    "launch/pretrain.py",
+                    folder / "config.yaml",
+                ],
+                cwd=ROOT,
+                stderr=stderr,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -195,9 +258,15 @@ class Torchrun:
         self.process.wait()
 
     def ranks(self) -> dict[int, int]:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        children = (
+            Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        )
         environments = {int(pid): Path(f"/proc/{pid}/environ").read_text() for pid in children}
-        return {int(found[1]): pid for pid, text in environments.items() if (found := re.search(r"(?:^|\0)RANK=(\d+)", text))}
+        return {
+            int(found[1]): pid
+            for pid, text in environments.items()
+            if (found := re.search(r"(?:^|\0)RANK=(\d+)", text))
+        }
 
     def wait_for_step(self, step: int) -> None:
         def there() -> bool:
@@ -223,7 +292,13 @@ def test_a_killed_rank_is_started_again_and_the_losses_stay(tiny_data, tmp_path)
         os.kill(run.ranks()[1], signal.SIGKILL)
         assert run.wait() == 0, run.stderr.read_text()
     assert "going on from" in run.stderr.read_text()
-    fork(_train, 2, 2, tiny_settings(tiny_data, tmp_path / "whole", micro_batch=2, **training), tmp_path)
+    fork(
+        _train,
+        2,
+        2,
+        tiny_settings(tiny_data, tmp_path / "whole", micro_batch=2, **training),
+        tmp_path,
+    )
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -231,7 +306,9 @@ def test_sigterm_to_torchrun_saves_a_checkpoint(tiny_data, tmp_path):
     with Torchrun(tmp_path, tiny_data, max_restarts=3, steps=100_000) as run:
         run.wait_for_step(3)
         run.process.send_signal(signal.SIGTERM)
-        assert run.wait() == 1, "torchrun's own code, whatever its processes ended with; launch/torchrun.sh makes it 75"
+        assert run.wait() == 1, (
+            "torchrun's own code, whatever its processes ended with; launch/torchrun.sh makes it 75"
+        )
     state = checkpoint.load_state(checkpoint.find(tmp_path / "run"))
     assert state.step == losses(tmp_path / "run")[-1][0] >= 3
     assert "going on from" not in run.stderr.read_text(), "stopped, not started again"
@@ -239,24 +316,35 @@ def test_sigterm_to_torchrun_saves_a_checkpoint(tiny_data, tmp_path):
 
 def test_a_stuck_rank_ends_the_run_and_the_waiting_one_says_so(tiny_data, tmp_path):
     """A checkpoint is under way all the time: it must not keep the run from ending."""
-    with Torchrun(tmp_path, tiny_data, steps=100_000, checkpoint_every=1, collective_timeout_s=6.0) as run:
+    with Torchrun(
+        tmp_path, tiny_data, steps=100_000, checkpoint_every=1, collective_timeout_s=6.0
+    ) as run:
         run.wait_for_step(3)
         stuck = run.ranks()[1]
         os.kill(stuck, signal.SIGSTOP)
         wait_for(lambda: "did not end within" in run.stderr.read_text())
-        # It would take torchrun's patience (30 s) until it kills a process that does not hear SIGTERM.
+        # It would take torchrun's patience (30 s) until it kills a process that does not hear
+        # SIGTERM.
         os.kill(stuck, signal.SIGCONT)
         assert run.wait() == 1
     # The other one may say it too, when it goes on and finds that it has waited too long.
-    line, = [line for line in run.stderr.read_text().splitlines() if line.startswith("error: rank 0")]
-    assert re.match(r"error: rank 0, step \d+: gloo:\w+ of [\dx, ]+ in group \S+ did not end within 6 s \(training\.", line)
+    (line,) = [
+        line for line in run.stderr.read_text().splitlines() if line.startswith("error: rank 0")
+    ]
+    assert re.match(
+        r"error: rank 0, step \d+: gloo:\w+ of [\dx, ]+ in group \S+ did not end within 6 s "
+        r"\(training\.",
+        line,
+    )
 
 
 # ---- stops
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_stop_of_a_scheduler_finishes_the_step_and_saves(number, tiny_data, tmp_path, monkeypatch):
+def test_a_stop_of_a_scheduler_finishes_the_step_and_saves(
+    number, tiny_data, tmp_path, monkeypatch
+):
     real, calls = loop.language_model_sums, iter(range(100))
 
     def sums(*arguments):
@@ -284,11 +372,20 @@ def _spoil(rank, settings, folder):
     def sums(*arguments):
         result = real(*arguments)
         spoilt = rank == 1 and next(calls) == 2 * 2 + 1
-        return loop.LossSums(result.lm * (torch.nan if spoilt else 1.0), result.cross_entropy, result.z, result.num_targets)
+        return loop.LossSums(
+            result.lm * (torch.nan if spoilt else 1.0),
+            result.cross_entropy,
+            result.z,
+            result.num_targets,
+        )
 
     loop.language_model_sums = sums
     loop.train(config_from_dict(settings), ranks)
-    (folder / f"log-{rank}").write_text("\n".join(record.getMessage() for record in messages.buffer if record.levelname == "WARNING"))
+    (folder / f"log-{rank}").write_text(
+        "\n".join(
+            record.getMessage() for record in messages.buffer if record.levelname == "WARNING"
+        )
+    )
     dist.destroy_process_group()
 
 
@@ -298,20 +395,31 @@ def test_the_rank_and_the_documents_of_a_bad_update_are_named(tiny_data, tmp_pat
     position = 2 * 4 + 1 * 2 + 1
     documents = Loader(tiny_data, 32, 0).batch([position]).document_ids_G.tolist()
     assert (tmp_path / "log-0").read_text() == (
-        f"step 3: skipped an update that is not finite (loss nan, gradient norm nan); rank 1, micro-batch 1; "
-        f"sequences {position} to {position} of the data order, documents {', '.join(map(str, documents))}")
+        f"step 3: skipped an update that is not finite (loss nan, gradient norm nan); rank 1, "
+        f"micro-batch 1; "
+        f"sequences {position} to {position} of the data order, documents "
+        f"{', '.join(map(str, documents))}"
+    )
     assert (tmp_path / "log-1").read_text() == "", "said once, by the first rank"
     assert checkpoint.load_state(checkpoint.find(tmp_path / "run")).skipped_steps == 1
 
 
-@pytest.mark.parametrize(("values", "where"), [([1.0, 1.0], "the loss of every micro-batch is finite, the gradient is not"),
-                                               ([torch.inf, torch.nan], "the loss of every micro-batch is not finite")])
+@pytest.mark.parametrize(
+    ("values", "where"),
+    [
+        ([1.0, 1.0], "the loss of every micro-batch is finite, the gradient is not"),
+        ([torch.inf, torch.nan], "the loss of every micro-batch is not finite"),
+    ],
+)
 def test_without_a_culprit_the_whole_batch_is_named(values, where, caplog):
     with caplog.at_level("WARNING"):
         report_not_finite(5, 1.0, torch.inf, values, [[7, 8], [8, *range(20, 40)]], 4, 2, Ranks())
-    message, = caplog.messages
-    assert message == (f"step 5: skipped an update that is not finite (loss 1.0, gradient norm inf); {where}; sequences 16 to 19 of the "
-                       f"data order, documents 7, 8, {', '.join(map(str, range(20, 38)))} and 2 more")
+    (message,) = caplog.messages
+    assert message == (
+        f"step 5: skipped an update that is not finite (loss 1.0, gradient norm inf); {where}; "
+        f"sequences 16 to 19 of the "
+        f"data order, documents 7, 8, {', '.join(map(str, range(20, 38)))} and 2 more"
+    )
 
 
 # ---- another number of processes

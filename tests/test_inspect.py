@@ -1,4 +1,5 @@
-"""Proves `emotrain inspect` and the published configurations to the last digit of spec 1.6 and 5."""
+"""Proves `emotrain inspect` and the published configurations to the last digit of spec 1.6 and
+5."""
 
 from __future__ import annotations
 
@@ -20,9 +21,13 @@ EMO = (13_568_641_024, 1_489_045_504)
 """Total and active parameters."""
 
 PUBLISHED = {
-    "emo_1b14b_130b": (*EMO, 30_995), "emo_1b14b_1t": (*EMO, 238_419), "emo_1b14b_anneal": (*EMO, 11_920),
-    "stdmoe_1b14b_130b": (*EMO, 30_995), "stdmoe_1b14b_1t": (*EMO, 238_419),
-    "stdmoe_1b4b_130b": (3_901_818_880, 1_485_899_776, 30_995), "dense_1b_130b": (1_484_851_200, 1_484_851_200, 30_995),
+    "emo_1b14b_130b": (*EMO, 30_995),
+    "emo_1b14b_1t": (*EMO, 238_419),
+    "emo_1b14b_anneal": (*EMO, 11_920),
+    "stdmoe_1b14b_130b": (*EMO, 30_995),
+    "stdmoe_1b14b_1t": (*EMO, 238_419),
+    "stdmoe_1b4b_130b": (3_901_818_880, 1_485_899_776, 30_995),
+    "dense_1b_130b": (1_484_851_200, 1_484_851_200, 30_995),
 }
 
 
@@ -33,7 +38,9 @@ def costs_of(name: str, *overrides: str) -> dict:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_runs(name: str) -> None:
     costs = costs_of(name)
-    assert (costs["total_parameters"], costs["active_parameters"], costs["steps"]) == PUBLISHED[name]
+    assert (costs["total_parameters"], costs["active_parameters"], costs["steps"]) == PUBLISHED[
+        name
+    ]
     assert costs["tokens_per_step"] == 4_194_304
     assert costs["embedding_parameters"] == costs["head_parameters"] == 205_520_896
 
@@ -51,19 +58,36 @@ def test_parts_of_the_released_model() -> None:
     assert dense["total_parameters"] - dense["embedding_parameters"] == 1_279_330_304
 
 
-@pytest.mark.parametrize("kept, total, exported", [
-    (8, 1_485_113_344, 1_484_810_240), (16, 2_290_681_856, 2_290_378_752), (32, 3_901_818_880, 3_901_515_776),
-    (64, 7_124_092_928, 7_123_789_824), (128, 13_568_641_024, 13_568_337_920)])
+@pytest.mark.parametrize(
+    "kept, total, exported",
+    [
+        (8, 1_485_113_344, 1_484_810_240),
+        (16, 2_290_681_856, 2_290_378_752),
+        (32, 3_901_818_880, 3_901_515_776),
+        (64, 7_124_092_928, 7_123_789_824),
+        (128, 13_568_641_024, 13_568_337_920),
+    ],
+)
 def test_banks_of_k_experts(kept: int, total: int, exported: int) -> None:
     assert costs_of("emo_1b14b_1t", f"model.experts.count={kept}")["total_parameters"] == total
-    assert costs_of("emo_1b14b_1t", f"model.experts.count={kept}", "model.vocab_size=100278")["total_parameters"] == exported
+    assert (
+        costs_of("emo_1b14b_1t", f"model.experts.count={kept}", "model.vocab_size=100278")[
+            "total_parameters"
+        ]
+        == exported
+    )
 
 
 def test_flops_memory_and_learning_rates() -> None:
     costs = costs_of("emo_1b14b_1t")
     assert costs["flops_per_token"] == 6 * 1_283_524_608 + 6 * 16 * 2048 * 4096
     assert costs["flops"] == costs["flops_per_token"] * 238_419 * 4_194_304
-    assert costs["weights_bytes"] == costs["gradients_bytes"] == costs["optimizer_bytes"] // 2 == 4 * 13_568_641_024
+    assert (
+        costs["weights_bytes"]
+        == costs["gradients_bytes"]
+        == costs["optimizer_bytes"] // 2
+        == 4 * 13_568_641_024
+    )
     assert (costs["peak_lr"], costs["warmup_steps"]) == (4e-3, 2000)
     assert costs["final_lr"] == pytest.approx(4e-4)
     anneal = costs_of("emo_1b14b_anneal")
@@ -75,20 +99,41 @@ def test_published_runs_differ_only_where_the_method_does() -> None:
     from emotrain.config import flatten
 
     for length in ("130b", "1t"):
-        emo, standard = (dict(flatten(load_config(CONFIGS / f"{kind}_1b14b_{length}.yaml"))) for kind in ("emo", "stdmoe"))
-        assert {key for key in emo if emo[key] != standard[key]} == {"model.router.pool.kind", "training.run_dir"}
-    emo, dense = (dict(flatten(load_config(CONFIGS / f"{kind}_130b.yaml"))) for kind in ("emo_1b14b", "dense_1b"))
+        emo, standard = (
+            dict(flatten(load_config(CONFIGS / f"{kind}_1b14b_{length}.yaml")))
+            for kind in ("emo", "stdmoe")
+        )
+        assert {key for key in emo if emo[key] != standard[key]} == {
+            "model.router.pool.kind",
+            "training.run_dir",
+        }
+    emo, dense = (
+        dict(flatten(load_config(CONFIGS / f"{kind}_130b.yaml")))
+        for kind in ("emo_1b14b", "dense_1b")
+    )
     assert {key for key in emo if emo[key] != dense[key]} == {
-        "model.router.pool.kind", "model.experts.count", "model.experts.per_token", "model.experts.hidden",
-        "optimizer.weight_decay", "training.run_dir"}
+        "model.router.pool.kind",
+        "model.experts.count",
+        "model.experts.per_token",
+        "model.experts.hidden",
+        "optimizer.weight_decay",
+        "training.run_dir",
+    }
     released = load_config(CONFIGS / "emo_1b14b_1t.yaml")
-    assert (released.model.router.pool.kind, released.model.router.pool.min, released.model.router.pool.max) == ("uniform", 8, 128)
+    assert (
+        released.model.router.pool.kind,
+        released.model.router.pool.min,
+        released.model.router.pool.max,
+    ) == ("uniform", 8, 128)
     assert released.data.repetition_filter.enabled and released.model.attention.document_mask
     assert released.training.checkpoint_every == 20_000
 
 
 def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "training.global_batch=512", "--json"]) == 0
+    assert (
+        main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "training.global_batch=512", "--json"])
+        == 0
+    )
     costs = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert costs["tokens_per_step"] == 512 * 4096
     assert main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml")]) == 0
@@ -100,10 +145,21 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_largest_model_takes_little_time_and_memory() -> None:
-    """A process of its own, imports and all: seconds of CPU and well under a gigabyte for a model of 54."""
+    """A process of its own, imports and all: seconds of CPU and well under a gigabyte for a
+    model of 54."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    subprocess.run([sys.executable, "-m", "emotrain.cli", "inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "--json"], check=True,
-                   capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "emotrain.cli",
+            "inspect",
+            str(CONFIGS / "emo_1b14b_1t.yaml"),
+            "--json",
+        ],
+        check=True,
+        capture_output=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < 10, f"{seconds:.1f} s of CPU in {time.monotonic() - start:.1f} s"

@@ -1,5 +1,6 @@
-"""Proves the machine code of the Triton kernels without a GPU: everything that a training step launches at the published shapes is
-compiled for A100 and H100, spills no register and reaches the tensor cores. And that the roofline on paper counts what is launched.
+"""Proves the machine code of the Triton kernels without a GPU: everything that a training step
+launches at the published shapes is compiled for A100 and H100, spills no register and reaches the
+tensor cores. And that the roofline on paper counts what is launched.
 
 Compilation runs in a process of its own: in this one kernels are interpreted."""
 
@@ -22,69 +23,139 @@ assert triton_interpreter.triton.knobs.runtime.interpret
 
 
 def test_what_ships_spills_nothing_and_reaches_the_tensor_cores() -> None:
-    done = run_command("-m", "emotrain.cli", "kernels", "--target", "sm_80,sm_90", "--defaults-only", "--json", timeout=280)
+    done = run_command(
+        "-m",
+        "emotrain.cli",
+        "kernels",
+        "--target",
+        "sm_80,sm_90",
+        "--defaults-only",
+        "--json",
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["default_spills"] == 0 and result["failures"] == []
     assert result["sm_80_gemm_instruction"] == "mma" and result["sm_90_gemm_instruction"] == "wgmma"
     kernels = {row["kernel"].split()[0] for row in result["rows"]}
-    assert kernels == {*GEMM_KERNELS, "score", "pool", "route", "route_backward", "plan", "combine", "gather"}
+    assert kernels == {
+        *GEMM_KERNELS,
+        "score",
+        "pool",
+        "route",
+        "route_backward",
+        "plan",
+        "combine",
+        "gather",
+    }
 
 
 @pytest.mark.long
 def test_the_tuning_space_and_the_next_target() -> None:
-    done = run_command("-m", "emotrain.cli", "kernels", "--target", "sm_80,sm_90,sm_100", "--json", timeout=1200)
+    done = run_command(
+        "-m", "emotrain.cli", "kernels", "--target", "sm_80,sm_90,sm_100", "--json", timeout=1200
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     for name, space in SPACE.items():
-        tiles = {row["tile"] for row in rows if row["kernel"].split()[0] == name and row["dtype"] == "bfloat16"}
+        tiles = {
+            row["tile"]
+            for row in rows
+            if row["kernel"].split()[0] == name and row["dtype"] == "bfloat16"
+        }
         assert {tile.describe() for tile in space} <= tiles
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shape, may_spill", [
-    ({"num_experts": 256, "num_chosen": 16}, False), ({"width": 512, "hidden": 256, "num_experts": 64}, False),
-    ({"tokens": 7, "width": 40, "hidden": 24, "num_experts": 1, "num_chosen": 1, "documents": 1}, False),
-    # Widths that no tile divides cost masks, and registers.
-    ({"tokens": 1000, "width": 200, "hidden": 72, "num_experts": 5, "num_chosen": 2}, True), ({"width": 33, "hidden": 17}, True)], ids=str)
+@pytest.mark.parametrize(
+    "shape, may_spill",
+    [
+        ({"num_experts": 256, "num_chosen": 16}, False),
+        ({"width": 512, "hidden": 256, "num_experts": 64}, False),
+        (
+            {
+                "tokens": 7,
+                "width": 40,
+                "hidden": 24,
+                "num_experts": 1,
+                "num_chosen": 1,
+                "documents": 1,
+            },
+            False,
+        ),
+        # Widths that no tile divides cost masks, and registers.
+        ({"tokens": 1000, "width": 200, "hidden": 72, "num_experts": 5, "num_chosen": 2}, True),
+        ({"width": 33, "hidden": 17}, True),
+    ],
+    ids=str,
+)
 def test_other_shapes_compile(shape: dict[str, int], may_spill: bool) -> None:
     """The interpreter accepts what the compiler may not."""
-    program = ("from emotrain.kernels import compile_check as check\n"
-               f"check.PUBLISHED.update({shape})\n"
-               "rows = check.compile_all(['sm_80', 'sm_90'], with_space=False)\n"
-               f"print([line for row in rows for line in row.failures() if not ({may_spill} and 'spilled' in line)])")
+    program = (
+        "from emotrain.kernels import compile_check as check\n"
+        f"check.PUBLISHED.update({shape})\n"
+        "rows = check.compile_all(['sm_80', 'sm_90'], with_space=False)\n"
+        f"print([line for row in rows for line in row.failures() if not ({may_spill} and 'spilled' "
+        f"in line)])"
+    )
     done = run_command("-c", program, timeout=600)
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
 def test_a_tile_too_large_for_the_registers_is_found() -> None:
-    program = ("import torch; from emotrain.kernels import compile_check as check, tuning\n"
-               "tiles = tuning.DEFAULTS['sm_90'][torch.bfloat16]\n"
-               "tiles['grad_hidden'] = tuning.TileConfig(128, 256, 64, 8, 3)\n"
-               "launch = next(launch for launch in check.recorded_launches('sm_90', torch.bfloat16) if 'grad_hidden' in str(launch.kernel))\n"
-               "check.activate('sm_90')\n"
-               "print(check.compile_launch('sm_90', torch.bfloat16, launch, launch.config, True).failures())")
+    program = (
+        "import torch; from emotrain.kernels import compile_check as check, tuning\n"
+        "tiles = tuning.DEFAULTS['sm_90'][torch.bfloat16]\n"
+        "tiles['grad_hidden'] = tuning.TileConfig(128, 256, 64, 8, 3)\n"
+        "launch = next(launch for launch in check.recorded_launches('sm_90', torch.bfloat16) if "
+        "'grad_hidden' in str(launch.kernel))\n"
+        "check.activate('sm_90')\n"
+        "print(check.compile_launch('sm_90', torch.bfloat16, launch, launch.config, "
+        "True).failures())"
+    )
     done = run_command("-c", program)
-    assert "bytes of registers spilled; choose a smaller tile or more warps" in done.stdout, done.stdout + done.stderr
+    assert "bytes of registers spilled; choose a smaller tile or more warps" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_what_must_not_ship() -> None:
-    good = {"target": "sm_90", "kernel": "rows", "dtype": "bfloat16", "tile": "128x128x64 w8 s3", "default": True, "registers": 100,
-            "spills": 0, "shared": 1024, "occupancy": 0.5, "instruction": "wgmma"}
+    good = {
+        "target": "sm_90",
+        "kernel": "rows",
+        "dtype": "bfloat16",
+        "tile": "128x128x64 w8 s3",
+        "default": True,
+        "registers": 100,
+        "spills": 0,
+        "shared": 1024,
+        "occupancy": 0.5,
+        "instruction": "wgmma",
+    }
     assert Row(**good).failures() == []
-    for change, words in (({"spills": 8}, "8 bytes of registers spilled"), ({"instruction": "mma"}, "instruction mma, not wgmma"),
-                          ({"shared": DEVICES["sm_90"].shared_per_block + 1}, "over the 232448 of an H100"),
-                          ({"instruction": "none", "target": "sm_80"}, "instruction none, not mma"),
-                          ({"float_atomics": 2}, "2 float atomics, whose sums differ from run to run")):
+    for change, words in (
+        ({"spills": 8}, "8 bytes of registers spilled"),
+        ({"instruction": "mma"}, "instruction mma, not wgmma"),
+        ({"shared": DEVICES["sm_90"].shared_per_block + 1}, "over the 232448 of an H100"),
+        ({"instruction": "none", "target": "sm_80"}, "instruction none, not mma"),
+        ({"float_atomics": 2}, "2 float atomics, whose sums differ from run to run"),
+    ):
         (line,) = Row(**{**good, **change}).failures()
         assert words in line and "\n" not in line
-    assert FLOAT_ATOMIC.search("@%p1 red.global.gpu.relaxed.add.f32 [%rd1], %r1;") and FLOAT_ATOMIC.search("atom.add.noftz.bf16x2 %r1, [%rd1], %r2;")
-    assert not FLOAT_ATOMIC.search("atom.global.gpu.relaxed.add.u64 %rd2, [%rd1], %rd3;  mul.f32 %r1, %r2, %r3;")
+    assert FLOAT_ATOMIC.search(
+        "@%p1 red.global.gpu.relaxed.add.f32 [%rd1], %r1;"
+    ) and FLOAT_ATOMIC.search("atom.add.noftz.bf16x2 %r1, [%rd1], %r2;")
+    assert not FLOAT_ATOMIC.search(
+        "atom.global.gpu.relaxed.add.u64 %rd2, [%rd1], %rd3;  mul.f32 %r1, %r2, %r3;"
+    )
 
 
 def test_an_unknown_target_is_refused() -> None:
     done = run_command("-m", "emotrain.cli", "kernels", "--target", "sm_42")
-    assert done.returncode == 2 and done.stderr == "error: target sm_42 is not known; choose of sm_80, sm_90, sm_100\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: target sm_42 is not known; choose of sm_80, sm_90, sm_100\n"
+    )
 
 
 # ---- the roofline
@@ -97,34 +168,56 @@ def launches() -> list[Launch]:
     num_experts, num_chosen = PUBLISHED["num_experts"], PUBLISHED["num_chosen"]
     with torch.device("meta"), recording("sm_90", seen.append):
         slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
-        slots = SortedSlots(torch.empty_like(slot_R), slot_R, torch.empty(num_experts, dtype=torch.int64))
-        leaves = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape, dtype in (
-            ((tokens, width), torch.bfloat16), ((tokens, num_chosen), torch.float32),
-            ((num_experts, 2 * hidden, width), torch.bfloat16), ((num_experts, hidden, width), torch.bfloat16))]
+        slots = SortedSlots(
+            torch.empty_like(slot_R), slot_R, torch.empty(num_experts, dtype=torch.int64)
+        )
+        leaves = [
+            torch.empty(shape, dtype=dtype, requires_grad=True)
+            for shape, dtype in (
+                ((tokens, width), torch.bfloat16),
+                ((tokens, num_chosen), torch.float32),
+                ((num_experts, 2 * hidden, width), torch.bfloat16),
+                ((num_experts, hidden, width), torch.bfloat16),
+            )
+        ]
         grouped_mlp_triton(leaves[0], leaves[1], slots, *leaves[2:]).backward(leaves[0].detach())
     return seen
 
 
 def test_the_roofline_counts_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name by name, and the bytes of every launch from its own arguments: each tensor once, rows gathered by token once a slot."""
+    """Name by name, and the bytes of every launch from its own arguments: each tensor once, rows
+    gathered by token once a slot."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import roofline
 
     sizes = [PUBLISHED[name] for name in ("tokens", "width", "hidden", "num_experts", "num_chosen")]
     counted, _ = roofline.fused(roofline.Layer(*sizes))
     seen = launches()
-    assert [kernel.name for kernel in counted] == [launch.kernel.__name__.removesuffix("_kernel") for launch in seen]
+    assert [kernel.name for kernel in counted] == [
+        launch.kernel.__name__.removesuffix("_kernel") for launch in seen
+    ]
     for kernel, launch in zip(counted, seen, strict=True):
-        tensors = {id(argument): argument for argument in launch.arguments if isinstance(argument, torch.Tensor)}.values()
+        tensors = {
+            id(argument): argument
+            for argument in launch.arguments
+            if isinstance(argument, torch.Tensor)
+        }.values()
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         gathers = kernel.name in ("gate_up", "grad_hidden", "weight_grad")
-        moved += gathers * (PUBLISHED["num_chosen"] - 1) * PUBLISHED["tokens"] * PUBLISHED["width"] * 2
+        moved += (
+            gathers * (PUBLISHED["num_chosen"] - 1) * PUBLISHED["tokens"] * PUBLISHED["width"] * 2
+        )
         # The tables of tiles and of experts are left out on paper.
-        assert moved == pytest.approx(kernel.bytes, rel=0.002 if kernel.name != "plan" else 0.01), kernel.name
+        assert moved == pytest.approx(kernel.bytes, rel=0.002 if kernel.name != "plan" else 0.01), (
+            kernel.name
+        )
 
 
 def test_the_roofline_bar() -> None:
     done = run_command("benchmarks/roofline.py", "--json")
     result = json.loads(done.stdout)
-    assert result["traffic_over_permute_copy"] <= 0.60 and result["note"] == "a model on paper, not a measurement"
+    assert (
+        result["traffic_over_permute_copy"] <= 0.60
+        and result["note"] == "a model on paper, not a measurement"
+    )
     assert "not a measurement" in run_command("benchmarks/roofline.py").stdout

@@ -1,7 +1,9 @@
-"""The launch files start what they say: real processes on one node and on two, Slurm by stand-ins for its commands.
+"""The launch files start what they say: real processes on one node and on two, Slurm by stand-ins
+for its commands.
 
-Proves that processes find each other and train, that a stop ends with 75 and a checkpoint, that Slurm's job queues itself again after
-75 and after nothing else, and that every variable a script reads is explained at its top.
+Proves that processes find each other and train, that a stop ends with 75 and a checkpoint, that
+Slurm's job queues itself again after 75 and after nothing else, and that every variable a script
+reads is explained at its top.
 """
 
 from __future__ import annotations
@@ -46,14 +48,31 @@ STAND_INS = {
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This process' environment with a Python for the scripts and nothing of a launcher that runs the tests themselves."""
-    kept = {key: value for key, value in os.environ.items() if not re.match(r"SLURM_|RANK$|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC", key)}
-    return {**kept, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PROCESSES_PER_NODE": "2", **variables}
+    """This process' environment with a Python for the scripts and nothing of a launcher that
+    runs the tests themselves."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not re.match(r"SLURM_|RANK$|LOCAL_|WORLD_SIZE|MASTER_|TORCHELASTIC", key)
+    }
+    return {
+        **kept,
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "PROCESSES_PER_NODE": "2",
+        **variables,
+    }
 
 
 def start(script: Path, *arguments: object, **variables: str) -> subprocess.Popen:
-    return subprocess.Popen(["bash", script, *map(str, arguments)], cwd=ROOT, env=environment(**variables), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        ["bash", script, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(**variables),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, str]:
@@ -65,7 +84,10 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> tuple[int, str, s
 
 
 def config_file(folder: Path, data: Path, **training) -> Path:
-    save_config(config_from_dict(tiny_settings(data, folder / "run", micro_batch=2, **training)), folder / "config.yaml")
+    save_config(
+        config_from_dict(tiny_settings(data, folder / "run", micro_batch=2, **training)),
+        folder / "config.yaml",
+    )
     return folder / "config.yaml"
 
 
@@ -75,7 +97,8 @@ def summary(stdout: str) -> dict:
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """Variables of a job of two tasks whose `srun` and `scontrol` note their arguments in files under CALLS."""
+    """Variables of a job of two tasks whose `srun` and `scontrol` note their arguments in files
+    under CALLS."""
     commands, calls = tmp_path / "bin", tmp_path / "calls"
     commands.mkdir()
     calls.mkdir()
@@ -85,8 +108,15 @@ def slurm(tmp_path) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return {"PATH": f"{commands}:{os.environ['PATH']}", "CALLS": str(calls), "CODES": str(tmp_path / "codes"), "SLURM_JOB_ID": "4711",
-            "SLURM_JOB_NODELIST": "node-[1-2]", "SLURM_NTASKS": "2", "MASTER_PORT": str(port)}
+    return {
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "CODES": str(tmp_path / "codes"),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node-[1-2]",
+        "SLURM_NTASKS": "2",
+        "MASTER_PORT": str(port),
+    }
 
 
 # ---- the scripts as text
@@ -96,14 +126,27 @@ def slurm(tmp_path) -> dict[str, str]:
 def test_a_script_explains_every_variable_it_reads(script):
     subprocess.run(["bash", "-n", script], check=True)
     header, body = script.read_text().split("set -euo pipefail", 1)
-    read = set(re.findall(r"\$\{?([A-Z][A-Z_]+)", body)) - SLURM_SETS - {"BASH_SOURCE", "MASTER_ADDR", "OMP_NUM_THREADS"}
-    assert read and not [name for name in read if not re.search(rf"^#   {name}=", header, re.MULTILINE)]
-    assert "PATH_TO" not in body and not re.search(r"/(home|scratch|gpfs|lustre|mnt)/", script.read_text())
+    read = (
+        set(re.findall(r"\$\{?([A-Z][A-Z_]+)", body))
+        - SLURM_SETS
+        - {"BASH_SOURCE", "MASTER_ADDR", "OMP_NUM_THREADS"}
+    )
+    assert read and not [
+        name for name in read if not re.search(rf"^#   {name}=", header, re.MULTILINE)
+    ]
+    assert "PATH_TO" not in body and not re.search(
+        r"/(home|scratch|gpfs|lustre|mnt)/", script.read_text()
+    )
 
 
 def test_torchrun_without_a_configuration_prints_its_help():
     code, stdout, _ = finish(start(SCRIPTS[0]))
-    assert code == 2 and stdout.startswith("Train with torchrun") and "RENDEZVOUS=" in stdout and "set -euo" not in stdout
+    assert (
+        code == 2
+        and stdout.startswith("Train with torchrun")
+        and "RENDEZVOUS=" in stdout
+        and "set -euo" not in stdout
+    )
 
 
 def test_the_hostfile_is_one_that_deepspeed_reads():
@@ -125,24 +168,41 @@ def test_one_node_trains_with_two_processes(tiny_data, tmp_path):
 def test_a_stopped_run_on_one_node_saves_and_ends_with_75(tiny_data, tmp_path):
     process = start(SCRIPTS[0], config_file(tmp_path, tiny_data, steps=100_000), "--json")
     metrics_file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
-    while not (metrics_file.is_file() and metrics_file.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (metrics_file.is_file() and metrics_file.stat().st_size)
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     code, stdout, stderr = finish(process)
     assert code == 75, stderr
     assert summary(stdout)["interrupted"]
-    assert checkpoint.load_state(checkpoint.find(tmp_path / "run")).step == summary(stdout)["step"] > 0
+    assert (
+        checkpoint.load_state(checkpoint.find(tmp_path / "run")).step == summary(stdout)["step"] > 0
+    )
 
 
 def test_two_nodes_meet_at_the_rendezvous(tiny_data, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = [start(SCRIPTS[0], config_file(tmp_path, tiny_data), "--json", NODES="2", RENDEZVOUS=endpoint, PROCESSES_PER_NODE="1")
-             for _ in range(2)]
+    nodes = [
+        start(
+            SCRIPTS[0],
+            config_file(tmp_path, tiny_data),
+            "--json",
+            NODES="2",
+            RENDEZVOUS=endpoint,
+            PROCESSES_PER_NODE="1",
+        )
+        for _ in range(2)
+    ]
     ends = [finish(node) for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    assert [summary(stdout)["step"] for _, stdout, _ in ends if stdout.strip()] == [6], "the first rank alone reports, and of one run"
+    assert [summary(stdout)["step"] for _, stdout, _ in ends if stdout.strip()] == [6], (
+        "the first rank alone reports, and of one run"
+    )
 
 
 def children(pid: int) -> list[int]:
@@ -155,55 +215,81 @@ def test_two_nodes_go_on_after_a_process_of_one_of_them_died(tiny_data, tmp_path
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     config = config_file(tmp_path, tiny_data, steps=60, checkpoint_every=10)
-    variables = {"NODES": "2", "RENDEZVOUS": endpoint, "PROCESSES_PER_NODE": "1", "MAX_RESTARTS": "1"}
+    variables = {
+        "NODES": "2",
+        "RENDEZVOUS": endpoint,
+        "PROCESSES_PER_NODE": "1",
+        "MAX_RESTARTS": "1",
+    }
     nodes = [start(SCRIPTS[0], config, "--json", **variables) for _ in range(2)]
     metrics_file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
     while not (metrics_file.is_file() and len(metrics_file.read_text().splitlines()) >= 15):
         assert time.monotonic() < deadline and all(node.poll() is None for node in nodes)
         time.sleep(0.05)
-    agent, = children(nodes[1].pid)
+    (agent,) = children(nodes[1].pid)
     os.kill(children(agent)[-1], signal.SIGKILL)
     ends = [finish(node) for node in nodes]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    assert all("going on from" in stderr for _, _, stderr in ends), "both nodes' processes were started again"
+    assert all("going on from" in stderr for _, _, stderr in ends), (
+        "both nodes' processes were started again"
+    )
     steps = [json.loads(line)["step"] for line in metrics_file.read_text().splitlines()]
     assert steps == list(range(1, 61))
 
 
 def test_several_nodes_without_a_meeting_place_are_refused(tmp_path):
     code, _, stderr = finish(start(SCRIPTS[0], "config.yaml", NODES="2"))
-    assert code == 2 and stderr.startswith("error: NODES=2 needs RENDEZVOUS=HOST:PORT") and len(stderr.splitlines()) == 1
+    assert (
+        code == 2
+        and stderr.startswith("error: NODES=2 needs RENDEZVOUS=HOST:PORT")
+        and len(stderr.splitlines()) == 1
+    )
 
 
 # ---- Slurm
 
 
 def test_slurm_tasks_train_as_one_run(slurm, tiny_data, tmp_path):
-    code, stdout, stderr = finish(start(SCRIPTS[1], config_file(tmp_path, tiny_data), "--json", **slurm))
+    code, stdout, stderr = finish(
+        start(SCRIPTS[1], config_file(tmp_path, tiny_data), "--json", **slurm)
+    )
     assert code == 0, stderr
     assert summary(stdout)["step"] == 6
     assert "requeue" not in (tmp_path / "calls/scontrol").read_text()
 
 
-@pytest.mark.parametrize(("codes", "ended", "starts", "requeued"), [
-    ([0], 0, 1, False),
-    ([75], 75, 1, True),
-    ([2], 2, 1, False),
-    ([137, 1, 0], 0, 3, False),
-    ([1, 75], 75, 2, True),
-    ([1, 1, 1, 0], 1, 3, False),
-])
+@pytest.mark.parametrize(
+    ("codes", "ended", "starts", "requeued"),
+    [
+        ([0], 0, 1, False),
+        ([75], 75, 1, True),
+        ([2], 2, 1, False),
+        ([137, 1, 0], 0, 3, False),
+        ([1, 75], 75, 2, True),
+        ([1, 1, 1, 0], 1, 3, False),
+    ],
+)
 def test_slurm_queues_the_job_again_after_75_alone(codes, ended, starts, requeued, slurm, tmp_path):
     (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
     trainer = str(tmp_path / "bin/trainer")
-    code, _, stderr = finish(start(SCRIPTS[1], "CONFIG", "optimizer.lr=1", **{**slurm, "PYTHON": trainer, "SLURM_NTASKS": "1"}))
+    code, _, stderr = finish(
+        start(
+            SCRIPTS[1],
+            "CONFIG",
+            "optimizer.lr=1",
+            **{**slurm, "PYTHON": trainer, "SLURM_NTASKS": "1"},
+        )
+    )
     assert code == ended, stderr
     calls = (tmp_path / "calls/srun").read_text().splitlines()
-    assert len(calls) == starts and all(f"{trainer} launch/pretrain.py CONFIG optimizer.lr=1" in call for call in calls)
+    assert len(calls) == starts and all(
+        f"{trainer} launch/pretrain.py CONFIG optimizer.lr=1" in call for call in calls
+    )
     assert ("requeue 4711" in (tmp_path / "calls/scontrol").read_text().splitlines()) == requeued
     first = int(slurm["MASTER_PORT"])
     assert (tmp_path / "calls/ranks").read_text().splitlines() == [
-        f"127.0.0.1:{first + attempt} rank 0 of 1, local 0" for attempt in range(starts)], "a new port each time: the old one may linger"
+        f"127.0.0.1:{first + attempt} rank 0 of 1, local 0" for attempt in range(starts)
+    ], "a new port each time: the old one may linger"
 
 
 def test_slurm_outside_of_a_job_says_how_to_submit(tmp_path):

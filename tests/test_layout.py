@@ -1,8 +1,10 @@
-"""The layout does not change the result: processes, expert parallelism, copies, micro-batches, recomputation and schedule give the
-same losses, gradients, gradient norm, clipped update and routing statistics.
+"""The layout does not change the result: processes, expert parallelism, copies, micro-batches,
+recomputation and schedule give the same losses, gradients, gradient norm, clipped update and
+routing statistics.
 
-Everything is compared with one process that runs the whole global batch as one micro-batch, in fp64 to 1e-9 and in fp32 to
-1e-5, over five steps. Some documents go on in another row, and so in another micro-batch or process.
+Everything is compared with one process that runs the whole global batch as one micro-batch, in fp64
+to 1e-9 and in fp32 to 1e-5, over five steps. Some documents go on in another row, and so in another
+micro-batch or process.
 """
 
 from __future__ import annotations
@@ -34,13 +36,24 @@ ROWS, LENGTH = 8, 24
 
 def config(parallel: dict | None = None, **losses) -> Config:
     """Seven routed experts: they divide by no number of ranks."""
-    return config_from_dict({
-        "model": {"vocab_size": 64, "d_model": 16, "num_layers": 2, "num_heads": 2, "init_std": 0.2,
-                  "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
-                  "router": {"pool": {"kind": "uniform", "min": 1, "max": 7}}},
-        "losses": losses, "data": {"sequence_length": LENGTH}, "parallel": parallel or {},
-        "optimizer": {"lr": 1e-2, "clip_norm": 0.5},
-        "training": {"steps": 1, "global_batch": ROWS, "micro_batch": 1}})
+    return config_from_dict(
+        {
+            "model": {
+                "vocab_size": 64,
+                "d_model": 16,
+                "num_layers": 2,
+                "num_heads": 2,
+                "init_std": 0.2,
+                "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
+                "router": {"pool": {"kind": "uniform", "min": 1, "max": 7}},
+            },
+            "losses": losses,
+            "data": {"sequence_length": LENGTH},
+            "parallel": parallel or {},
+            "optimizer": {"lr": 1e-2, "clip_norm": 0.5},
+            "training": {"steps": 1, "global_batch": ROWS, "micro_batch": 1},
+        }
+    )
 
 
 def global_batch(step: int) -> tuple[np.ndarray, list[list[int]], list[list[int]]]:
@@ -56,7 +69,12 @@ def micro_batches(step: int, size: int, rank: int, world_size: int) -> list[Pack
     tokens, lengths, ids = global_batch(step)
     per_rank = ROWS // world_size
     starts = range(rank * per_rank, (rank + 1) * per_rank, size)
-    return [PackedBatch.from_segments(tokens[s:s + size], lengths[s:s + size], ids[s:s + size], True) for s in starts]
+    return [
+        PackedBatch.from_segments(
+            tokens[s : s + size], lengths[s : s + size], ids[s : s + size], True
+        )
+        for s in starts
+    ]
 
 
 def build(settings: Config, ranks: Ranks, dtype: torch.dtype) -> Transformer:
@@ -71,21 +89,46 @@ def build(settings: Config, ranks: Ranks, dtype: torch.dtype) -> Transformer:
 
 def whole(tensors) -> torch.Tensor:
     """All of some tensors, gathered from wherever their parts are."""
-    return torch.cat([(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten() for t in tensors])
+    return torch.cat(
+        [(t.full_tensor() if isinstance(t, DTensor) else t).detach().flatten() for t in tensors]
+    )
 
 
-def train(settings: Config, size: int, ranks: Ranks, steps: int = 5, dtype: torch.dtype = torch.float64,
-          after_step: Callable[[Transformer], object] = lambda model: None) -> list[torch.Tensor]:
+def train(
+    settings: Config,
+    size: int,
+    ranks: Ranks,
+    steps: int = 5,
+    dtype: torch.dtype = torch.float64,
+    after_step: Callable[[Transformer], object] = lambda model: None,
+) -> list[torch.Tensor]:
     """Losses, clipped gradients and parameters of a few steps."""
     model = build(settings, ranks, dtype)
     optimizer = build_optimizer(model, settings.optimizer)
     record = []
     for step in range(1, steps + 1):
-        result = forward_backward(model, micro_batches(step, size, ranks.rank, ranks.world_size), settings, step, ranks)
+        result = forward_backward(
+            model, micro_batches(step, size, ranks.rank, ranks.world_size), settings, step, ranks
+        )
         routing = routing_metrics(result.reports, ranks)
-        record.append(torch.tensor([result.loss, result.cross_entropy, result.z, result.balance, result.router_z, result.grad_norm,
-                                    result.num_targets, *routing["load_imbalance"], *routing["effective_experts"],
-                                    *routing["token_entropy_nats"], *routing["pool_size_mean"]], dtype=torch.float64))
+        record.append(
+            torch.tensor(
+                [
+                    result.loss,
+                    result.cross_entropy,
+                    result.z,
+                    result.balance,
+                    result.router_z,
+                    result.grad_norm,
+                    result.num_targets,
+                    *routing["load_imbalance"],
+                    *routing["effective_experts"],
+                    *routing["token_entropy_nats"],
+                    *routing["pool_size_mean"],
+                ],
+                dtype=torch.float64,
+            )
+        )
         record.append(whole(p.grad for p in model.parameters()))
         optimizer.step()
         record.append(whole(model.parameters()))
@@ -95,16 +138,25 @@ def train(settings: Config, size: int, ranks: Ranks, steps: int = 5, dtype: torc
 
 def _worker(rank, world_size, settings, size, folder, options):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
+    )
     torch.save(train(settings, size, Ranks(rank, world_size), **options), f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_processes(settings: Config, size: int, world_size: int, folder, **options) -> list[list[torch.Tensor]]:
+def run_processes(
+    settings: Config, size: int, world_size: int, folder, **options
+) -> list[list[torch.Tensor]]:
     """The record of every process."""
     if world_size == 1:
         return [train(settings, size, Ranks(), **options)]
-    mp.start_processes(_worker, (world_size, settings, size, str(folder), options), nprocs=world_size, start_method="fork")
+    mp.start_processes(
+        _worker,
+        (world_size, settings, size, str(folder), options),
+        nprocs=world_size,
+        start_method="fork",
+    )
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
@@ -136,9 +188,19 @@ class Case:
 
 def cases() -> list[Case]:
     """Every layout that fits in four processes."""
-    layouts = [(world_size, replicate, ep) for world_size in (1, 2, 4) for replicate in (1, 2, 4) for ep in (1, 2, 4)
-               if world_size % replicate == 0 and world_size // replicate % ep == 0]
-    return [Case(*layout, micro, recompute) for layout in layouts for micro in (1, 2) for recompute in ("none", "selective", "full")]
+    layouts = [
+        (world_size, replicate, ep)
+        for world_size in (1, 2, 4)
+        for replicate in (1, 2, 4)
+        for ep in (1, 2, 4)
+        if world_size % replicate == 0 and world_size // replicate % ep == 0
+    ]
+    return [
+        Case(*layout, micro, recompute)
+        for layout in layouts
+        for micro in (1, 2)
+        for recompute in ("none", "selective", "full")
+    ]
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)
@@ -150,14 +212,21 @@ def test_no_layout_changes_training(case: Case, tmp_path) -> None:
 
 @pytest.mark.parametrize("case", [case for case in cases() if case.recompute == "none"], ids=str)
 def test_no_layout_changes_training_in_fp32(case: Case, tmp_path) -> None:
-    """To 1e-5 of the largest gradient or parameter: rounding is of that size, whatever the smaller ones are."""
-    for record in run_processes(case.settings, case.size, case.world_size, tmp_path, dtype=torch.float32):
+    """To 1e-5 of the largest gradient or parameter: rounding is of that size, whatever the
+    smaller ones are."""
+    for record in run_processes(
+        case.settings, case.size, case.world_size, tmp_path, dtype=torch.float32
+    ):
         for got, wanted in zip(record, expected(torch.float32), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+            torch.testing.assert_close(
+                got, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item()
+            )
 
 
 def test_evaluation_between_steps_changes_nothing() -> None:
-    evaluated = train(config(), ROWS, Ranks(), after_step=lambda model: model(micro_batches(99, ROWS, 0, 1)[0]))
+    evaluated = train(
+        config(), ROWS, Ranks(), after_step=lambda model: model(micro_batches(99, ROWS, 0, 1)[0])
+    )
     for got, wanted in zip(evaluated, expected(), strict=True):
         assert torch.equal(got, wanted)
 
@@ -175,12 +244,20 @@ def test_the_running_schedule_is_exact_with_one_micro_batch_and_only_near_with_s
 def test_scopes_count_what_they_say(tmp_path):
     """data_parallel balances each micro-batch over ranks, micro_batch each one alone."""
     whole = config(balance_scope="data_parallel")
-    torch.testing.assert_close(train(whole, ROWS, Ranks(), 1)[1], train(config(), ROWS, Ranks(), 1)[1])
+    torch.testing.assert_close(
+        train(whole, ROWS, Ranks(), 1)[1], train(config(), ROWS, Ranks(), 1)[1]
+    )
     # Two ranks with half of the rows each: one micro-batch a rank is the global batch again.
     for record in run_processes(whole, ROWS // 2, 2, tmp_path):
-        torch.testing.assert_close(record[1], train(config(), ROWS, Ranks(), 1)[1], rtol=1e-9, atol=1e-12)
-    # A micro-batch of one row counts itself alone: its experts look less balanced than those of the whole batch do.
-    balance = {scope: train(config(balance_scope=scope), 1, Ranks(), 1)[0][3] for scope in ("micro_batch", "global_batch")}
+        torch.testing.assert_close(
+            record[1], train(config(), ROWS, Ranks(), 1)[1], rtol=1e-9, atol=1e-12
+        )
+    # A micro-batch of one row counts itself alone: its experts look less balanced than those of the
+    # whole batch do.
+    balance = {
+        scope: train(config(balance_scope=scope), 1, Ranks(), 1)[0][3]
+        for scope in ("micro_batch", "global_batch")
+    }
     assert balance["micro_batch"] > balance["global_batch"]
 
 
@@ -192,10 +269,21 @@ def test_padding_changes_no_loss_gradient_or_statistic():
     results = []
     for rows in (ROWS, ROWS + 1):
         padded = np.concatenate([tokens, np.zeros((1, LENGTH), dtype=tokens.dtype)])[:rows]
-        batch = PackedBatch.from_segments(padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True)
+        batch = PackedBatch.from_segments(
+            padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True
+        )
         result = forward_backward(model, [batch], settings, 1, Ranks())
-        results.append(({key: value for key, value in vars(result).items() if key not in ("reports", "micro_batch_losses")}, routing_metrics(result.reports, Ranks()),
-                        torch.cat([p.grad.flatten() for p in model.parameters()])))
+        results.append(
+            (
+                {
+                    key: value
+                    for key, value in vars(result).items()
+                    if key not in ("reports", "micro_batch_losses")
+                },
+                routing_metrics(result.reports, Ranks()),
+                torch.cat([p.grad.flatten() for p in model.parameters()]),
+            )
+        )
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
     for key, values in results[0][1].items():
         assert values == pytest.approx(results[1][1][key], rel=1e-12), key

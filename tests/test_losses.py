@@ -1,5 +1,5 @@
-"""Proves the losses: the blockwise head against torch's cross entropy, balance and router losses against spec 2.6 and 2.7,
-and that the sums of micro-batches add up to the loss of the step."""
+"""Proves the losses: the blockwise head against torch's cross entropy, balance and router losses
+against spec 2.6 and 2.7, and that the sums of micro-batches add up to the loss of the step."""
 
 from __future__ import annotations
 
@@ -22,15 +22,22 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def head_arguments(num_tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def head_arguments(
+    num_tokens: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, head and targets, every third of them ignored."""
     targets_T = torch.randint(VOCAB, (num_tokens,))
     targets_T[::3] = IGNORE
-    return (torch.randn(num_tokens, WIDTH, dtype=dtype, requires_grad=True),
-            torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=True), targets_T)
+    return (
+        torch.randn(num_tokens, WIDTH, dtype=dtype, requires_grad=True),
+        torch.randn(VOCAB, WIDTH, dtype=dtype, requires_grad=True),
+        targets_T,
+    )
 
 
-def cross_entropy_oracle(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def cross_entropy_oracle(
+    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, z_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
     logits_TV = (hidden_TD @ head_VD.T).to(torch.promote_types(hidden_TD.dtype, torch.float32))
     cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
     z = logits_TV[targets_T != IGNORE].logsumexp(dim=1).square().sum()
@@ -40,35 +47,62 @@ def cross_entropy_oracle(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor, 
 # ---- linear_cross_entropy
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 @pytest.mark.parametrize("z_weight", [0.0, 0.3])
 @pytest.mark.parametrize("num_tokens, block_tokens", [(1, 4), (8, 4), (9, 4), (10, 1), (10, 1000)])
-def test_value_and_gradients(dtype: torch.dtype, tolerance: float, z_weight: float, num_tokens: int, block_tokens: int,
-                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_value_and_gradients(
+    dtype: torch.dtype,
+    tolerance: float,
+    z_weight: float,
+    num_tokens: int,
+    block_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """In blocks that divide the tokens, that leave a rest, and of all tokens at once."""
     itemsize = torch.promote_types(dtype, torch.float32).itemsize
-    monkeypatch.setitem(linear_cross_entropy.__globals__, "BLOCK_BYTES", block_tokens * VOCAB * itemsize)
+    monkeypatch.setitem(
+        linear_cross_entropy.__globals__, "BLOCK_BYTES", block_tokens * VOCAB * itemsize
+    )
     *leaves, targets_T = head_arguments(num_tokens, dtype)
-    ours, theirs = (loss(*leaves, targets_T, z_weight) for loss in (linear_cross_entropy, cross_entropy_oracle))
+    ours, theirs = (
+        loss(*leaves, targets_T, z_weight) for loss in (linear_cross_entropy, cross_entropy_oracle)
+    )
     assert not ours[1].requires_grad and not ours[2].requires_grad
     scale = 0.25  # a gradient from above other than 1
-    pairs = [*zip(ours, theirs, strict=True), *zip(torch.autograd.grad(scale * ours[0], leaves),
-                                                   torch.autograd.grad(scale * theirs[0], leaves), strict=True)]
+    pairs = [
+        *zip(ours, theirs, strict=True),
+        *zip(
+            torch.autograd.grad(scale * ours[0], leaves),
+            torch.autograd.grad(scale * theirs[0], leaves),
+            strict=True,
+        ),
+    ]
     for our_value, their_value in pairs:
         assert our_value.dtype == their_value.dtype
-        torch.testing.assert_close(our_value, their_value, rtol=tolerance, atol=tolerance * max(1.0, their_value.abs().max().item()))
+        torch.testing.assert_close(
+            our_value,
+            their_value,
+            rtol=tolerance,
+            atol=tolerance * max(1.0, their_value.abs().max().item()),
+        )
 
 
 def test_gradcheck() -> None:
     *leaves, targets_T = head_arguments(5)
-    assert torch.autograd.gradcheck(lambda hidden, head: linear_cross_entropy(hidden, head, targets_T, 0.1)[0], leaves)
+    assert torch.autograd.gradcheck(
+        lambda hidden, head: linear_cross_entropy(hidden, head, targets_T, 0.1)[0], leaves
+    )
 
 
 def test_ignored_positions_count_nothing_and_get_no_gradient() -> None:
     hidden_TD, head_VD, targets_T = head_arguments(6)
     loss, _, _ = linear_cross_entropy(hidden_TD, head_VD, targets_T, 0.1)
-    grad_TD, = torch.autograd.grad(loss, [hidden_TD])
-    assert (grad_TD[targets_T == IGNORE] == 0).all() and (grad_TD[targets_T != IGNORE] != 0).any(dim=1).all()
+    (grad_TD,) = torch.autograd.grad(loss, [hidden_TD])
+    assert (grad_TD[targets_T == IGNORE] == 0).all() and (grad_TD[targets_T != IGNORE] != 0).any(
+        dim=1
+    ).all()
     all_ignored = linear_cross_entropy(hidden_TD, head_VD, torch.full_like(targets_T, IGNORE), 0.1)
     assert [value.item() for value in all_ignored] == [0, 0, 0]
     assert not torch.autograd.grad(all_ignored[0], [head_VD])[0].any()
@@ -79,7 +113,9 @@ def test_large_logits_stay_finite_and_no_gradient_is_formed_without_need() -> No
     with torch.no_grad():
         loss, cross_entropy, z = linear_cross_entropy(1e4 * hidden_TD, head_VD, targets_T, 0.0)
     assert loss.isfinite() and z.isfinite() and not loss.requires_grad
-    expected = F.cross_entropy(1e4 * hidden_TD @ head_VD.T, targets_T, ignore_index=IGNORE, reduction="sum")
+    expected = F.cross_entropy(
+        1e4 * hidden_TD @ head_VD.T, targets_T, ignore_index=IGNORE, reduction="sum"
+    )
     torch.testing.assert_close(cross_entropy, expected.detach())
 
 
@@ -87,8 +123,12 @@ def test_language_model_sums_count_targets() -> None:
     batch, model = tiny_batch(padded=True), tiny_model()
     output = model(batch)
     sums = language_model_sums(output, model.head, batch, z_weight=0.01)
-    expected = cross_entropy_oracle(output.hidden_TD, model.head.weight, batch.targets_BS.flatten(), 0.01)
-    torch.testing.assert_close(torch.stack([sums.lm, sums.cross_entropy, sums.z]), torch.stack(expected))
+    expected = cross_entropy_oracle(
+        output.hidden_TD, model.head.weight, batch.targets_BS.flatten(), 0.01
+    )
+    torch.testing.assert_close(
+        torch.stack([sums.lm, sums.cross_entropy, sums.z]), torch.stack(expected)
+    )
     assert sums.num_targets.item() == (batch.targets_BS != IGNORE).sum().item() == 15 + 8
 
 
@@ -116,34 +156,48 @@ def test_balance_is_one_when_balanced_and_n_when_all_go_to_one() -> None:
 
 
 def test_balance_and_its_gradient_follow_the_formula() -> None:
-    """Spec 2.6: N/k * sum_i C_i P_i / T with P_i a mean over the T tokens; its gradient is constant in each P_i."""
+    """Spec 2.6: N/k * sum_i C_i P_i / T with P_i a mean over the T tokens; its gradient is
+    constant in each P_i."""
     num_tokens, chosen = 40, 3
     counts_N = torch.bincount(torch.randint(8, (num_tokens * chosen,)), minlength=8)
     probability_TN = torch.randn(num_tokens, 8, dtype=torch.float64).softmax(dim=1).requires_grad_()
     loss = load_balance_loss(counts_N, probability_TN.sum(dim=0), num_tokens)
     mean_N = probability_TN.mean(dim=0)
-    assert loss.item() == pytest.approx(8 / chosen * sum(c * p for c, p in zip(counts_N.tolist(), mean_N.tolist(), strict=True)) / num_tokens)
+    assert loss.item() == pytest.approx(
+        8
+        / chosen
+        * sum(c * p for c, p in zip(counts_N.tolist(), mean_N.tolist(), strict=True))
+        / num_tokens
+    )
     loss.backward()
     expected_N = 8 / chosen * counts_N / num_tokens / num_tokens
     torch.testing.assert_close(probability_TN.grad, expected_N.double().expand(num_tokens, 8))
 
 
 def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> None:
-    """Two micro-batches with the step's counts and token number sum to the loss of one batch that holds both."""
+    """Two micro-batches with the step's counts and token number sum to the loss of one batch
+    that holds both."""
     model, whole = tiny_model(), tiny_batch(((5, 7, 4), (9, 7)))
     model.double()
     sizes_LG = draw_pool_sizes(model.config.router.pool, whole.document_ids_G, 2, seed=0, step=1)
     report = model(whole, sizes_LG).routing
     counts = [layer.counts_N for layer in report.layers]
     balance, z = router_loss(report, counts, report.num_tokens)
-    by_layer = [load_balance_loss(c, layer.probability_sum_N, 32) for c, layer in zip(counts, report.layers, strict=True)]
+    by_layer = [
+        load_balance_loss(c, layer.probability_sum_N, 32)
+        for c, layer in zip(counts, report.layers, strict=True)
+    ]
     assert balance.item() == pytest.approx(sum(by_layer).item() / 2)
     assert z.item() == pytest.approx(sum(layer.z_sum.item() for layer in report.layers) / 2 / 32)
 
     totals = torch.zeros(2, dtype=torch.float64)
     for row, documents in ((0, slice(0, 3)), (1, slice(3, 5))):
-        part = type(whole)(whole.tokens_BS[row:row + 1], whole.targets_BS[row:row + 1],
-                           whole.document_BS[row:row + 1] - documents.start, whole.document_ids_G[documents])
+        part = type(whole)(
+            whole.tokens_BS[row : row + 1],
+            whole.targets_BS[row : row + 1],
+            whole.document_BS[row : row + 1] - documents.start,
+            whole.document_ids_G[documents],
+        )
         part_report = model(part, sizes_LG[:, documents]).routing
         totals += torch.stack(router_loss(part_report, counts, report.num_tokens)).detach()
     torch.testing.assert_close(totals, torch.stack([balance, z]).detach())

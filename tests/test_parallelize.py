@@ -1,5 +1,6 @@
-"""Proves the plan apart from its numbers (test_layout.py): layouts that cannot be are refused with the equation that fails, groups lie
-where they should, and recomputation keeps less and decides nothing twice."""
+"""Proves the plan apart from its numbers (test_layout.py): layouts that cannot be are refused with
+the equation that fails, groups lie where they should, and recomputation keeps less and decides
+nothing twice."""
 
 from __future__ import annotations
 
@@ -22,48 +23,76 @@ from emotrain.training.loop import forward_backward
 
 
 def layout_config(**parallel: int) -> Config:
-    return config_from_dict({"parallel": parallel, "training": {"global_batch": 1024, "micro_batch": 4}})
+    return config_from_dict(
+        {"parallel": parallel, "training": {"global_batch": 1024, "micro_batch": 4}}
+    )
 
 
 # ---- layouts
 
 
-@pytest.mark.parametrize(("world_size", "parallel", "expected"), [
-    (128, {}, (1, 128, 1, 128)), (128, {"ep": 8}, (1, 128, 8, 16)), (128, {"replicate": 4, "ep": 8}, (4, 32, 8, 4)),
-    (128, {"replicate": 16, "shard": 8, "ep": 8}, (16, 8, 8, 1)), (128, {"ep": 64}, (1, 128, 64, 2)), (1, {}, (1, 1, 1, 1))])
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "expected"),
+    [
+        (128, {}, (1, 128, 1, 128)),
+        (128, {"ep": 8}, (1, 128, 8, 16)),
+        (128, {"replicate": 4, "ep": 8}, (4, 32, 8, 4)),
+        (128, {"replicate": 16, "shard": 8, "ep": 8}, (16, 8, 8, 1)),
+        (128, {"ep": 64}, (1, 128, 64, 2)),
+        (1, {}, (1, 1, 1, 1)),
+    ],
+)
 def test_axes_follow_from_the_equations(world_size: int, parallel: dict, expected: tuple) -> None:
     layout = Layout.of(layout_config(**parallel), world_size)
     assert (layout.replicate, layout.shard, layout.ep, layout.expert_dp) == expected
     assert layout.replicate * layout.ep * layout.expert_dp == world_size
 
 
-@pytest.mark.parametrize(("world_size", "parallel", "message"), [
-    (128, {"shard": 48}, "processes = replicate * shard fails: 128 != 1 * 48"),
-    (128, {"replicate": 3}, "processes = replicate * shard fails: 128 != 3 * 42"),
-    (2, {"replicate": 4}, "processes = replicate * shard fails: 2 != 4 * 0"),
-    (128, {"ep": 3}, "shard = ep * expert_dp fails: parallel.ep=3 does not divide shard=128"),
-    (1, {"ep": 2}, "parallel.ep=2 does not divide shard=1"),
-    (128, {"ep": 128}, "parallel.ep=128 leaves ranks without any of the 127 routed experts"),
-    (96, {"ep": 2}, "model.experts.hidden=1024 is not a multiple of expert_dp=48"),
-    (3, {}, "training.global_batch=1024 is not a multiple of training.micro_batch=4 x 3 processes")])
-def test_layouts_that_cannot_be_are_refused_in_one_line(world_size: int, parallel: dict, message: str) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "message"),
+    [
+        (128, {"shard": 48}, "processes = replicate * shard fails: 128 != 1 * 48"),
+        (128, {"replicate": 3}, "processes = replicate * shard fails: 128 != 3 * 42"),
+        (2, {"replicate": 4}, "processes = replicate * shard fails: 2 != 4 * 0"),
+        (128, {"ep": 3}, "shard = ep * expert_dp fails: parallel.ep=3 does not divide shard=128"),
+        (1, {"ep": 2}, "parallel.ep=2 does not divide shard=1"),
+        (128, {"ep": 128}, "parallel.ep=128 leaves ranks without any of the 127 routed experts"),
+        (96, {"ep": 2}, "model.experts.hidden=1024 is not a multiple of expert_dp=48"),
+        (
+            3,
+            {},
+            "training.global_batch=1024 is not a multiple of training.micro_batch=4 x 3 processes",
+        ),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused_in_one_line(
+    world_size: int, parallel: dict, message: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         Layout.of(layout_config(**parallel), world_size)
     assert "\n" not in str(refused.value)
 
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:
-    dense = config_from_dict({"model": {"experts": {"count": 1, "shared": 1, "per_token": 1}}, "parallel": {"ep": 2}})
+    dense = config_from_dict(
+        {"model": {"experts": {"count": 1, "shared": 1, "per_token": 1}}, "parallel": {"ep": 2}}
+    )
     with pytest.raises(ValueError, match="leaves ranks without any of the 0 routed experts"):
         Layout.of(dense, 2)
 
 
 def _groups(rank: int) -> None:
     meshes = build_meshes(Layout(4, replicate=1, shard=4, ep=2), "cpu")
-    assert dist.get_process_group_ranks(meshes.ep.get_group()) == [rank // 2 * 2, rank // 2 * 2 + 1], "neighbours exchange tokens"
+    assert dist.get_process_group_ranks(meshes.ep.get_group()) == [
+        rank // 2 * 2,
+        rank // 2 * 2 + 1,
+    ], "neighbours exchange tokens"
     assert dist.get_process_group_ranks(meshes.experts.get_group()) == [rank % 2, rank % 2 + 2]
     copies = build_meshes(Layout(4, replicate=2, shard=2, ep=2), "cpu")
-    assert copies.dense.mesh_dim_names == ("replicate", "shard") and copies.experts.mesh_dim_names == ("replicate", "expert_dp")
+    assert copies.dense.mesh_dim_names == (
+        "replicate",
+        "shard",
+    ) and copies.experts.mesh_dim_names == ("replicate", "expert_dp")
     assert dist.get_process_group_ranks(copies.ep.get_group()) == [rank // 2 * 2, rank // 2 * 2 + 1]
 
 
@@ -71,13 +100,24 @@ def test_token_exchange_stays_among_neighbouring_ranks(tmp_path) -> None:
     run(4, tmp_path, _groups)
 
 
-@pytest.mark.parametrize(("shape", "num_ranks", "axis"), [
-    ((1, 2048, 2048), 128, 1),  # the shared expert
-    ((127, 2048, 2048), 128, 0), ((127, 2048, 2048), 16, 0), ((127, 2048, 2048), 256, 1),
-    ((128, 2048), 1024, 1),  # a router
-    ((100352, 2048), 128, 0), ((2048,), 1024, 0), ((3,), 2, 0)])
-def test_parameters_are_cut_where_nothing_is_padded(shape: tuple[int, ...], num_ranks: int, axis: int) -> None:
-    """FSDP pads the first axis to a multiple of the ranks: a shared expert over 128 ranks would weigh as much as 128."""
+@pytest.mark.parametrize(
+    ("shape", "num_ranks", "axis"),
+    [
+        ((1, 2048, 2048), 128, 1),  # the shared expert
+        ((127, 2048, 2048), 128, 0),
+        ((127, 2048, 2048), 16, 0),
+        ((127, 2048, 2048), 256, 1),
+        ((128, 2048), 1024, 1),  # a router
+        ((100352, 2048), 128, 0),
+        ((2048,), 1024, 0),
+        ((3,), 2, 0),
+    ],
+)
+def test_parameters_are_cut_where_nothing_is_padded(
+    shape: tuple[int, ...], num_ranks: int, axis: int
+) -> None:
+    """FSDP pads the first axis to a multiple of the ranks: a shared expert over 128 ranks would
+    weigh as much as 128."""
     assert _cut(torch.nn.Parameter(torch.empty(shape, device="meta")), num_ranks).dim == axis
 
 
@@ -104,8 +144,15 @@ def test_recomputation_repeats_products_and_no_routing_decision() -> None:
         with CountedOperations() as counted:
             forward_backward(model, [tiny_batch()], settings, 1, Ranks())
         ran[recompute] = {operation: counted.ran[operation] for operation in ROUTING_DECISIONS}
-        products[recompute] = sum(count for operation, count in counted.ran.items() if operation.overloadpacket is torch.ops.aten.mm)
-    assert ran["none"] == ran["selective"] == ran["full"] and sum(ran["none"].values()) >= 2 * settings.model.num_layers
+        products[recompute] = sum(
+            count
+            for operation, count in counted.ran.items()
+            if operation.overloadpacket is torch.ops.aten.mm
+        )
+    assert (
+        ran["none"] == ran["selective"] == ran["full"]
+        and sum(ran["none"].values()) >= 2 * settings.model.num_layers
+    )
     assert products["none"] < products["selective"] < products["full"]
 
 
@@ -130,5 +177,10 @@ def test_recomputation_keeps_less() -> None:
 def test_one_process_needs_no_group() -> None:
     assert not dist.is_initialized()
     settings = tiny_config()
-    built, plain = build_model(settings, Ranks()), Transformer(settings.model).initialize(settings.training.seed)
-    assert all(torch.equal(a, b) for a, b in zip(built.parameters(), plain.parameters(), strict=True))
+    built, plain = (
+        build_model(settings, Ranks()),
+        Transformer(settings.model).initialize(settings.training.seed),
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(built.parameters(), plain.parameters(), strict=True)
+    )

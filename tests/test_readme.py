@@ -1,4 +1,5 @@
-"""The README is true: its commands run, its links lead somewhere, make knows its targets, and the quickstart works end to end."""
+"""The README is true: its commands run, its links lead somewhere, make knows its targets, and
+the quickstart works end to end."""
 
 from __future__ import annotations
 
@@ -22,8 +23,16 @@ COMMANDS = [line for block in BLOCKS for line in block]
 # What makes a command of minutes one of seconds; everything else runs as it is written.
 SMALLER = {
     "prepare": ["--workers", "1"],
-    "pretrain": ["training.steps=3", "training.global_batch=2", "training.micro_batch=2", "data.sequence_length=64", "model.d_model=16",
-                 "model.num_layers=1", "model.experts.hidden=8", "training.tensorboard=false"],
+    "pretrain": [
+        "training.steps=3",
+        "training.global_batch=2",
+        "training.micro_batch=2",
+        "data.sequence_length=64",
+        "model.d_model=16",
+        "model.num_layers=1",
+        "model.experts.hidden=8",
+        "training.tensorboard=false",
+    ],
     "evaluate": ["--documents", "2", "--calibration-documents", "1"],
 }
 
@@ -31,8 +40,14 @@ SMALLER = {
 def run_as_written(line: str, folder: Path) -> subprocess.CompletedProcess:
     words = shlex.split(line)
     extra = next((more for name, more in SMALLER.items() if name in " ".join(words[:2])), [])
-    program = [sys.executable, *words[1:]] if words[0] == "python" else [sys.executable, "-m", "emotrain.cli", *words[1:]]
-    return subprocess.run([*program, *extra], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+    program = (
+        [sys.executable, *words[1:]]
+        if words[0] == "python"
+        else [sys.executable, "-m", "emotrain.cli", *words[1:]]
+    )
+    return subprocess.run(
+        [*program, *extra], cwd=folder, capture_output=True, text=True, check=False, timeout=240
+    )
 
 
 @pytest.fixture
@@ -71,29 +86,56 @@ def test_links_and_targets_exist():
 
 def test_every_command_teaches():
     names = ["prepare", "inspect", "evaluate", "report", "kernels", "settings"]
-    overview = subprocess.run([sys.executable, "-m", "emotrain.cli", "--help"], capture_output=True, text=True, check=True).stdout
+    overview = subprocess.run(
+        [sys.executable, "-m", "emotrain.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
     for name in names:
         assert name in overview
-        text = subprocess.run([sys.executable, "-m", "emotrain.cli", name, "--help"], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [sys.executable, "-m", "emotrain.cli", name, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         assert "--json" in text, f"{name} reports without --json"
-    assert "examples:" in subprocess.run([sys.executable, ROOT / "launch/pretrain.py", "--help"], capture_output=True, text=True, check=True).stdout
+    assert (
+        "examples:"
+        in subprocess.run(
+            [sys.executable, ROOT / "launch/pretrain.py", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
 
 
 def test_make_quickstart_end_to_end(tmp_path):
-    """The Makefile's own recipe, with the environment at hand instead of a new one, and three steps of training."""
+    """The Makefile's own recipe, with the environment at hand instead of a new one, and three
+    steps of training."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     for name in ("configs", "launch", "Makefile", "pyproject.toml", "emotrain"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = tmp_path / ".venv"
     (environment / "bin").mkdir(parents=True)
-    (environment / "bin" / "emotrain").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m emotrain.cli "$@"\n')
-    (environment / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@" ${{SMALLER}}\n')
+    (environment / "bin" / "emotrain").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" -m emotrain.cli "$@"\n'
+    )
+    (environment / "bin" / "python").write_text(
+        f'#!/bin/sh\nexec "{sys.executable}" "$@" ${{SMALLER}}\n'
+    )
     for script in (environment / "bin").iterdir():
         script.chmod(0o755)
     (environment / ".installed").touch()
-    done = subprocess.run(["make", "quickstart", f"EVALUATE={' '.join(SMALLER['evaluate'])}"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=280,
-                          env={**os.environ, "SMALLER": " ".join(SMALLER["pretrain"])})
+    done = subprocess.run(
+        ["make", "quickstart", f"EVALUATE={' '.join(SMALLER['evaluate'])}"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+        env={**os.environ, "SMALLER": " ".join(SMALLER["pretrain"])},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done: open runs/quickstart/report.html" in done.stdout
     page = (tmp_path / "runs/quickstart/report.html").read_text(encoding="utf-8")

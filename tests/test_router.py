@@ -1,5 +1,5 @@
-"""Proves the five ideas of the router, each against a slow loop that states it (spec 2.3), and what EMO promises of them:
-one document's routing is its own business."""
+"""Proves the five ideas of the router, each against a slow loop that states it (spec 2.3), and what
+EMO promises of them: one document's routing is its own business."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import PoolConfig
-from emotrain.model.router import DocumentPoolRouter, LayerRouting, document_scores, draw_pool_sizes, route, select_pool
-
+from emotrain.model.router import (
+    DocumentPoolRouter,
+    LayerRouting,
+    document_scores,
+    draw_pool_sizes,
+    route,
+    select_pool,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,9 @@ fast = settings(max_examples=25, deadline=None)
 # ---- oracles: the method as loops over tokens, documents and experts
 
 
-def scores_oracle(probabilities_TN: Tensor, document_T: Tensor, num_documents: int) -> list[list[float]]:
+def scores_oracle(
+    probabilities_TN: Tensor, document_T: Tensor, num_documents: int
+) -> list[list[float]]:
     scores = [[0.0] * probabilities_TN.shape[1] for _ in range(num_documents)]
     for token, document in enumerate(document_T.tolist()):
         for expert, probability in enumerate(probabilities_TN[token].tolist()):
@@ -42,8 +50,11 @@ def pool_oracle(scores: list[float], size: int) -> list[bool]:
     return [expert in best for expert in range(len(scores))]
 
 
-def route_oracle(logits: list[float], num_chosen: int, gating: str, normalize: bool) -> dict[int, float]:
-    """Expert -> weight of one token; -inf is outside the pool. Equal logits go to any of the equals."""
+def route_oracle(
+    logits: list[float], num_chosen: int, gating: str, normalize: bool
+) -> dict[int, float]:
+    """Expert -> weight of one token; -inf is outside the pool. Equal logits go to any of the
+    equals."""
     inside = [expert for expert, logit in enumerate(logits) if logit > -math.inf]
     if gating == "softmax":
         total = sum(math.exp(logits[expert]) for expert in inside)
@@ -58,8 +69,10 @@ def route_oracle(logits: list[float], num_chosen: int, gating: str, normalize: b
 def choices(weights_TK: Tensor, experts_TK: Tensor, num_routed: int) -> list[dict[int, float]]:
     """Expert -> weight of each token, without empty slots (which must weigh nothing)."""
     assert (weights_TK[experts_TK == num_routed] == 0).all()
-    return [{e: w for e, w in zip(experts, weights, strict=True) if e < num_routed}
-            for experts, weights in zip(experts_TK.tolist(), weights_TK.tolist(), strict=True)]
+    return [
+        {e: w for e, w in zip(experts, weights, strict=True) if e < num_routed}
+        for experts, weights in zip(experts_TK.tolist(), weights_TK.tolist(), strict=True)
+    ]
 
 
 # ---- document_scores, select_pool, route
@@ -69,29 +82,42 @@ def choices(weights_TK: Tensor, experts_TK: Tensor, num_routed: int) -> list[dic
 def test_document_scores_sum_each_documents_tokens(num_documents: int) -> None:
     document_T = random_document_T(40, num_documents, seed=1)
     probabilities_TN = torch.rand(40, 6, dtype=torch.float64)
-    expected = torch.tensor(scores_oracle(probabilities_TN, document_T, num_documents), dtype=torch.float64)
-    torch.testing.assert_close(document_scores(probabilities_TN, document_T, num_documents), expected)
+    expected = torch.tensor(
+        scores_oracle(probabilities_TN, document_T, num_documents), dtype=torch.float64
+    )
+    torch.testing.assert_close(
+        document_scores(probabilities_TN, document_T, num_documents), expected
+    )
 
 
 @fast
-@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.data())
-def test_select_pool_takes_the_best_and_ties_go_to_the_lower_expert(scores: list[list[int]], data: st.DataObject) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5), st.data()
+)
+def test_select_pool_takes_the_best_and_ties_go_to_the_lower_expert(
+    scores: list[list[int]], data: st.DataObject
+) -> None:
     sizes = [data.draw(st.integers(0, 8)) for _ in scores]
     pool_GN = select_pool(torch.tensor(scores, dtype=torch.float32), torch.tensor(sizes))
-    assert pool_GN.tolist() == [pool_oracle(row, size) for row, size in zip(scores, sizes, strict=True)]
+    assert pool_GN.tolist() == [
+        pool_oracle(row, size) for row, size in zip(scores, sizes, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("pool_size", [1, 2, 3, 8])
 def test_route_agrees_with_the_loop(gating: str, normalize: bool, pool_size: int) -> None:
-    """Also where the pool holds fewer experts than a token may choose: the rest of its slots are empty."""
+    """Also where the pool holds fewer experts than a token may choose: the rest of its slots are
+    empty."""
     logits_TN = torch.randn(12, 8, dtype=torch.float64)
     outside_TN = torch.rand(12, 8).argsort(dim=1) >= pool_size
     logits_TN = logits_TN.masked_fill(outside_TN, -torch.inf)
     probabilities_TN, weights_TK, experts_TK = route(logits_TN, 3, gating, normalize)
     for token, chosen in enumerate(choices(weights_TK, experts_TK, 8)):
-        assert chosen == pytest.approx(route_oracle(logits_TN[token].tolist(), 3, gating, normalize))
+        assert chosen == pytest.approx(
+            route_oracle(logits_TN[token].tolist(), 3, gating, normalize)
+        )
         assert len(chosen) == min(3, pool_size)
     assert (probabilities_TN[outside_TN] == 0).all()
     if gating == "softmax":
@@ -99,7 +125,9 @@ def test_route_agrees_with_the_loop(gating: str, normalize: bool, pool_size: int
 
 
 def test_weights_are_the_probabilities_of_the_chosen_not_renormalised() -> None:
-    probabilities_TN, weights_TK, experts_TK = route(torch.randn(5, 8), 3, "softmax", normalize=False)
+    probabilities_TN, weights_TK, experts_TK = route(
+        torch.randn(5, 8), 3, "softmax", normalize=False
+    )
     assert torch.equal(weights_TK, probabilities_TN.gather(1, experts_TK))
     assert (weights_TK.sum(dim=1) < 1).all()
 
@@ -107,8 +135,16 @@ def test_weights_are_the_probabilities_of_the_chosen_not_renormalised() -> None:
 # ---- draw_pool_sizes
 
 
-def sizes(ids: list[int] | Tensor, kind: str = "uniform", low: int = 8, high: int = 128, per: str = "layer", layers: int = 4,
-          seed: int = 0, step: int = 0) -> Tensor:
+def sizes(
+    ids: list[int] | Tensor,
+    kind: str = "uniform",
+    low: int = 8,
+    high: int = 128,
+    per: str = "layer",
+    layers: int = 4,
+    seed: int = 0,
+    step: int = 0,
+) -> Tensor:
     pool = PoolConfig(kind=kind, min=low, max=high, size=32, per=per)
     return draw_pool_sizes(pool, torch.as_tensor(ids), layers, seed, step)
 
@@ -125,14 +161,25 @@ def test_drawn_sizes_are_uniform_over_the_inclusive_range() -> None:
 def test_draws_of_another_seed_step_layer_or_document_are_unrelated(other: dict[str, int]) -> None:
     ids = torch.arange(20_000)
     first = sizes(ids, layers=2).double()
-    for second in (sizes(ids, layers=2, **other).double()[0], first[1], sizes(ids + 1, layers=2).double()[0]):
+    for second in (
+        sizes(ids, layers=2, **other).double()[0],
+        first[1],
+        sizes(ids + 1, layers=2).double()[0],
+    ):
         correlation = torch.corrcoef(torch.stack([first[0], second]))[0, 1]
         assert abs(correlation) < 0.03, "four deviations of 1 / sqrt(20000)"
 
 
 @fast
-@given(st.lists(st.integers(-1, 2**62), min_size=1, max_size=8), st.integers(0, 2**63 - 1), st.integers(0, 10**7), st.permutations(range(8)))
-def test_a_draw_depends_on_its_own_document_only(ids: list[int], seed: int, step: int, order: list[int]) -> None:
+@given(
+    st.lists(st.integers(-1, 2**62), min_size=1, max_size=8),
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 10**7),
+    st.permutations(range(8)),
+)
+def test_a_draw_depends_on_its_own_document_only(
+    ids: list[int], seed: int, step: int, order: list[int]
+) -> None:
     """Not on the rest of the batch nor on its order; the same after any number of other draws."""
     drawn = sizes(ids, seed=seed, step=step)
     order = [i for i in order if i < len(ids)]
@@ -157,17 +204,23 @@ WIDTH, ROUTED = 6, 8
 
 
 def make_router(seed: int = 0, **overrides) -> DocumentPoolRouter:
-    router = DocumentPoolRouter(tiny_config(**{"model__d_model": WIDTH, "model__num_heads": 1, **overrides}).model, layer=0).double()
+    router = DocumentPoolRouter(
+        tiny_config(**{"model__d_model": WIDTH, "model__num_heads": 1, **overrides}).model, layer=0
+    ).double()
     torch.nn.init.normal_(router.weight_ED.data, generator=torch.Generator().manual_seed(seed))
     return router
 
 
-def flat_batch(document_T: Tensor, ids_G: Tensor | None = None, has_padding: bool = False) -> PackedBatch:
+def flat_batch(
+    document_T: Tensor, ids_G: Tensor | None = None, has_padding: bool = False
+) -> PackedBatch:
     ids_G = torch.arange(int(document_T.max()) + 1) if ids_G is None else ids_G
     return PackedBatch(document_T[None], document_T[None], document_T[None], ids_G, has_padding)
 
 
-def run(router: DocumentPoolRouter, x_TD: Tensor, document_T: Tensor, size_G: Tensor | None, **arguments) -> LayerRouting:
+def run(
+    router: DocumentPoolRouter, x_TD: Tensor, document_T: Tensor, size_G: Tensor | None, **arguments
+) -> LayerRouting:
     return route_all(router, x_TD, flat_batch(document_T), size_G, **arguments)
 
 
@@ -176,61 +229,111 @@ def per_token(routing: LayerRouting, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_the_router_is_its_parts_in_order() -> None:
-    """Scores before the pool, a pool a document, softmax inside it, choices, counts, losses: all by loops."""
-    router, x_TD, document_T = make_router(), torch.randn(30, WIDTH, dtype=torch.float64), random_document_T(30, 4, seed=2)
+    """Scores before the pool, a pool a document, softmax inside it, choices, counts, losses: all
+    by loops."""
+    router, x_TD, document_T = (
+        make_router(),
+        torch.randn(30, WIDTH, dtype=torch.float64),
+        random_document_T(30, 4, seed=2),
+    )
     size_G = torch.tensor([1, 3, 5, 9])
     routing = run(router, x_TD, document_T, size_G)
     logits_TN = (x_TD @ router.weight_ED[:ROUTED].T).detach()
     scores = scores_oracle(logits_TN.softmax(dim=1), document_T, 4)
     pools = [pool_oracle(row, size) for row, size in zip(scores, size_G.tolist(), strict=True)]
-    counts, probability_sum, z, entropy = [0] * ROUTED, torch.zeros(ROUTED, dtype=torch.float64), 0.0, 0.0
+    counts, probability_sum, z, entropy = (
+        [0] * ROUTED,
+        torch.zeros(ROUTED, dtype=torch.float64),
+        0.0,
+        0.0,
+    )
     chosen_T = choices(routing.weights_TK, routing.experts_TK, ROUTED)
     for token, document in enumerate(document_T.tolist()):
-        inside = [logit if pool else -math.inf for logit, pool in zip(logits_TN[token].tolist(), pools[document], strict=True)]
+        inside = [
+            logit if pool else -math.inf
+            for logit, pool in zip(logits_TN[token].tolist(), pools[document], strict=True)
+        ]
         assert chosen_T[token] == pytest.approx(route_oracle(inside, 3, "softmax", False))
         for expert in chosen_T[token]:
             counts[expert] += 1
         mass = sum(math.exp(logit) for logit in inside)
         probability_sum += torch.tensor([math.exp(logit) / mass for logit in inside])
         z += math.log(mass) ** 2
-        entropy -= sum(p * math.log(p) for p in (math.exp(logit) / mass for logit in inside) if p > 0)
+        entropy -= sum(
+            p * math.log(p) for p in (math.exp(logit) / mass for logit in inside) if p > 0
+        )
     assert routing.counts_N.tolist() == counts
     torch.testing.assert_close(routing.probability_sum_N.detach(), probability_sum)
     assert (routing.z_sum.item(), routing.entropy_sum.item()) == pytest.approx((z, entropy))
-    torch.testing.assert_close(routing.document_scores_GN, torch.tensor(scores, dtype=torch.float64))
+    torch.testing.assert_close(
+        routing.document_scores_GN, torch.tensor(scores, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("size", [ROUTED, ROUTED + 1, 128])
 def test_a_pool_of_all_experts_is_no_pool(size: int) -> None:
-    router, x_TD, document_T = make_router(), torch.randn(20, WIDTH, dtype=torch.float64), random_document_T(20, 3, seed=3)
-    pooled, free = run(router, x_TD, document_T, torch.full((3,), size)), run(router, x_TD, document_T, None)
-    for name in ("weights_TK", "experts_TK", "counts_N", "probability_sum_N", "z_sum", "document_scores_GN"):
+    router, x_TD, document_T = (
+        make_router(),
+        torch.randn(20, WIDTH, dtype=torch.float64),
+        random_document_T(20, 3, seed=3),
+    )
+    pooled, free = (
+        run(router, x_TD, document_T, torch.full((3,), size)),
+        run(router, x_TD, document_T, None),
+    )
+    for name in (
+        "weights_TK",
+        "experts_TK",
+        "counts_N",
+        "probability_sum_N",
+        "z_sum",
+        "document_scores_GN",
+    ):
         assert torch.equal(getattr(pooled, name), getattr(free, name)), name
 
 
 def test_probabilities_in_the_pool_are_the_free_ones_over_their_mass() -> None:
-    router, x_TD, document_T = make_router(), torch.randn(20, WIDTH, dtype=torch.float64), random_document_T(20, 3, seed=4)
+    router, x_TD, document_T = (
+        make_router(),
+        torch.randn(20, WIDTH, dtype=torch.float64),
+        random_document_T(20, 3, seed=4),
+    )
     size_G = torch.tensor([3, 4, 6])
     routing = run(router, x_TD, document_T, size_G)
     free_TN = routing.logits_TN.softmax(dim=1)
     pool_TN = select_pool(routing.document_scores_GN, size_G)[document_T]
     expected_TN = free_TN * pool_TN / (free_TN * pool_TN).sum(dim=1, keepdim=True)
     torch.testing.assert_close(routing.probability_sum_N.detach(), expected_TN.sum(dim=0))
-    torch.testing.assert_close(routing.weights_TK.detach(), expected_TN.gather(1, routing.experts_TK))
+    torch.testing.assert_close(
+        routing.weights_TK.detach(), expected_TN.gather(1, routing.experts_TK)
+    )
     assert pool_TN.gather(1, routing.experts_TK).all()
 
 
 def test_z_loss_over_the_pool_or_over_all_logits() -> None:
-    router, x_TD, document_T = make_router(), torch.randn(10, WIDTH, dtype=torch.float64), random_document_T(10, 2, seed=5)
-    by_scope = {scope: run(router, x_TD, document_T, torch.tensor([3, 3]), z_logits=scope).z_sum.item() for scope in ("pool", "all")}
+    router, x_TD, document_T = (
+        make_router(),
+        torch.randn(10, WIDTH, dtype=torch.float64),
+        random_document_T(10, 2, seed=5),
+    )
+    by_scope = {
+        scope: run(router, x_TD, document_T, torch.tensor([3, 3]), z_logits=scope).z_sum.item()
+        for scope in ("pool", "all")
+    }
     everything = run(router, x_TD, document_T, None)
-    assert by_scope["all"] == pytest.approx(everything.logits_TN.logsumexp(dim=1).square().sum().item())
+    assert by_scope["all"] == pytest.approx(
+        everything.logits_TN.logsumexp(dim=1).square().sum().item()
+    )
     assert by_scope["pool"] != pytest.approx(by_scope["all"])
 
 
 @pytest.mark.parametrize("size_G", [None, torch.tensor([2, 5, 3])])
 def test_kept_experts_bound_the_pool(size_G: Tensor | None) -> None:
-    router, x_TD, document_T = make_router(), torch.randn(20, WIDTH, dtype=torch.float64), random_document_T(20, 3, seed=6)
+    router, x_TD, document_T = (
+        make_router(),
+        torch.randn(20, WIDTH, dtype=torch.float64),
+        random_document_T(20, 3, seed=6),
+    )
     kept_GN = torch.rand(3, ROUTED).argsort(dim=1) < 4
     routing = run(router, x_TD, document_T, size_G, kept_GN=kept_GN)
     for token, chosen in enumerate(choices(routing.weights_TK, routing.experts_TK, ROUTED)):
@@ -243,8 +346,12 @@ def test_kept_experts_bound_the_pool(size_G: Tensor | None) -> None:
 def test_padding_changes_no_statistic(size: int | None) -> None:
     router, x_TD = make_router(), torch.randn(20, WIDTH, dtype=torch.float64)
     document_T = torch.arange(3).repeat_interleave(torch.tensor([6, 6, 8]))
-    size_3, size_2 = (None, None) if size is None else (torch.full((3,), size), torch.full((2,), size))
-    padded = route_all(router, x_TD, flat_batch(document_T, torch.tensor([5, 6, -1]), has_padding=True), size_3)
+    size_3, size_2 = (
+        (None, None) if size is None else (torch.full((3,), size), torch.full((2,), size))
+    )
+    padded = route_all(
+        router, x_TD, flat_batch(document_T, torch.tensor([5, 6, -1]), has_padding=True), size_3
+    )
     bare = route_all(router, x_TD[:12], flat_batch(document_T[:12], torch.tensor([5, 6])), size_2)
     for name in ("counts_N", "probability_sum_N", "z_sum", "entropy_sum"):
         torch.testing.assert_close(getattr(padded, name), getattr(bare, name), msg=name)
@@ -255,12 +362,21 @@ def test_padding_changes_no_statistic(size: int | None) -> None:
 
 @fast
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(0, 20))
-def test_routing_survives_any_reordering_of_the_batch(seed: int, num_documents: int, extra: int) -> None:
-    """Permuting the tokens of all documents, interleaved as they come, permutes the routing and nothing else."""
+def test_routing_survives_any_reordering_of_the_batch(
+    seed: int, num_documents: int, extra: int
+) -> None:
+    """Permuting the tokens of all documents, interleaved as they come, permutes the routing and
+    nothing else."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = num_documents + extra
-    router, x_TD = make_router(seed), torch.randn(num_tokens, WIDTH, dtype=torch.float64, generator=generator)
-    document_T, size_G = random_document_T(num_tokens, num_documents, seed), torch.randint(1, 9, (num_documents,), generator=generator)
+    router, x_TD = (
+        make_router(seed),
+        torch.randn(num_tokens, WIDTH, dtype=torch.float64, generator=generator),
+    )
+    document_T, size_G = (
+        random_document_T(num_tokens, num_documents, seed),
+        torch.randint(1, 9, (num_documents,), generator=generator),
+    )
     order = torch.randperm(num_tokens, generator=generator)
     before = run(router, x_TD, document_T, size_G)
     after = run(router, x_TD[order], document_T[order], size_G)
@@ -271,12 +387,20 @@ def test_routing_survives_any_reordering_of_the_batch(seed: int, num_documents: 
 
 @fast
 @given(st.integers(0, 2**31), st.integers(2, 5), st.integers(0, 20))
-def test_a_document_is_routed_as_if_it_were_alone(seed: int, num_documents: int, extra: int) -> None:
+def test_a_document_is_routed_as_if_it_were_alone(
+    seed: int, num_documents: int, extra: int
+) -> None:
     """So whatever its neighbours say, its pool and its tokens' experts stay the same."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = num_documents + extra
-    router, x_TD = make_router(seed), torch.randn(num_tokens, WIDTH, dtype=torch.float64, generator=generator)
-    document_T, size_G = random_document_T(num_tokens, num_documents, seed), torch.randint(1, 9, (num_documents,), generator=generator)
+    router, x_TD = (
+        make_router(seed),
+        torch.randn(num_tokens, WIDTH, dtype=torch.float64, generator=generator),
+    )
+    document_T, size_G = (
+        random_document_T(num_tokens, num_documents, seed),
+        torch.randint(1, 9, (num_documents,), generator=generator),
+    )
     together = run(router, x_TD, document_T, size_G)
     own_T = document_T == 0
     alone = run(router, x_TD[own_T], document_T[own_T], size_G[:1])
@@ -286,7 +410,10 @@ def test_a_document_is_routed_as_if_it_were_alone(seed: int, num_documents: int,
         experts_TK, weights_TK = per_token(routing, own_T)
         assert torch.equal(experts_TK, alone.experts_TK)
         torch.testing.assert_close(weights_TK, alone.weights_TK.detach())
-        assert torch.equal(select_pool(routing.document_scores_GN, size_G)[0], select_pool(alone.document_scores_GN, size_G[:1])[0])
+        assert torch.equal(
+            select_pool(routing.document_scores_GN, size_G)[0],
+            select_pool(alone.document_scores_GN, size_G[:1])[0],
+        )
 
 
 # ---- shared experts, gradients, precision
@@ -295,27 +422,40 @@ def test_a_document_is_routed_as_if_it_were_alone(seed: int, num_documents: int,
 def test_the_routers_row_of_the_shared_expert_gets_no_gradient() -> None:
     router, x_TD = make_router(), torch.randn(10, WIDTH, dtype=torch.float64)
     routing = run(router, x_TD, torch.zeros(10, dtype=torch.int64), torch.tensor([5]))
-    (routing.weights_TK.square().sum() + routing.probability_sum_N.square().sum() + routing.z_sum).backward()
+    (
+        routing.weights_TK.square().sum() + routing.probability_sum_N.square().sum() + routing.z_sum
+    ).backward()
     assert (router.weight_ED.grad[-1] == 0).all()
-    assert (router.weight_ED.grad[:-1] != 0).any(dim=1).sum() == 5, "experts outside the pool get none either"
+    assert (router.weight_ED.grad[:-1] != 0).any(dim=1).sum() == 5, (
+        "experts outside the pool get none either"
+    )
 
 
 def test_shared_weights_are_one_or_a_softmax_over_their_logits() -> None:
-    x_TD, document_T = torch.randn(10, WIDTH, dtype=torch.float64), torch.zeros(10, dtype=torch.int64)
+    x_TD, document_T = (
+        torch.randn(10, WIDTH, dtype=torch.float64),
+        torch.zeros(10, dtype=torch.int64),
+    )
     for shared, rule, expected in ((2, "one", None), (1, "softmax", None), (2, "softmax", 2)):
         router = make_router(model__experts__shared=shared, model__router__shared_weight=rule)
         weights_TM = run(router, x_TD, document_T, None).shared_weights_TM
         if expected is None:
             assert weights_TM is None
         else:
-            torch.testing.assert_close(weights_TM, (x_TD @ router.weight_ED.T)[:, -expected:].softmax(dim=1))
+            torch.testing.assert_close(
+                weights_TM, (x_TD @ router.weight_ED.T)[:, -expected:].softmax(dim=1)
+            )
 
 
 def test_the_pool_itself_carries_no_gradient_but_the_probabilities_do() -> None:
     router, x_TD = make_router(), torch.randn(6, WIDTH, dtype=torch.float64)
     routing = run(router, x_TD, torch.zeros(6, dtype=torch.int64), torch.tensor([4]))
     assert not routing.document_scores_GN.requires_grad and not routing.logits_TN.requires_grad
-    assert routing.weights_TK.requires_grad and routing.probability_sum_N.requires_grad and routing.z_sum.requires_grad
+    assert (
+        routing.weights_TK.requires_grad
+        and routing.probability_sum_N.requires_grad
+        and routing.z_sum.requires_grad
+    )
 
 
 def test_router_arithmetic_is_fp32_on_bf16_operands_under_autocast() -> None:
@@ -324,4 +464,6 @@ def test_router_arithmetic_is_fp32_on_bf16_operands_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         routing = run(router, x_TD, torch.zeros(10, dtype=torch.int64), torch.tensor([4]))
     assert routing.logits_TN.dtype == routing.weights_TK.dtype == torch.float32
-    torch.testing.assert_close(routing.logits_TN, (x_TD.float() @ router.weight_ED[:ROUTED].bfloat16().float().T).detach())
+    torch.testing.assert_close(
+        routing.logits_TN, (x_TD.float() @ router.weight_ED[:ROUTED].bfloat16().float().T).detach()
+    )

@@ -1,6 +1,7 @@
-"""Proves of the data index that nothing of what a loader does at its start or for a window grows with documents or with the size of
-shards, that it still never hands out a byte that was not written, and that the scaling benchmark measures what it says. No time is
-asserted: that takes an idle machine."""
+"""Proves of the data index that nothing of what a loader does at its start or for a window grows
+with documents or with the size of shards, that it still never hands out a byte that was not
+written, and that the scaling benchmark measures what it says. No time is asserted: that takes an
+idle machine."""
 
 import json
 import os
@@ -43,12 +44,19 @@ def simulated(monkeypatch):
 
 
 def windows(folder, **options):
-    """Every window of a data set: its tokens, documents and their lengths, or the error that it gives."""
+    """Every window of a data set: its tokens, documents and their lengths, or the error that it
+    gives."""
     loader, found = Loader(folder, SEQUENCE, 0, **options), []
     for position in range(loader.num_sequences):
         try:
             batch = loader.batch([position])
-            found.append((batch.tokens_BS.tolist(), batch.document_BS.tolist(), batch.document_ids_G.tolist()))
+            found.append(
+                (
+                    batch.tokens_BS.tolist(),
+                    batch.document_BS.tolist(),
+                    batch.document_ids_G.tolist(),
+                )
+            )
         except ValueError as error:
             found.append(error)
     return found
@@ -62,11 +70,19 @@ def test_no_flipped_byte_reaches_a_batch(folder):
     path, right = folder / "train/shard-00001.arrow", windows(folder)
     whole, refused = path.read_bytes(), []
     for position in range(0, len(whole), 31):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1:])
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
         found = windows(folder)
         refused.append(sum(isinstance(one, ValueError) for one in found))
-        assert all(isinstance(one, ValueError) or one == expected for one, expected in zip(found, right, strict=True)), position
-        assert not [one for one in found if isinstance(one, ValueError) and ("shard-00001.arrow" not in str(one) or "\n" in str(one))]
+        assert all(
+            isinstance(one, ValueError) or one == expected
+            for one, expected in zip(found, right, strict=True)
+        ), position
+        assert not [
+            one
+            for one in found
+            if isinstance(one, ValueError)
+            and ("shard-00001.arrow" not in str(one) or "\n" in str(one))
+        ]
     assert 0 in refused and any(0 < count < 5 for count in refused)
 
 
@@ -75,7 +91,7 @@ def test_without_checksums_damage_points_nowhere_else(folder):
     path = folder / "train/shard-00001.arrow"
     whole = path.read_bytes()
     for position in range(0, len(whole), 29):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1:])
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1 :])
         for one in windows(folder, verify_checksums=False):
             if not isinstance(one, ValueError):
                 tokens, document_of, _ = one
@@ -90,17 +106,29 @@ def test_a_shard_of_another_data_set_is_refused(folder, tmp_path):
     batch = pa.ipc.open_file(path).get_batch(0)
     lists = batch.column("tokens")
     offsets, tokens = lists.offsets.to_numpy(), lists.values.to_numpy()
-    info = formats.write_shard(folder / "train/shard-00000.arrow", tokens[::-1].copy(), offsets, batch.column("domain").to_pylist(),
-                               batch.column("source").to_pylist())
+    info = formats.write_shard(
+        folder / "train/shard-00000.arrow",
+        tokens[::-1].copy(),
+        offsets,
+        batch.column("domain").to_pylist(),
+        batch.column("source").to_pylist(),
+    )
     assert info.bytes == Dataset(tmp_path / "other").shards["train"][0].bytes
     found = windows(folder)
-    assert any(isinstance(one, ValueError) for one in found) and not all(isinstance(one, ValueError) for one in found)
+    assert any(isinstance(one, ValueError) for one in found) and not all(
+        isinstance(one, ValueError) for one in found
+    )
 
 
 def test_shards_without_checksums_of_blocks_are_hashed_as_a_whole_once(folder, monkeypatch):
     right, hashed = windows(folder), []
-    edit(folder, lambda manifest: [shard.pop("sums") for shard in manifest["splits"]["train"]["shards"]])
-    monkeypatch.setattr(formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path))
+    edit(
+        folder,
+        lambda manifest: [shard.pop("sums") for shard in manifest["splits"]["train"]["shards"]],
+    )
+    monkeypatch.setattr(
+        formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
+    )
     assert windows(folder) == right
     assert sorted(hashed) == ["shard-00000.arrow", "shard-00001.arrow"]
 
@@ -108,7 +136,9 @@ def test_shards_without_checksums_of_blocks_are_hashed_as_a_whole_once(folder, m
 @pytest.mark.parametrize("sums", [3, "abc", None])
 def test_untrusted_checksums_are_refused(folder, sums):
     edit(folder, lambda manifest: manifest["splits"]["train"]["shards"][0].update(sums=sums))
-    with pytest.raises(ValueError, match=r"has sums=.* for train/shard-00000.arrow, they must be 64 digits or none"):
+    with pytest.raises(
+        ValueError, match=r"has sums=.* for train/shard-00000.arrow, they must be 64 digits or none"
+    ):
         Dataset(folder)
 
 
@@ -133,7 +163,9 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     hashed, block_sums = [], formats._block_sums
     monkeypatch.setattr(formats, "sha256_of", refuse)
     monkeypatch.setattr(formats, "_check_contents", refuse)
-    monkeypatch.setattr(formats, "_block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values))
+    monkeypatch.setattr(
+        formats, "_block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
+    )
     loader = Loader(folder, SEQUENCE, 0)
     assert loader.fingerprint and hashed == []
     loader.batch(range(loader.num_sequences))
@@ -159,14 +191,28 @@ def test_the_first_missing_shard_of_many_is_named(tmp_path, monkeypatch):
 
 @linux
 def test_starting_reads_the_manifest_and_no_shard(tmp_path, simulated):
-    """A hundred times the documents, or 16 times the tokens, in as many shards: the same start, but for digits in the manifest."""
+    """A hundred times the documents, or 16 times the tokens, in as many shards: the same start,
+    but for digits in the manifest."""
     read = {}
-    for name, tokens, document in (("long", 2**16, 400), ("short", 2**16, 4), ("large", 2**20, 400)):
+    for name, tokens, document in (
+        ("long", 2**16, 400),
+        ("short", 2**16, 4),
+        ("large", 2**20, 400),
+    ):
         infos = simulated.write_shards(tmp_path / name / "distinct", tokens, document, distinct=1)
-        size = simulated.link_index(tmp_path / name / "distinct", infos, tmp_path / name / "data", num_shards=50)
+        size = simulated.link_index(
+            tmp_path / name / "distinct", infos, tmp_path / name / "data", num_shards=50
+        )
         assert size["shards"] == 50 and size["tokens"] == 50 * tokens
-        run = simulated.in_fresh_process("start_loader", folder=str(tmp_path / name / "data"), sequence_length=64, first_step=10**9,
-                                         steps=2, global_batch=16, sequences=2)
+        run = simulated.in_fresh_process(
+            "start_loader",
+            folder=str(tmp_path / name / "data"),
+            sequence_length=64,
+            first_step=10**9,
+            steps=2,
+            global_batch=16,
+            sequences=2,
+        )
         read[name] = run["start_read_bytes"]
         assert read[name] < size["manifest_bytes"] + 10_000
         # 8 MB would be the least that arrays over all documents of "short" take.
@@ -178,8 +224,23 @@ def test_starting_reads_the_manifest_and_no_shard(tmp_path, simulated):
 
 
 def measure(*options):
-    done = subprocess.run([sys.executable, BENCHMARKS / "scaling.py", "--json", "--threads", "1", "--repeats", "1", *options],
-                          capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / "scaling.py",
+            "--json",
+            "--threads",
+            "1",
+            "--repeats",
+            "1",
+            *options,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -196,12 +257,38 @@ training: {global_batch: 16, micro_batch: 2, steps: 1, run_dir: runs/tiny}
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scaling")
     (folder / "tiny.yaml").write_text(TINY)
-    options = {"--shards": "3 30", "--shard-tokens": "65536", "--sequence-length": "64", "--global-batch": "16", "--sequences": "2",
-               "--steps": "2", "--ranks": "8", "--numbers": "100", "--gpus": "2 4", "--ep": "1 2", "--jobs": "1",
-               "--config": str(folder / "tiny.yaml")}
+    options = {
+        "--shards": "3 30",
+        "--shard-tokens": "65536",
+        "--sequence-length": "64",
+        "--global-batch": "16",
+        "--sequences": "2",
+        "--steps": "2",
+        "--ranks": "8",
+        "--numbers": "100",
+        "--gpus": "2 4",
+        "--ep": "1 2",
+        "--jobs": "1",
+        "--config": str(folder / "tiny.yaml"),
+    }
     words = [word for option, values in options.items() for word in (option, *values.split())]
-    done = subprocess.run([sys.executable, BENCHMARKS / "scaling.py", "--json", "--threads", "1", "--repeats", "1", *words],
-                          capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            BENCHMARKS / "scaling.py",
+            "--json",
+            "--threads",
+            "1",
+            "--repeats",
+            "1",
+            *words,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -209,10 +296,22 @@ def result(tmp_path_factory):
 @linux
 def test_benchmark_of_the_index(result):
     assert result["index_tokens"] == 30 * 65536 and result["index_shards"] == 30
-    for key in ("loader_start_seconds", "loader_start_peak_mib", "loader_first_batch_seconds", "loader_first_batch_peak_mib",
-                "loader_total_seconds", "loader_total_peak_mib", "loader_resume_seconds", "loader_start_read_bytes"):
+    for key in (
+        "loader_start_seconds",
+        "loader_start_peak_mib",
+        "loader_first_batch_seconds",
+        "loader_first_batch_peak_mib",
+        "loader_total_seconds",
+        "loader_total_peak_mib",
+        "loader_resume_seconds",
+        "loader_start_read_bytes",
+    ):
         assert result[key] > 0, key
-    assert result["loader_start_seconds"] < result["loader_first_batch_seconds"] < result["loader_total_seconds"]
+    assert (
+        result["loader_start_seconds"]
+        < result["loader_first_batch_seconds"]
+        < result["loader_total_seconds"]
+    )
     assert set(result["loader_by_shards"]) == {"3", "30"}
 
 
@@ -222,19 +321,33 @@ def test_benchmark_of_the_job(result):
     assert result["manifest_ranks"] == 8 and result["manifest_files"] == 2 * 8 + 4
     assert result["manifest_tensor_bytes"] == 3 * 4 * result["initial_values"]
     assert result["manifest_parts"] > 8 * 3 and result["manifest_bytes"] > 0
-    for key in ("manifest_plan_seconds", "manifest_seconds", "manifest_read_seconds", "manifest_load_plan_seconds", "meshes_seconds",
-                "parallelize_seconds", "initial_values_per_cpu_second", "initial_values_extrapolated_cpu_seconds"):
+    for key in (
+        "manifest_plan_seconds",
+        "manifest_seconds",
+        "manifest_read_seconds",
+        "manifest_load_plan_seconds",
+        "meshes_seconds",
+        "parallelize_seconds",
+        "initial_values_per_cpu_second",
+        "initial_values_extrapolated_cpu_seconds",
+    ):
         assert result[key] > 0, key
 
 
 @linux
 def test_benchmark_of_the_plan(result):
     rows = {(row["batch"], row["gpus"], row["ep"]): row for row in result["plan"]}
-    assert set(rows) == {(batch, gpus, ep) for batch in ("global", "per_gpu") for gpus in (2, 4) for ep in (1, 2)}
+    assert set(rows) == {
+        (batch, gpus, ep) for batch in ("global", "per_gpu") for gpus in (2, 4) for ep in (1, 2)
+    }
     assert rows["global", 2, 1]["micro_batches"] == 4 and rows["global", 4, 1]["micro_batches"] == 2
     assert rows["per_gpu", 4, 1]["global_batch"] == 8
     for row in rows.values():
-        assert row["communication_bytes_by_axis"] and row["tokens_per_second_per_gpu"] > 0 and row["peak_gib"] > 0
+        assert (
+            row["communication_bytes_by_axis"]
+            and row["tokens_per_second_per_gpu"] > 0
+            and row["peak_gib"] > 0
+        )
 
 
 @linux

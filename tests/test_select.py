@@ -1,4 +1,5 @@
-"""Selection of expert subsets: all domains at once equals each alone, controls are what they claim, mistakes get one line."""
+"""Selection of expert subsets: all domains at once equals each alone, controls are what they
+claim, mistakes get one line."""
 
 import dataclasses
 
@@ -10,17 +11,35 @@ from emotrain.batch import PackedBatch
 from emotrain.config import ExpertsConfig, ModelConfig
 from emotrain.evaluation.perplexity import pack
 from emotrain.model.transformer import Transformer
-from emotrain.modular.select import cross_domain, experts_kept, greedy_select, mean_routing, random_select
+from emotrain.modular.select import (
+    cross_domain,
+    experts_kept,
+    greedy_select,
+    mean_routing,
+    random_select,
+)
 
-TINY = ModelConfig(vocab_size=41, d_model=16, num_layers=3, num_heads=2, init_std=0.3,
-                   experts=ExpertsConfig(count=9, shared=1, per_token=3, hidden=8))
+TINY = ModelConfig(
+    vocab_size=41,
+    d_model=16,
+    num_layers=3,
+    num_heads=2,
+    init_std=0.3,
+    experts=ExpertsConfig(count=9, shared=1, per_token=3, hidden=8),
+)
 
 
 def documents_of(num_groups, per_group, seed=0):
-    """Random documents of 3 to 30 tokens; every group draws from tokens of its own, so that groups route differently."""
+    """Random documents of 3 to 30 tokens; every group draws from tokens of its own, so that
+    groups route differently."""
     random = np.random.default_rng(seed)
-    return [[np.append(random.integers(1 + 5 * group, 11 + 5 * group, random.integers(2, 30)), 0) for _ in range(per_group)]
-            for group in range(num_groups)]
+    return [
+        [
+            np.append(random.integers(1 + 5 * group, 11 + 5 * group, random.integers(2, 30)), 0)
+            for _ in range(per_group)
+        ]
+        for group in range(num_groups)
+    ]
 
 
 def alone(document):
@@ -29,25 +48,41 @@ def alone(document):
 
 
 def greedy_by_hand(model, documents, counts):
-    """One domain, one document at a time, with masks for the whole batch: the published procedure word for word."""
+    """One domain, one document at a time, with masks for the whole batch: the published
+    procedure word for word."""
     kept = []
     for layer, count in enumerate(counts):
         routed = model.config.routed_in_layer(layer)
         total, tokens = torch.zeros(routed, dtype=torch.float64), 0
         for document in documents:
-            masks = [*kept, *(torch.ones(model.config.routed_in_layer(later), dtype=torch.bool)
-                              for later in range(layer, model.config.num_layers))]
+            masks = [
+                *kept,
+                *(
+                    torch.ones(model.config.routed_in_layer(later), dtype=torch.bool)
+                    for later in range(layer, model.config.num_layers)
+                ),
+            ]
             logits_TN = model(alone(document), kept=masks).routing.layers[layer].logits_TN
             for probability_N in torch.softmax(logits_TN, dim=1):
                 total += probability_N.double()
                 tokens += 1
-        best = sorted(range(routed), key=lambda expert: (-total[expert] / tokens, expert))[:count - model.config.experts.shared]
+        best = sorted(range(routed), key=lambda expert: (-total[expert] / tokens, expert))[
+            : count - model.config.experts.shared
+        ]
         kept.append(torch.zeros(routed, dtype=torch.bool).index_fill_(0, torch.tensor(best), True))
     return kept
 
 
-@pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, experts=dataclasses.replace(TINY.experts, count_per_layer=(9, 5, 7)))],
-                         ids=["equal layers", "layers of different size"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        dataclasses.replace(
+            TINY, experts=dataclasses.replace(TINY.experts, count_per_layer=(9, 5, 7))
+        ),
+    ],
+    ids=["equal layers", "layers of different size"],
+)
 def test_all_domains_at_once_equal_each_domain_alone(config):
     model = Transformer(config).initialize(1)
     groups = documents_of(3, 4)
@@ -60,9 +95,13 @@ def test_all_domains_at_once_equal_each_domain_alone(config):
     at_once = greedy_select(model, batches, group_U, 3, counts)
     with torch.no_grad():
         for j, documents in enumerate(groups):
-            for mask_JN, expected_N in zip(at_once, greedy_by_hand(model, documents, counts), strict=True):
+            for mask_JN, expected_N in zip(
+                at_once, greedy_by_hand(model, documents, counts), strict=True
+            ):
                 torch.testing.assert_close(mask_JN[j], expected_N)
-    assert not all(torch.equal(mask_JN[0], mask_JN[1]) for mask_JN in at_once), "domains must differ for the test to say anything"
+    assert not all(torch.equal(mask_JN[0], mask_JN[1]) for mask_JN in at_once), (
+        "domains must differ for the test to say anything"
+    )
 
 
 def test_mean_routing_is_a_mean_over_a_groups_tokens_and_no_padding():
@@ -74,12 +113,18 @@ def test_mean_routing_is_a_mean_over_a_groups_tokens_and_no_padding():
     found_JN = mean_routing(model, batches, torch.arange(2).repeat_interleave(3), (everything,))
     for j, documents in enumerate(groups):
         with torch.no_grad():
-            logits_TN = torch.cat([model(alone(document), num_layers=1).routing.layers[0].logits_TN for document in documents])
+            logits_TN = torch.cat(
+                [
+                    model(alone(document), num_layers=1).routing.layers[0].logits_TN
+                    for document in documents
+                ]
+            )
         torch.testing.assert_close(found_JN[j].float(), torch.softmax(logits_TN, dim=1).mean(dim=0))
 
 
 def test_later_layers_are_ranked_behind_the_restricted_earlier_ones():
-    """A selection from one pass through the full model would be another one: the greedy order is not decoration."""
+    """A selection from one pass through the full model would be another one: the greedy order is
+    not decoration."""
     model = Transformer(TINY).initialize(1)
     groups = documents_of(3, 4)
     counts = experts_kept(TINY, 0.25)
@@ -94,7 +139,9 @@ def test_ties_go_to_the_lower_index():
     model = Transformer(TINY).initialize(0)
     for block in model.blocks:
         torch.nn.init.zeros_(block.moe.router.weight_ED)
-    subsets = greedy_select(model, [alone(np.arange(10))], torch.zeros(1, dtype=torch.int64), 1, (4, 4, 4))
+    subsets = greedy_select(
+        model, [alone(np.arange(10))], torch.zeros(1, dtype=torch.int64), 1, (4, 4, 4)
+    )
     for mask_JN in subsets:
         assert mask_JN.tolist() == [[True] * 3 + [False] * 5]
 
@@ -109,11 +156,25 @@ def test_neither_order_nor_packing_of_the_documents_matters():
         torch.testing.assert_close(mask_JN, other_JN)
 
 
-@pytest.mark.parametrize(("count", "shared", "fraction", "kept"), [
-    (128, 1, 1.0, 128), (128, 1, 0.5, 64), (128, 1, 0.25, 32), (128, 1, 0.125, 16), (128, 1, 0.0625, 8),
-    (128, 0, 0.25, 32), (9, 1, 0.01, 2), (9, 2, 0.01, 3), (9, 1, 0.3, 3), (9, 1, 1.0, 9)])
+@pytest.mark.parametrize(
+    ("count", "shared", "fraction", "kept"),
+    [
+        (128, 1, 1.0, 128),
+        (128, 1, 0.5, 64),
+        (128, 1, 0.25, 32),
+        (128, 1, 0.125, 16),
+        (128, 1, 0.0625, 8),
+        (128, 0, 0.25, 32),
+        (9, 1, 0.01, 2),
+        (9, 2, 0.01, 3),
+        (9, 1, 0.3, 3),
+        (9, 1, 1.0, 9),
+    ],
+)
 def test_kept_experts_count_the_shared_ones(count, shared, fraction, kept):
-    config = ModelConfig(num_layers=2, experts=ExpertsConfig(count=count, shared=shared, per_token=shared + 1))
+    config = ModelConfig(
+        num_layers=2, experts=ExpertsConfig(count=count, shared=shared, per_token=shared + 1)
+    )
     assert experts_kept(config, fraction) == (kept, kept)
     for mask_JN in random_select(config, 5, (kept, kept), seed=0):
         assert mask_JN.shape == (5, count - shared)
@@ -121,7 +182,9 @@ def test_kept_experts_count_the_shared_ones(count, shared, fraction, kept):
 
 
 def test_layers_without_routed_experts_stay_as_they_are():
-    config = ModelConfig(num_layers=2, experts=ExpertsConfig(shared=1, per_token=1, count_per_layer=(1, 8)))
+    config = ModelConfig(
+        num_layers=2, experts=ExpertsConfig(shared=1, per_token=1, count_per_layer=(1, 8))
+    )
     assert experts_kept(config, 0.5) == (1, 4)
 
 
@@ -148,7 +211,9 @@ def test_cross_domain_gives_every_domain_anothers_experts():
 
 @pytest.mark.parametrize("fraction", [0.0, -0.25, 1.5, float("nan")])
 def test_an_impossible_share_is_one_line(fraction):
-    with pytest.raises(ValueError, match=r"keep=.* is not a share of the experts; give numbers above 0 and up to 1") as error:
+    with pytest.raises(
+        ValueError, match=r"keep=.* is not a share of the experts; give numbers above 0 and up to 1"
+    ) as error:
         experts_kept(TINY, fraction)
     assert "\n" not in str(error.value)
 
@@ -158,9 +223,14 @@ def test_a_dense_model_has_nothing_to_select():
         experts_kept(ModelConfig(experts=ExpertsConfig(count=1, shared=1, per_token=1)), 0.5)
 
 
-@pytest.mark.parametrize(("counts", "message"), [
-    ((1, 4, 4), "layer 0 cannot keep 1 of its 9 experts; keep 2 to 9, which counts 1 shared"),
-    ((4, 10, 4), "layer 1 cannot keep 10"), ((4, 4), "2 counts of kept experts for 3 layers")])
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((1, 4, 4), "layer 0 cannot keep 1 of its 9 experts; keep 2 to 9, which counts 1 shared"),
+        ((4, 10, 4), "layer 1 cannot keep 10"),
+        ((4, 4), "2 counts of kept experts for 3 layers"),
+    ],
+)
 def test_impossible_counts_are_one_line(counts, message):
     model = Transformer(TINY).initialize(0)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,5 @@
-"""The training loop: exact resume, signals, annealing, the guard against updates that are not finite, metrics, errors in one line."""
+"""The training loop: exact resume, signals, annealing, the guard against updates that are not
+finite, metrics, errors in one line."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class _Always:
 
 
 def test_a_checkpoint_in_the_middle_drops_later_metrics_and_goes_on(tiny_data, tmp_path):
-    """As after kill -9: metrics lines beyond the last checkpoint are there, and must not stand twice."""
+    """As after kill -9: metrics lines beyond the last checkpoint are there, and must not stand
+    twice."""
     run_dir = tmp_path / "run"
     train(tiny_settings(tiny_data, run_dir, checkpoint_every=4, keep_checkpoints=0))
     wanted = losses(run_dir)
@@ -78,11 +80,17 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_data, tmp_path):
 def test_a_signal_saves_a_checkpoint_and_ends_with_75(number, tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", steps=100_000)
     save_config(config_from_dict(settings), tmp_path / "config.yaml")
-    process = subprocess.Popen([sys.executable, ROOT / "launch/pretrain.py", tmp_path / "config.yaml", "--json"], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launch/pretrain.py", tmp_path / "config.yaml", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     metrics_file = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
-    while not (metrics_file.is_file() and metrics_file.stat().st_size) and time.monotonic() < deadline:
+    while (
+        not (metrics_file.is_file() and metrics_file.stat().st_size) and time.monotonic() < deadline
+    ):
         time.sleep(0.05)
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
@@ -93,12 +101,25 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_75(number, tiny_data, tmp_pat
 
 
 def test_torchrun_with_two_processes_trains_as_one(tiny_data, tmp_path):
-    save_config(config_from_dict(tiny_settings(tiny_data, tmp_path / "two", micro_batch=2)), tmp_path / "config.yaml")
-    done = run_command("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "launch/pretrain.py", tmp_path / "config.yaml",
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+    save_config(
+        config_from_dict(tiny_settings(tiny_data, tmp_path / "two", micro_batch=2)),
+        tmp_path / "config.yaml",
+    )
+    done = run_command(
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        "launch/pretrain.py",
+        tmp_path / "config.yaml",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     train(tiny_settings(tiny_data, tmp_path / "one"))
-    for (_, *two), (_, *one) in zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True):
+    for (_, *two), (_, *one) in zip(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True
+    ):
         assert two == pytest.approx(one, rel=1e-5)
 
 
@@ -111,7 +132,9 @@ def test_annealing_goes_on_from_a_checkpoint_and_ends_at_zero(tiny_data, tmp_pat
     train(annealed)
     lines = metrics(tmp_path / "anneal")
     assert [line["step"] for line in lines] == [7, 8, 9, 10]
-    assert [line["lr"] for line in lines] == pytest.approx([start_lr * share for share in (0.75, 0.5, 0.25, 0.0)])
+    assert [line["lr"] for line in lines] == pytest.approx(
+        [start_lr * share for share in (0.75, 0.5, 0.25, 0.0)]
+    )
     assert lines[-1]["tokens"] == 10 * 4 * 32
     assert train(annealed)["step"] == 10
 
@@ -124,7 +147,8 @@ def test_learning_rate_follows_the_published_schedule():
     assert learning_rate(config, 2000, last) == pytest.approx(4e-3)
     middle = 2000 + (last - 2000) // 3
     assert learning_rate(config, middle, last) == pytest.approx(
-        4e-4 + 3.6e-3 * (1 + math.cos(math.pi * (middle - 2000) / (last - 2000))) / 2)
+        4e-4 + 3.6e-3 * (1 + math.cos(math.pi * (middle - 2000) / (last - 2000))) / 2
+    )
     assert learning_rate(config, last, last) == pytest.approx(4e-4)
     assert anneal_learning_rate(4e-4, last, last + 11_920, 11_920) == 0.0
 
@@ -135,8 +159,12 @@ def test_only_the_embedding_is_exempt_from_decay():
     config = config_from_dict(tiny_settings("d", "r"))
     model = Transformer(config.model).initialize(0)
     optimizer = build_optimizer(model, config.optimizer)
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0} == {"embedding.weight"}
+    decay = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert {name for name, p in model.named_parameters() if decay[id(p)] == 0} == {
+        "embedding.weight"
+    }
     assert len(decay) == len(list(model.parameters()))
 
 
@@ -147,14 +175,24 @@ def test_an_update_that_is_not_finite_is_skipped_and_said(tiny_data, tmp_path, m
     def sums(output, head, batch, z_weight):
         result = real(output, head, batch, z_weight)
         bad = next(calls) == 2
-        return loop.LossSums(result.lm * (torch.nan if bad else 1.0), result.cross_entropy, result.z, result.num_targets)
+        return loop.LossSums(
+            result.lm * (torch.nan if bad else 1.0),
+            result.cross_entropy,
+            result.z,
+            result.num_targets,
+        )
 
     monkeypatch.setattr(loop, "language_model_sums", sums)
     with caplog.at_level("WARNING"):
         train(tiny_settings(tiny_data, tmp_path, checkpoint_every=1, keep_checkpoints=0))
     assert "step 3: skipped an update" in caplog.text and "sequences 8 to 11" in caplog.text
-    after = [list(checkpoint.load_model(path)[1].parameters()) for path in checkpoint.list_checkpoints(tmp_path)]
-    assert all(torch.equal(a, b) for a, b in zip(after[1], after[2], strict=True)), "step 3 must change nothing"
+    after = [
+        list(checkpoint.load_model(path)[1].parameters())
+        for path in checkpoint.list_checkpoints(tmp_path)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(after[1], after[2], strict=True)), (
+        "step 3 must change nothing"
+    )
     assert not all(torch.equal(a, b) for a, b in zip(after[2], after[3], strict=True))
     assert checkpoint.load_state(checkpoint.find(tmp_path)).skipped_steps == 1
 
@@ -162,7 +200,9 @@ def test_an_update_that_is_not_finite_is_skipped_and_said(tiny_data, tmp_path, m
 def test_too_many_skipped_updates_end_the_run(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path, max_skipped_steps=3)
     settings["losses"] = {"z": 1e38}
-    with pytest.raises(RuntimeError, match=r"step 3: 3 updates in a row were not finite .*lower optimizer\.lr"):
+    with pytest.raises(
+        RuntimeError, match=r"step 3: 3 updates in a row were not finite .*lower optimizer\.lr"
+    ):
         train(settings)
 
 
@@ -171,15 +211,41 @@ def test_metrics_hold_what_they_promise(tiny_data, tmp_path):
     train(settings)
     line = metrics(tmp_path)[-1]
     assert set(line) == {
-        "step", "tokens", "loss", "cross_entropy", "z_loss", "balance_loss", "router_z_loss", "lr", "grad_norm", "tokens_per_second", "memory_gib",
-        "skipped_steps", "load_imbalance", "dead_experts", "token_entropy_nats", "effective_experts", "pool_size_mean", "pool_size_min",
-        "pool_size_max", "mfu"}
+        "step",
+        "tokens",
+        "loss",
+        "cross_entropy",
+        "z_loss",
+        "balance_loss",
+        "router_z_loss",
+        "lr",
+        "grad_norm",
+        "tokens_per_second",
+        "memory_gib",
+        "skipped_steps",
+        "load_imbalance",
+        "dead_experts",
+        "token_entropy_nats",
+        "effective_experts",
+        "pool_size_mean",
+        "pool_size_min",
+        "pool_size_max",
+        "mfu",
+    }
     assert [entry["step"] for entry in metrics(tmp_path)] == [3, 6]
-    assert all(len(line[key]) == 2 for key in ("load_imbalance", "dead_experts", "effective_experts", "pool_size_mean"))
+    assert all(
+        len(line[key]) == 2
+        for key in ("load_imbalance", "dead_experts", "effective_experts", "pool_size_mean")
+    )
     assert all(1 <= value <= 7 for value in (*line["effective_experts"], *line["load_imbalance"]))
     assert 2 <= min(line["pool_size_min"]) <= max(line["pool_size_max"]) <= 7
-    assert line["loss"] == pytest.approx(line["cross_entropy"] + 1e-5 * line["z_loss"] + 0.1 * line["balance_loss"]
-                                         + 1e-3 * line["router_z_loss"], rel=1e-6)
+    assert line["loss"] == pytest.approx(
+        line["cross_entropy"]
+        + 1e-5 * line["z_loss"]
+        + 0.1 * line["balance_loss"]
+        + 1e-3 * line["router_z_loss"],
+        rel=1e-6,
+    )
     assert list((tmp_path / "tensorboard").iterdir())
     assert load_config(tmp_path / "config.yaml") == config_from_dict(settings)
 
@@ -195,20 +261,25 @@ def test_training_learns_the_words_of_the_domains(tiny_data, tmp_path):
 def test_compiled_blocks_train_as_eager_ones(tiny_data, tmp_path):
     train(tiny_settings(tiny_data, tmp_path / "eager"))
     train(tiny_settings(tiny_data, tmp_path / "compiled", compile=True))
-    for (_, *eager), (_, *compiled) in zip(losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True):
+    for (_, *eager), (_, *compiled) in zip(
+        losses(tmp_path / "eager"), losses(tmp_path / "compiled"), strict=True
+    ):
         assert eager == pytest.approx(compiled, rel=1e-3)
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"training": {"steps": 0}}, "neither training.steps nor training.tokens is set"),
-    ({"training": {"run_dir": ""}}, "training.run_dir is not set"),
-    ({"data": {"path": "no/such/folder"}}, "no/such/folder"),
-    ({"model": {"vocab_size": 64}}, "model.vocab_size=64 is smaller than the"),
-    ({"training": {"resume": "nowhere"}}, "nowhere: no checkpoint here"),
-    ({"anneal": {"checkpoint": "nowhere", "tokens": 1000}}, "nowhere: no checkpoint here"),
-    ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate is not a setting"),
-    ({"training": {"device": "cuda"}}, "training.device=cuda needs a GPU"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"training": {"steps": 0}}, "neither training.steps nor training.tokens is set"),
+        ({"training": {"run_dir": ""}}, "training.run_dir is not set"),
+        ({"data": {"path": "no/such/folder"}}, "no/such/folder"),
+        ({"model": {"vocab_size": 64}}, "model.vocab_size=64 is smaller than the"),
+        ({"training": {"resume": "nowhere"}}, "nowhere: no checkpoint here"),
+        ({"anneal": {"checkpoint": "nowhere", "tokens": 1000}}, "nowhere: no checkpoint here"),
+        ({"optimizer": {"learning_rate": 1}}, "optimizer.learning_rate is not a setting"),
+        ({"training": {"device": "cuda"}}, "training.device=cuda needs a GPU"),
+    ],
+)
 def test_mistakes_get_one_line(change, message, tiny_data, tmp_path, capsys):
     import launch.pretrain as pretrain
 
@@ -228,8 +299,14 @@ def test_resuming_with_other_data_seed_or_batch_is_refused(tiny_data, tmp_path):
     train(tiny_settings(tiny_data, tmp_path, steps=2))
     longer = tiny_settings(tiny_data, tmp_path, steps=4)
     longer["data"]["sequence_length"] = 16
-    for settings, message in ((longer, "was trained on other data"), (tiny_settings(tiny_data, tmp_path, seed=1), "training.seed=0, here it is 1"),
-                              (tiny_settings(tiny_data, tmp_path, global_batch=8), "training.global_batch=4, here it is 8"),
-                              (tiny_settings(tiny_data, tmp_path, resume="never"), "already holds checkpoints")):
+    for settings, message in (
+        (longer, "was trained on other data"),
+        (tiny_settings(tiny_data, tmp_path, seed=1), "training.seed=0, here it is 1"),
+        (
+            tiny_settings(tiny_data, tmp_path, global_batch=8),
+            "training.global_batch=4, here it is 8",
+        ),
+        (tiny_settings(tiny_data, tmp_path, resume="never"), "already holds checkpoints"),
+    ):
         with pytest.raises(ValueError, match=message):
             train(settings)

@@ -1,9 +1,10 @@
-"""Triton's CPU interpreter for tests. Import this before anything that imports Triton: what a kernel becomes, interpreted or
-compiled, is decided when it is defined.
+"""Triton's CPU interpreter for tests. Import this before anything that imports Triton: what a
+kernel becomes, interpreted or compiled, is decided when it is defined.
 
-The interpreter holds bfloat16 as bare 16-bit integers: it multiplies and compares bit patterns and rounds towards zero
-(Triton 3.6 to 3.9). The patch below widens the operands of `tl.dot` and rounds to the nearest even, as a GPU does, and refuses
-any other arithmetic in bfloat16, which our kernels do in float32.
+The interpreter holds bfloat16 as bare 16-bit integers: it multiplies and compares bit patterns and
+rounds towards zero (Triton 3.6 to 3.9). The patch below widens the operands of `tl.dot` and rounds
+to the nearest even, as a GPU does, and refuses any other arithmetic in bfloat16, which our kernels
+do in float32.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import pytest
 
 _LATE = "triton" in sys.modules
 os.environ["TRITON_INTERPRET"] = "1"
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install 'emotrain[kernels]'")
-# The setting stays with this process; the variable would reach the processes that other tests start.
+triton = pytest.importorskip(
+    "triton", reason="Triton is not installed: pip install 'emotrain[kernels]'"
+)
+# The setting stays with this process; the variable would reach the processes that other tests
+# start.
 triton.knobs.runtime.interpret = True
 del os.environ["TRITON_INTERPRET"]
 
@@ -26,8 +30,11 @@ import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 if _LATE and not isinstance(tl.cdiv, interpreter.InterpretedFunction):
-    raise ImportError("Triton was imported before tests/triton_interpreter.py, so its library is compiled, not interpreted; "
-                      "tests/conftest.py has to come first")
+    raise ImportError(
+        "Triton was imported before tests/triton_interpreter.py, so its library is compiled, not "
+        "interpreted; "
+        "tests/conftest.py has to come first"
+    )
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 _dot, _cast, _binary = Builder.create_dot, Builder.cast_impl, Builder.binary_op
@@ -42,7 +49,9 @@ def _widened(handle: Handle) -> Handle:
 def _rounded(values: np.ndarray) -> np.ndarray:
     """bfloat16 bits of float32 values, to the nearest even."""
     as_torch = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-    return as_torch.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+    return (
+        as_torch.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(values.shape)
+    )
 
 
 def _create_dot(self, a, b, d, *options):
@@ -65,7 +74,8 @@ def _binary_op(self, left, right, operation):
 
 Builder.create_dot, Builder.cast_impl, Builder.binary_op = _create_dot, _cast_impl, _binary_op
 
-# Twice as fast: no check of integer overflow, and the language patched once a module rather than at every inner call.
+# Twice as fast: no check of integer overflow, and the language patched once a module rather than at
+# every inner call.
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 _patched_modules: set[str] = set()
 
@@ -86,19 +96,24 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     set_index = Builder.set_grid_idx
 
     def mirrored(self, x: int, y: int, z: int) -> None:
-        set_index(self, *(size - 1 - index for size, index in zip(self.grid_dim, (x, y, z), strict=True)))
+        set_index(
+            self, *(size - 1 - index for size, index in zip(self.grid_dim, (x, y, z), strict=True))
+        )
 
     monkeypatch.setattr(Builder, "set_grid_idx", mirrored)
 
 
 @pytest.fixture
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or the largest integer: what a kernel should have written and did not, shows."""
+    """Fresh memory holds NaN, or the largest integer: what a kernel should have written and did
+    not, shows."""
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
         allocate = getattr(owner, name)
 
         def poisoned(*arguments, allocate=allocate, **options) -> torch.Tensor:
             tensor = allocate(*arguments, **options)
-            return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+            return tensor.fill_(
+                torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+            )
 
         monkeypatch.setattr(owner, name, poisoned)

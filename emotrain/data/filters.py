@@ -1,4 +1,5 @@
-"""Sequences that repeat themselves get no loss (spec 4.4): they pass through the model, and their targets are ignored."""
+"""Sequences that repeat themselves get no loss (spec 4.4): they pass through the model, and
+their targets are ignored."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ MIN_REPORTED = 3
 def is_repetitive(tokens_BS: np.ndarray, config: RepetitionFilterConfig) -> np.ndarray:
     """Which rows hold a stretch with some period that repeats at least `max_count` times.
 
-    A stretch of `times` repetitions of period p is a run of at least (times - 1) * p positions at which a token equals
-    the one p positions before it. The reference looks for such runs in rows of p tokens, extended on both sides; as every
-    run of 2p - 1 positions holds a whole aligned row, both find the same sequences.
+    A stretch of `times` repetitions of period p is a run of at least (times - 1) * p positions at
+    which a token equals the one p positions before it. The reference looks for such runs in rows of
+    p tokens, extended on both sides; as every run of 2p - 1 positions holds a whole aligned row,
+    both find the same sequences.
 
     Args:
         tokens_BS: integers [B, S].

@@ -13,15 +13,18 @@ A shard is an Arrow IPC file with the columns
     domain   dictionary<int32, string>
     source   string                         where the document came from
 
-and, as the schema's metadata, `tokens_sums` and `offsets_sums`: a checksum of every BLOCK_BYTES of the ids and of the offsets. With
-one record batch, the ids of all documents lie in one contiguous buffer and the list offsets (int64) in another: a
-shard is used in place through a memory map, whatever its size, and any Arrow library can read it. Document ids are
-positions in the whole data set, the train shards first, so that an id names one document for ever.
+and, as the schema's metadata, `tokens_sums` and `offsets_sums`: a checksum of every BLOCK_BYTES of
+the ids and of the offsets. With one record batch, the ids of all documents lie in one contiguous
+buffer and the list offsets (int64) in another: a shard is used in place through a memory map,
+whatever its size, and any Arrow library can read it. Document ids are positions in the whole data
+set, the train shards first, so that an id names one document for ever.
 
-Everything read here is untrusted until checked: names stay inside the folder, sizes and counts agree with the manifest,
-offsets are in order, and with `verify_checksums` no byte is used that has not been hashed. Who takes a shard (`Dataset.shard`) has all
-of it checked, once. Training takes windows from all over the data set, and every rank sooner or later some of every shard; it
-has only the blocks checked that hold the window (`Dataset.window`), so that neither starting nor a step depends on the size of shards.
+Everything read here is untrusted until checked: names stay inside the folder, sizes and counts
+agree with the manifest, offsets are in order, and with `verify_checksums` no byte is used that has
+not been hashed. Who takes a shard (`Dataset.shard`) has all of it checked, once. Training takes
+windows from all over the data set, and every rank sooner or later some of every shard; it has only
+the blocks checked that hold the window (`Dataset.window`), so that neither starting nor a step
+depends on the size of shards.
 """
 
 from __future__ import annotations
@@ -57,16 +60,20 @@ FORMAT, FORMAT_VERSION = "emotrain-dataset", 1
 SPLITS = ("train", "valid")
 
 MAX_OPEN_SHARDS = 32
-"""Shards mapped at a time. Mapping again takes about a millisecond. The pages of a map that were touched, some 4 MB, count as memory of
-the process, and of thousands of shards hardly one is open when the order comes back to it, however many stay open."""
+"""Shards mapped at a time. Mapping again takes about a millisecond. The pages of a map that were
+touched, some 4 MB, count as memory of the process, and of thousands of shards hardly one is open
+when the order comes back to it, however many stay open."""
 
 BLOCK_BYTES = 2**16
-"""Tokens or offsets under one checksum: a few sequences of tokens, hashed in under 0.1 ms. Part of the format."""
+"""Tokens or offsets under one checksum: a few sequences of tokens, hashed in under 0.1 ms. Part
+of the format."""
 SUM_BYTES = 8
-"""Of a block's sha256 that are kept: they find damage. It is the manifest's sha256 that names the contents."""
+"""Of a block's sha256 that are kept: they find damage. It is the manifest's sha256 that names
+the contents."""
 
 STAT_THREADS, STAT_CHUNK = 16, 256
-"""Sizes of files are asked for by so many threads, so many files at a time: on a network file system each is a round trip."""
+"""Sizes of files are asked for by so many threads, so many files at a time: on a network file
+system each is a round trip."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """A mapped shard. The arrays are views of the file, read-only, and stay valid as long as something refers to them."""
+    """A mapped shard. The arrays are views of the file, read-only, and stay valid as long as
+    something refers to them."""
 
     tokens: np.ndarray
     """uint16 or uint32 [tokens of the shard]: its documents one after the other."""
@@ -96,18 +104,23 @@ class Shard:
     domains: list[str]
     sources: pa.StringArray
     sums: dict[str, bytes] | None
-    """`tokens` and `offsets`: SUM_BYTES for each of their blocks; None where the file does not hold those that the manifest names."""
+    """`tokens` and `offsets`: SUM_BYTES for each of their blocks; None where the file does not
+    hold those that the manifest names."""
     batch: pa.RecordBatch
     """What the arrays are views of."""
 
     def is_intact(self, name: str, start: int, stop: int) -> bool:
-        """Whether the elements [start, stop) of `tokens` or `offsets` are those that were written, by the blocks they lie in."""
+        """Whether the elements [start, stop) of `tokens` or `offsets` are those that were
+        written, by the blocks they lie in."""
         if self.sums is None:
             return False
         values, sums = getattr(self, name), self.sums[name]
         size = BLOCK_BYTES // values.itemsize
         first, last = start // size, -(-stop // size)
-        return _block_sums(values[first * size:last * size]) == sums[first * SUM_BYTES:last * SUM_BYTES]
+        return (
+            _block_sums(values[first * size : last * size])
+            == sums[first * SUM_BYTES : last * SUM_BYTES]
+        )
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -115,8 +128,13 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def write_shard(path: Path, tokens: np.ndarray, offsets: np.ndarray, domains: Sequence[str],
-                sources: Sequence[str]) -> ShardInfo:
+def write_shard(
+    path: Path,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    domains: Sequence[str],
+    sources: Sequence[str],
+) -> ShardInfo:
     """Write documents as one shard, flushed to the disk.
 
     Args:
@@ -140,19 +158,28 @@ def write_shard(path: Path, tokens: np.ndarray, offsets: np.ndarray, domains: Se
             writer.write_batch(batch)
         file.flush()
         os.fsync(file.fileno())
-    return ShardInfo(f"{path.parent.name}/{path.name}", len(offsets) - 1, len(tokens), path.stat().st_size, sha256_of(path),
-                     _sha256_of_sums(sums))
+    return ShardInfo(
+        f"{path.parent.name}/{path.name}",
+        len(offsets) - 1,
+        len(tokens),
+        path.stat().st_size,
+        sha256_of(path),
+        _sha256_of_sums(sums),
+    )
 
 
 class Dataset:
-    """A prepared data set, opened. Opening reads the manifest and the sizes of the files; shards are mapped when used.
+    """A prepared data set, opened. Opening reads the manifest and the sizes of the files; shards
+    are mapped when used.
 
     Args:
         path: the folder.
-        verify_checksums: hash what is used: of a window the blocks it lies in, and a shard that is first taken as a whole (a second
-            or two a gigabyte). Without it, bytes that changed on the disk go unnoticed.
+        verify_checksums: hash what is used: of a window the blocks it lies in, and a shard that is
+            first taken as a whole (a second or two a gigabyte). Without it, bytes that changed on
+            the disk go unnoticed.
     Raises:
-        FileNotFoundError: no such folder, or no manifest in it. ValueError: anything in it that is not as it must be.
+        FileNotFoundError: no such folder, or no manifest in it. ValueError: anything in it that is
+            not as it must be.
     """
 
     def __init__(self, path: str | Path, verify_checksums: bool = True):
@@ -175,10 +202,13 @@ class Dataset:
 
     @cached_property
     def first_ids(self) -> dict[str, list[int]]:
-        """For each split, the id of the first document of each shard, and one past the last id of the split."""
+        """For each split, the id of the first document of each shard, and one past the last id
+        of the split."""
         first, ids = 0, {}
         for split in SPLITS:
-            ids[split] = list(accumulate((info.documents for info in self.shards[split]), initial=first))
+            ids[split] = list(
+                accumulate((info.documents for info in self.shards[split]), initial=first)
+            )
             first = ids[split][-1]
         return ids
 
@@ -189,30 +219,38 @@ class Dataset:
         return sum(info.tokens for info in self._infos(split))
 
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer that the documents were encoded with. Raises: ValueError, FileNotFoundError if it is another one."""
+        """The tokenizer that the documents were encoded with. Raises: ValueError,
+        FileNotFoundError if it is another one."""
         from emotrain.data.tokenizer import load_tokenizer
 
         path = self.path / TOKENIZER
         tokenizer = load_tokenizer(path, self.eos_token)
         if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
-            raise ValueError(f"{path}: has {tokenizer.vocab_size} tokens and EOS {tokenizer.eos_id}, {MANIFEST} says "
-                             f"{self.vocab_size} and {self.eos_id}; restore the tokenizer that the data set was prepared with")
+            raise ValueError(
+                f"{path}: has {tokenizer.vocab_size} tokens and EOS {tokenizer.eos_id}, {MANIFEST} "
+                f"says "
+                f"{self.vocab_size} and {self.eos_id}; restore the tokenizer that the data set was "
+                f"prepared with"
+            )
         return tokenizer
 
     def fingerprint(self, split: str = "train") -> str:
-        """16 hexadecimal digits that differ for any other tokens, order of documents or vocabulary."""
+        """16 hexadecimal digits that differ for any other tokens, order of documents or
+        vocabulary."""
         identity = [self.vocab_size, self.eos_id, [info.sha256 for info in self._infos(split)]]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def verify(self) -> None:
-        """Check all of every shard now. Raises: ValueError, for the first one that is not as the manifest says."""
+        """Check all of every shard now. Raises: ValueError, for the first one that is not as the
+        manifest says."""
         for split in SPLITS:
             for index in range(len(self.shards[split])):
                 with self._lock:
                     self._check_whole(split, index, hashed=True)
 
     def shard(self, split: str, index: int) -> Shard:
-        """A shard, mapped; all of it is checked the first time. Safe to call from several threads."""
+        """A shard, mapped; all of it is checked the first time. Safe to call from several
+        threads."""
         key = (split, index)
         with self._lock:
             if key not in self._checked:
@@ -220,12 +258,16 @@ class Dataset:
                 self._checked.add(key)
             return self._mapped(split, index)
 
-    def window(self, split: str, index: int, start: int, stop: int) -> tuple[np.ndarray, int, np.ndarray]:
-        """The tokens [start, stop) of a shard's stream, and where the documents that they belong to start. Of the shard only what
-        this needs is read and checked, each time; all of it, once, where it has no checksums of blocks. Safe to call from several threads.
+    def window(
+        self, split: str, index: int, start: int, stop: int
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """The tokens [start, stop) of a shard's stream, and where the documents that they belong to
+        start. Of the shard only what this needs is read and checked, each time; all of it, once,
+        where it has no checksums of blocks. Safe to call from several threads.
 
         Returns:
-            Token ids [stop - start]; the row of the first document; int64 offsets [documents + 1] of these documents. Views, read-only.
+            Token ids [stop - start]; the row of the first document; int64 offsets [documents + 1]
+            of these documents. Views, read-only.
         Raises:
             ValueError: what was read is not what was written.
         """
@@ -239,24 +281,33 @@ class Dataset:
         first = int(np.searchsorted(shard.offsets, start, side="right")) - 1
         last = int(np.searchsorted(shard.offsets, stop, side="left"))
         intact = not (self.verify_checksums and info.sums) or (
-            shard.is_intact("tokens", start, stop) and shard.is_intact("offsets", first, last + 1))
+            shard.is_intact("tokens", start, stop) and shard.is_intact("offsets", first, last + 1)
+        )
         if not intact:
-            _refuse(path, f"tokens {start} to {stop} are not those that were written, its bytes have changed")
-        tokens, offsets = shard.tokens[start:stop], shard.offsets[first:last + 1]
+            _refuse(
+                path,
+                f"tokens {start} to {stop} are not those that were written, its bytes have changed",
+            )
+        tokens, offsets = shard.tokens[start:stop], shard.offsets[first : last + 1]
         _check_ids(path, tokens, self.vocab_size)
-        # The search found offsets[0] <= start and stop <= offsets[-1], in whatever order the others are.
+        # The search found offsets[0] <= start and stop <= offsets[-1], in whatever order the others
+        # are.
         if len(offsets) < 2 or (np.diff(offsets) < 1).any():
             _refuse(path, UNORDERED)
         return tokens, first, offsets
 
     def locate(self, document_id: int) -> tuple[str, int, int]:
-        """Split, shard and row of a document. Raises: ValueError, for an id that the data set does not have."""
+        """Split, shard and row of a document. Raises: ValueError, for an id that the data set
+        does not have."""
         for split in SPLITS:
             firsts = self.first_ids[split]
             if firsts[0] <= document_id < firsts[-1]:
                 index = bisect_right(firsts, document_id) - 1
                 return split, index, document_id - firsts[index]
-        raise ValueError(f"document {document_id} is not in {self.path}; its ids are 0 to {self.first_ids[SPLITS[-1]][-1] - 1}")
+        raise ValueError(
+            f"document {document_id} is not in {self.path}; its ids are 0 to "
+            f"{self.first_ids[SPLITS[-1]][-1] - 1}"
+        )
 
     def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The domain of each document."""
@@ -267,9 +318,11 @@ class Dataset:
             domains.append(shard.domains[shard.domain_of[row]])
         return domains
 
-    def documents(self, split: str = "valid", domain: str | None = None,
-                  limit: int | None = None) -> Iterator[tuple[int, np.ndarray, str]]:
-        """The documents of a split as (id, token ids, domain), in stored order, which `prepare` shuffled.
+    def documents(
+        self, split: str = "valid", domain: str | None = None, limit: int | None = None
+    ) -> Iterator[tuple[int, np.ndarray, str]]:
+        """The documents of a split as (id, token ids, domain), in stored order, which `prepare`
+        shuffled.
 
         Args:
             domain: only documents of this one.
@@ -281,7 +334,10 @@ class Dataset:
         """
         infos = self._infos(split)
         if domain is not None and domain not in self.domains[split]:
-            raise ValueError(f"domain {domain!r} has no {split} documents; choose one of {', '.join(self.domains[split])}")
+            raise ValueError(
+                f"domain {domain!r} has no {split} documents; choose one of "
+                f"{', '.join(self.domains[split])}"
+            )
         left = self.num_documents(split) if limit is None else limit
         for index in range(len(infos)):
             shard, first_id = self.shard(split, index), self.first_ids[split][index]
@@ -290,7 +346,7 @@ class Dataset:
                 code = shard.domains.index(domain) if domain in shard.domains else -1
                 wanted = np.flatnonzero(shard.domain_of == code)
             for row in wanted[:left].tolist():
-                ids = shard.tokens[shard.offsets[row]:shard.offsets[row + 1]]
+                ids = shard.tokens[shard.offsets[row] : shard.offsets[row + 1]]
                 yield first_id + row, ids, shard.domains[shard.domain_of[row]]
             left -= min(left, len(wanted))
 
@@ -313,6 +369,7 @@ class Dataset:
 
     def _check_sizes(self, infos: list[ShardInfo]) -> None:
         """Every shard is there and has its size."""
+
         def check(chunk: list[ShardInfo]) -> None:
             for info in chunk:
                 path = f"{self.path}/{info.file}"
@@ -321,16 +378,30 @@ class Dataset:
                 except (FileNotFoundError, NotADirectoryError):
                     found = None
                 if found is None or not stat.S_ISREG(found.st_mode):
-                    raise FileNotFoundError(f"{path}: shard is missing; restore it or run `emotrain prepare` again")
+                    raise FileNotFoundError(
+                        f"{path}: shard is missing; restore it or run `emotrain prepare` again"
+                    )
                 if found.st_size != info.bytes:
-                    raise ValueError(f"{path}: has {found.st_size} bytes, {MANIFEST} says {info.bytes}; copy it again or run "
-                                     f"`emotrain prepare` again")
+                    raise ValueError(
+                        f"{path}: has {found.st_size} bytes, {MANIFEST} says {info.bytes}; copy it "
+                        f"again or run "
+                        f"`emotrain prepare` again"
+                    )
 
         with ThreadPoolExecutor(STAT_THREADS) as pool:
-            list(pool.map(check, (infos[start:start + STAT_CHUNK] for start in range(0, len(infos), STAT_CHUNK))))
+            list(
+                pool.map(
+                    check,
+                    (
+                        infos[start : start + STAT_CHUNK]
+                        for start in range(0, len(infos), STAT_CHUNK)
+                    ),
+                )
+            )
 
     def _check_whole(self, split: str, index: int, hashed: bool) -> None:
-        """All of a shard; with `hashed` its bytes are those that were written, and its ids lie in the vocabulary."""
+        """All of a shard; with `hashed` its bytes are those that were written, and its ids lie
+        in the vocabulary."""
         info = self._infos(split)[index]
         if hashed:
             self._check_checksum(info)
@@ -343,18 +414,23 @@ class Dataset:
         path = self.path / info.file
         found = sha256_of(path)
         if found != info.sha256:
-            raise ValueError(f"{path}: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; its bytes have "
-                             f"changed, copy it again or run `emotrain prepare` again")
+            raise ValueError(
+                f"{path}: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; its bytes "
+                f"have "
+                f"changed, copy it again or run `emotrain prepare` again"
+            )
 
 
 def _schema(dtype: np.dtype) -> pa.Schema:
     import pyarrow as pa
 
-    return pa.schema([
-        ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
-        ("domain", pa.dictionary(pa.int32(), pa.string())),
-        ("source", pa.string()),
-    ])
+    return pa.schema(
+        [
+            ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
+            ("domain", pa.dictionary(pa.int32(), pa.string())),
+            ("source", pa.string()),
+        ]
+    )
 
 
 UNORDERED = "has document offsets that do not rise from 0 to its number of tokens"
@@ -365,7 +441,8 @@ def _refuse(path: Path, fault: str) -> NoReturn:
 
 
 def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
-    """Map a shard and check its form, in time that does not depend on its size but for the checksums of its blocks."""
+    """Map a shard and check its form, in time that does not depend on its size but for the
+    checksums of its blocks."""
     import pyarrow as pa
 
     try:
@@ -373,25 +450,47 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         if reader.num_record_batches != 1:
             _refuse(path, f"has {reader.num_record_batches} record batches, a shard has one")
         if not reader.schema.equals(_schema(dtype)):
-            _refuse(path, f"has columns ({', '.join(f'{f.name}: {f.type}' for f in reader.schema)}), not those of {dtype} shards")
+            _refuse(
+                path,
+                f"has columns ({', '.join(f'{f.name}: {f.type}' for f in reader.schema)}), not "
+                f"those of {dtype} shards",
+            )
         batch = reader.get_batch(0)
         batch.validate()  # lengths of buffers, first and last offsets
         column, domain = batch.column("tokens"), batch.column("domain")
         domain.dictionary.validate(full=True)  # the names are read below
-        if any(batch.column(i).null_count for i in range(batch.num_columns)) or column.values.null_count:
+        if (
+            any(batch.column(i).null_count for i in range(batch.num_columns))
+            or column.values.null_count
+        ):
             _refuse(path, "has null values")
         metadata = reader.schema.metadata or {}
-        sums = {name: base64.b64decode(metadata.get(f"{name}_sums".encode(), b"")) for name in ("tokens", "offsets")}
+        sums = {
+            name: base64.b64decode(metadata.get(f"{name}_sums".encode(), b""))
+            for name in ("tokens", "offsets")
+        }
     except (pa.ArrowException, OSError, UnicodeDecodeError, binascii.Error) as error:
         _refuse(path, f"is not a readable Arrow file ({' '.join(str(error).split())})")
     tokens = column.values.to_numpy(zero_copy_only=True)
     offsets = column.offsets.to_numpy(zero_copy_only=True)
     if (batch.num_rows, len(tokens)) != (info.documents, info.tokens):
-        _refuse(path, f"holds {batch.num_rows} documents and {len(tokens)} tokens, {MANIFEST} says {info.documents} and {info.tokens}")
+        _refuse(
+            path,
+            f"holds {batch.num_rows} documents and {len(tokens)} tokens, {MANIFEST} says "
+            f"{info.documents} and {info.tokens}",
+        )
     if offsets[0] != 0 or offsets[-1] != len(tokens):
         _refuse(path, UNORDERED)
     domain_of, domains = domain.indices.to_numpy(zero_copy_only=True), domain.dictionary.to_pylist()
-    return Shard(tokens, offsets, domain_of, domains, batch.column("source"), sums if _sha256_of_sums(sums) == info.sums else None, batch)
+    return Shard(
+        tokens,
+        offsets,
+        domain_of,
+        domains,
+        batch.column("source"),
+        sums if _sha256_of_sums(sums) == info.sums else None,
+        batch,
+    )
 
 
 def _check_contents(path: Path, shard: Shard) -> None:
@@ -409,13 +508,16 @@ def _check_contents(path: Path, shard: Shard) -> None:
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
-        raise ValueError(f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` again")
+        raise ValueError(
+            f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` "
+            f"again"
+        )
 
 
 def _block_sums(values: np.ndarray) -> bytes:
     """The checksums of an array's blocks of BLOCK_BYTES, SUM_BYTES each, one after the other."""
     content = memoryview(np.ascontiguousarray(values)).cast("B")
-    blocks = (content[start:start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
+    blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
     return b"".join(hashlib.sha256(block).digest()[:SUM_BYTES] for block in blocks)
 
 
@@ -423,8 +525,16 @@ def _sha256_of_sums(sums: dict[str, bytes]) -> str:
     return hashlib.sha256(sums["tokens"] + sums["offsets"]).hexdigest()
 
 
-def write_manifest(folder: Path, *, vocab_size: int, eos_id: int, eos_token: str, splits: dict[str, dict[str, Any]],
-                   skipped_documents: dict[str, int], settings: dict[str, Any]) -> None:
+def write_manifest(
+    folder: Path,
+    *,
+    vocab_size: int,
+    eos_id: int,
+    eos_token: str,
+    splits: dict[str, dict[str, Any]],
+    skipped_documents: dict[str, int],
+    settings: dict[str, Any],
+) -> None:
     """Write `dataset.json`, which makes the folder a data set.
 
     Args:
@@ -432,39 +542,77 @@ def write_manifest(folder: Path, *, vocab_size: int, eos_id: int, eos_token: str
         settings: how the data set was made, for people.
     """
     manifest = {
-        "format": FORMAT, "format_version": FORMAT_VERSION, "vocab_size": vocab_size, "eos_id": eos_id,
-        "eos_token": eos_token, "dtype": token_dtype(vocab_size).name, "tokenizer": TOKENIZER,
-        "splits": {split: {"shards": [asdict(info) for info in splits[split]["shards"]], "domains": splits[split]["domains"]}
-                   for split in SPLITS},
-        "skipped_documents": skipped_documents, "settings": settings,
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "vocab_size": vocab_size,
+        "eos_id": eos_id,
+        "eos_token": eos_token,
+        "dtype": token_dtype(vocab_size).name,
+        "tokenizer": TOKENIZER,
+        "splits": {
+            split: {
+                "shards": [asdict(info) for info in splits[split]["shards"]],
+                "domains": splits[split]["domains"],
+            }
+            for split in SPLITS
+        },
+        "skipped_documents": skipped_documents,
+        "settings": settings,
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked contents of `dataset.json`, with a ShardInfo for each shard; see `Dataset` for errors."""
+    """The checked contents of `dataset.json`, with a ShardInfo for each shard; see `Dataset` for
+    errors."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; make a data set with `emotrain prepare INPUT --out {folder}`")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; make a data set with `emotrain prepare INPUT --out "
+            f"{folder}`"
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: has no {MANIFEST}, so it is no data set, or half of one; make one with "
-                                f"`emotrain prepare INPUT --out DIR`")
+        raise FileNotFoundError(
+            f"{folder}: has no {MANIFEST}, so it is no data set, or half of one; make one with "
+            f"`emotrain prepare INPUT --out DIR`"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error}); restore it or run `emotrain prepare` again") from None
+        raise ValueError(
+            f"{path}: is not JSON ({error}); restore it or run `emotrain prepare` again"
+        ) from None
     check = _ManifestCheck(path)
-    check.that(isinstance(manifest, dict) and manifest.get("format") == FORMAT, f'has no "format": "{FORMAT}"')
+    check.that(
+        isinstance(manifest, dict) and manifest.get("format") == FORMAT,
+        f'has no "format": "{FORMAT}"',
+    )
     version = manifest.get("format_version")
-    check.that(version == FORMAT_VERSION, f"has format_version {version!r}, this program reads {FORMAT_VERSION}")
+    check.that(
+        version == FORMAT_VERSION,
+        f"has format_version {version!r}, this program reads {FORMAT_VERSION}",
+    )
     vocab_size = check.count(manifest, "vocab_size", 1)
     check.that(vocab_size <= 2**32, f"has vocab_size {vocab_size}, more than 32-bit ids can name")
-    check.that(check.count(manifest, "eos_id", 0) < vocab_size, f"has an eos_id outside its vocabulary of {vocab_size}")
-    check.that(isinstance(manifest.get("eos_token"), str), f"has eos_token={manifest.get('eos_token')!r}, it must be text")
-    check.that(manifest.get("dtype") == token_dtype(vocab_size).name,
-               f"has dtype {manifest.get('dtype')!r}, a vocabulary of {vocab_size} is stored as {token_dtype(vocab_size).name}")
-    check.that(manifest.get("tokenizer") == TOKENIZER,
-               f"has tokenizer={manifest.get('tokenizer')!r}, it must be {TOKENIZER!r}")
+    check.that(
+        check.count(manifest, "eos_id", 0) < vocab_size,
+        f"has an eos_id outside its vocabulary of {vocab_size}",
+    )
+    check.that(
+        isinstance(manifest.get("eos_token"), str),
+        f"has eos_token={manifest.get('eos_token')!r}, it must be text",
+    )
+    check.that(
+        manifest.get("dtype") == token_dtype(vocab_size).name,
+        f"has dtype {manifest.get('dtype')!r}, a vocabulary of {vocab_size} is stored as "
+        f"{token_dtype(vocab_size).name}",
+    )
+    check.that(
+        manifest.get("tokenizer") == TOKENIZER,
+        f"has tokenizer={manifest.get('tokenizer')!r}, it must be {TOKENIZER!r}",
+    )
     skipped = check.group(manifest, "skipped_documents")
     for reason in skipped:
         check.count(skipped, reason, 0)
@@ -519,8 +667,14 @@ class _ManifestCheck:
             self.count(counts, "documents", 0)
             self.count(counts, "tokens", 0)
         for total in ("documents", "tokens"):
-            by_domain, by_shard = sum(c[total] for c in domains.values()), sum(getattr(info, total) for info in infos)
-            self.that(by_domain == by_shard, f"counts {by_domain} {split} {total} by domain and {by_shard} by shard")
+            by_domain, by_shard = (
+                sum(c[total] for c in domains.values()),
+                sum(getattr(info, total) for info in infos),
+            )
+            self.that(
+                by_domain == by_shard,
+                f"counts {by_domain} {split} {total} by domain and {by_shard} by shard",
+            )
         self.that(len({info.file for info in infos}) == len(infos), f"names a {split} shard twice")
         return {"shards": infos, "domains": domains}
 
@@ -533,11 +687,15 @@ class _ManifestCheck:
         if folder != split or name in ("", ".", "..") or "/" in name or "\0" in name:
             self.refuse(f"names shard {file!r}, which is no file in {split}/")
         root = self.path.parent
-        if (split in links or name in links) and not (root / file).resolve().is_relative_to(root.resolve()):
+        if (split in links or name in links) and not (root / file).resolve().is_relative_to(
+            root.resolve()
+        ):
             self.refuse(f"names shard {file!r}, which leads out of the data set")
         if not isinstance(sha256, str) or len(sha256) != 64:
             self.refuse(f"has sha256={sha256!r} for {file}, it must be 64 digits")
         if not isinstance(sums, str) or len(sums) not in (0, 64):
             self.refuse(f"has sums={sums!r} for {file}, they must be 64 digits or none")
-        documents, tokens, size = (self.count(item, key, 1) for key in ("documents", "tokens", "bytes"))
+        documents, tokens, size = (
+            self.count(item, key, 1) for key in ("documents", "tokens", "bytes")
+        )
         return ShardInfo(file, documents, tokens, size, sha256, sums)

@@ -1,26 +1,34 @@
-"""The loader: a prepared data set in, PackedBatch out, in an order that is a pure function of (seed, position).
+"""The loader: a prepared data set in, PackedBatch out, in an order that is a pure function of
+(seed, position).
 
     data/wiki/train/shard-00000.arrow     tokens  | a a a a E b b E c c c c c c c E d d |      E: end of document
                                           offsets   0         5     8               16
     sequence_length = 6                   windows | a a a a E b | b E c c c c | c c c E d d |
                                                     0             1             2
 
-1. **Windows.** A shard is one stream of tokens, documents one after the other. Window i of a shard is the stream's tokens
-   [i * sequence_length, (i + 1) * sequence_length); what is left at the end of a shard is dropped. Windows are numbered
-   through all shards. Nothing is stored a window: a number is turned into a shard and a place by a search among the shards.
-2. **Order.** Training reads positions 0, 1, 2, … Position p belongs to epoch p // num_sequences, and a permutation of the
-   window numbers, keyed by (seed, epoch), says which window it is (`order.permute`). The permutation is computed, not stored:
-   looking up one position costs the same among a thousand windows as among 10^12, and every epoch has its own order.
-3. **Who reads what.** Step s of G sequences is positions [s * G, (s + 1) * G). Rank r of W takes the r-th of W equal blocks of
-   them, and cuts its block into micro-batches. So neither W nor the micro-batch size changes what a step trains on, and a
-   run goes on from its step number alone: there is no state to save, and none to lose.
-4. **Documents.** The offsets say which documents a window touches, and where (`packing.documents_in_window`); EOS tokens are
-   not looked at. In the example, window 1 is the last token of b and its EOS, and the first four of c. A document that is cut
-   goes on in another window as a document of its own, under the same permanent id.
-5. **Targets** are the tokens shifted by one inside a window; its last position has none. With `cross_document_targets` the EOS
-   of a document predicts the first token of the next one in the window, as the reference does (spec 4.3).
-6. **Filter.** A window that repeats itself keeps its tokens and loses all its targets (`filters`, spec 4.4).
-7. **Ahead of time.** `prefetch` does all of this for the coming steps on a thread, while the device computes.
+1. **Windows.** A shard is one stream of tokens, documents one after the other. Window i of a shard
+   is the stream's tokens [i * sequence_length, (i + 1) * sequence_length); what is left at the end
+   of a shard is dropped. Windows are numbered through all shards. Nothing is stored a window: a
+   number is turned into a shard and a place by a search among the shards.
+2. **Order.** Training reads positions 0, 1, 2, … Position p belongs to epoch p // num_sequences,
+   and a permutation of the window numbers, keyed by (seed, epoch), says which window it is
+   (`order.permute`). The permutation is computed, not stored: looking up one position costs the
+   same among a thousand windows as among 10^12, and every epoch has its own order.
+3. **Who reads what.** Step s of G sequences is positions [s * G, (s + 1) * G). Rank r of W takes
+   the r-th of W equal blocks of them, and cuts its block into micro-batches. So neither W nor the
+   micro-batch size changes what a step trains on, and a run goes on from its step number alone:
+   there is no state to save, and none to lose.
+4. **Documents.** The offsets say which documents a window touches, and where
+   (`packing.documents_in_window`); EOS tokens are not looked at. In the example, window 1 is the
+   last token of b and its EOS, and the first four of c. A document that is cut goes on in another
+   window as a document of its own, under the same permanent id.
+5. **Targets** are the tokens shifted by one inside a window; its last position has none. With
+   `cross_document_targets` the EOS of a document predicts the first token of the next one in the
+   window, as the reference does (spec 4.3).
+6. **Filter.** A window that repeats itself keeps its tokens and loses all its targets (`filters`,
+  spec 4.4).
+7. **Ahead of time.** `prefetch` does all of this for the coming steps on a thread, while the device
+  computes.
 """
 
 from __future__ import annotations
@@ -44,40 +52,69 @@ from emotrain.data.packing import documents_in_window
 
 
 class Loader:
-    """Sequences of a prepared data set; see the top of this file. All methods may be called from several threads.
+    """Sequences of a prepared data set; see the top of this file. All methods may be called from
+    several threads.
 
     Args:
         path: folder written by `emotrain prepare`.
         sequence_length: tokens of a sequence.
         seed: of the order.
-        cross_document_targets: whether the last token of a document predicts the first of the next one.
-        repetition_filter: which sequences get no loss; None, or one that is not enabled, for no filter.
+        cross_document_targets: whether the last token of a document predicts the first of the next
+            one.
+        repetition_filter: which sequences get no loss; None, or one that is not enabled, for no
+            filter.
         verify_checksums: hash what is read, each time; see `Dataset`.
         split: `train` or `valid`.
     Raises:
-        FileNotFoundError: no data set there. ValueError: a damaged one, one without a whole sequence, or a bad argument.
+        FileNotFoundError: no data set there. ValueError: a damaged one, one without a whole
+            sequence, or a bad argument.
     """
 
-    def __init__(self, path: str | Path, sequence_length: int, seed: int, *, cross_document_targets: bool = True,
-                 repetition_filter: RepetitionFilterConfig | None = None, verify_checksums: bool = True, split: str = "train"):
+    def __init__(
+        self,
+        path: str | Path,
+        sequence_length: int,
+        seed: int,
+        *,
+        cross_document_targets: bool = True,
+        repetition_filter: RepetitionFilterConfig | None = None,
+        verify_checksums: bool = True,
+        split: str = "train",
+    ):
         if sequence_length < 2 or seed < 0:
-            raise ValueError(f"sequence_length={sequence_length}, seed={seed}: a sequence has at least 2 tokens, and a seed is "
-                             f"not negative")
+            raise ValueError(
+                f"sequence_length={sequence_length}, seed={seed}: a sequence has at least 2 "
+                f"tokens, and a seed is "
+                f"not negative"
+            )
         self.dataset = Dataset(path, verify_checksums)
         self.sequence_length = sequence_length
         self.seed = seed
         self.cross_document_targets = cross_document_targets
-        self.repetition_filter = repetition_filter if repetition_filter and repetition_filter.enabled else None
+        self.repetition_filter = (
+            repetition_filter if repetition_filter and repetition_filter.enabled else None
+        )
         self.split = split
         self.num_tokens = self.dataset.num_tokens(split)
         """Tokens of the split, with those at the ends of shards that no sequence holds."""
-        self._first_windows = np.array(list(accumulate(
-            (info.tokens // sequence_length for info in self.dataset.shards[split]), initial=0)), dtype=np.int64)
+        self._first_windows = np.array(
+            list(
+                accumulate(
+                    (info.tokens // sequence_length for info in self.dataset.shards[split]),
+                    initial=0,
+                )
+            ),
+            dtype=np.int64,
+        )
         self.num_sequences = int(self._first_windows[-1])
         """Sequences of one epoch."""
         if not self.num_sequences:
-            raise ValueError(f"{path}: no {split} shard holds a whole sequence of {sequence_length} tokens ({self.num_tokens} "
-                             f"in {len(self.dataset.shards[split])} shards); lower sequence_length or prepare more documents")
+            raise ValueError(
+                f"{path}: no {split} shard holds a whole sequence of {sequence_length} tokens "
+                f"({self.num_tokens} "
+                f"in {len(self.dataset.shards[split])} shards); lower sequence_length or prepare "
+                f"more documents"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -89,8 +126,9 @@ class Loader:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits of the tokens, their order on disk, and how they are cut. With the seed, it fixes what
-        every position means: a run that goes on with another fingerprint is another run."""
+        """16 hexadecimal digits of the tokens, their order on disk, and how they are cut. With the
+        seed, it fixes what every position means: a run that goes on with another fingerprint is
+        another run."""
         identity = f"{self.dataset.fingerprint(self.split)} {self.split} {self.sequence_length}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -98,23 +136,30 @@ class Loader:
         """The window at each position of the order: int64 [B] in [0, num_sequences)."""
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and positions.min() < 0:
-            raise ValueError(f"position {positions.min()} is before the start; positions are at least 0")
+            raise ValueError(
+                f"position {positions.min()} is before the start; positions are at least 0"
+            )
         epochs, places = np.divmod(positions, self.num_sequences)
         return permute(places, self.num_sequences, keyed(self.seed, epochs))
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> PackedBatch:
         """The sequences at `positions` of the order, as rows of one batch of CPU tensors.
 
-        Document ids are positions in the data set (see `formats`), the same whatever else is in the batch.
+        Document ids are positions in the data set (see `formats`), the same whatever else is in the
+        batch.
         """
         windows = self.windows(positions)
         shards = np.searchsorted(self._first_windows, windows, side="right") - 1
         starts = (windows - self._first_windows[shards]) * self.sequence_length
         tokens_BS = np.empty((len(windows), self.sequence_length), dtype=np.int64)
         lengths, ids = [], []
-        for row, (shard_index, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
+        for row, (shard_index, start) in enumerate(
+            zip(shards.tolist(), starts.tolist(), strict=True)
+        ):
             stop = start + self.sequence_length
-            tokens_BS[row], first, offsets = self.dataset.window(self.split, shard_index, start, stop)
+            tokens_BS[row], first, offsets = self.dataset.window(
+                self.split, shard_index, start, stop
+            )
             _, row_lengths = documents_in_window(offsets, start, stop)
             first += self.dataset.first_ids[self.split][shard_index]
             lengths.append(row_lengths.tolist())
@@ -124,8 +169,14 @@ class Loader:
             packed.targets_BS.numpy()[is_repetitive(tokens_BS, self.repetition_filter)] = IGNORE
         return packed
 
-    def step(self, step_index: int, global_batch: int, micro_batch: int, rank: int = 0,
-             world_size: int = 1) -> list[PackedBatch]:
+    def step(
+        self,
+        step_index: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> list[PackedBatch]:
         """The micro-batches of one rank for one optimizer step, in order.
 
         Args:
@@ -134,49 +185,79 @@ class Loader:
             micro_batch: sequences of a micro-batch.
             rank, world_size: which of how many data-parallel ranks this is.
         Raises:
-            ValueError: the global batch is not whole micro-batches on every rank, or a number is out of range.
+            ValueError: the global batch is not whole micro-batches on every rank, or a number is
+                out of range.
         """
         blocks = self._micro_batches(step_index, global_batch, micro_batch, rank, world_size)
         return [self.batch(positions) for positions in blocks]
 
-    def prefetch(self, start_step: int, num_steps: int, global_batch: int, micro_batch: int, rank: int = 0, world_size: int = 1,
-                 depth: int = 2) -> Prefetcher:
-        """The results of `step` for `num_steps` steps from `start_step`, made ahead of time on a thread.
+    def prefetch(
+        self,
+        start_step: int,
+        num_steps: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        depth: int = 2,
+    ) -> Prefetcher:
+        """The results of `step` for `num_steps` steps from `start_step`, made ahead of time on a
+        thread.
 
-        Up to `depth` steps are held ready. Use it in a `with` block, or close it, so that the thread ends; an exception on
-        the thread is raised where its step would have come. Arguments are checked at once; see `step`.
+        Up to `depth` steps are held ready. Use it in a `with` block, or close it, so that the
+        thread ends; an exception on the thread is raised where its step would have come. Arguments
+        are checked at once; see `step`.
         """
         self._micro_batches(start_step, global_batch, micro_batch, rank, world_size)
         if num_steps < 0 or depth < 1:
-            raise ValueError(f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at least 1")
+            raise ValueError(
+                f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at "
+                f"least 1"
+            )
         steps = range(start_step, start_step + num_steps)
-        return Prefetcher((self.step(index, global_batch, micro_batch, rank, world_size) for index in steps), depth)
+        return Prefetcher(
+            (self.step(index, global_batch, micro_batch, rank, world_size) for index in steps),
+            depth,
+        )
 
     def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The domain of each document; see `Dataset.document_domains`."""
         return self.dataset.document_domains(ids)
 
     @staticmethod
-    def _micro_batches(step_index: int, global_batch: int, micro_batch: int, rank: int, world_size: int) -> list[range]:
+    def _micro_batches(
+        step_index: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    ) -> list[range]:
         """The positions of each micro-batch of a rank."""
         if step_index < 0 or micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps start at 0, a "
-                             f"micro-batch holds a sequence, and ranks are 0 to world size - 1")
+            raise ValueError(
+                f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps "
+                f"start at 0, a "
+                f"micro-batch holds a sequence, and ranks are 0 to world size - 1"
+            )
         if global_batch < 1 or global_batch % (micro_batch * world_size):
-            raise ValueError(f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} times {world_size} "
-                             f"ranks; make it a multiple of {micro_batch * world_size}, or change micro_batch")
+            raise ValueError(
+                f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} times "
+                f"{world_size} "
+                f"ranks; make it a multiple of {micro_batch * world_size}, or change micro_batch"
+            )
         share = global_batch // world_size
         first = step_index * global_batch + rank * share
-        return [range(start, start + micro_batch) for start in range(first, first + share, micro_batch)]
+        return [
+            range(start, start + micro_batch) for start in range(first, first + share, micro_batch)
+        ]
 
 
 class Prefetcher(Iterator[list[PackedBatch]]):
-    """Runs an iterator on a thread, a few items ahead. Closing it, or leaving its `with` block, ends the thread."""
+    """Runs an iterator on a thread, a few items ahead. Closing it, or leaving its `with` block,
+    ends the thread."""
 
     def __init__(self, steps: Iterator[list[PackedBatch]], depth: int):
         self._queue: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(steps,), name="emotrain-loader", daemon=True)
+        self._thread = threading.Thread(
+            target=self._work, args=(steps,), name="emotrain-loader", daemon=True
+        )
         self._thread.start()
 
     def _work(self, steps: Iterator[list[PackedBatch]]) -> None:

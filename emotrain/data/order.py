@@ -1,8 +1,9 @@
-"""Shuffles that are pure functions of a seed: no state, no stored permutation, the same on every machine.
+"""Shuffles that are pure functions of a seed: no state, no stored permutation, the same on every
+machine.
 
-`mix64` is the finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers whose output bits
-look independent of its input. `prepare` uses it to scatter documents over shards; `permute` builds the order of
-training sequences from it.
+`mix64` is the finaliser of splitmix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers
+whose output bits look independent of its input. `prepare` uses it to scatter documents over shards;
+`permute` builds the order of training sequences from it.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import numpy as np
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 divided by the golden ratio: the increment of splitmix64, which keeps consecutive keys far apart."""
+"""2^64 divided by the golden ratio: the increment of splitmix64, which keeps consecutive keys
+far apart."""
 
 ROUNDS = 6
-"""Feistel rounds. Four with ideal round functions already give a pseudo-random permutation (Luby and Rackoff, 1988)."""
+"""Feistel rounds. Four with ideal round functions already give a pseudo-random permutation (Luby
+and Rackoff, 1988)."""
 
 
 def mix64(values: np.ndarray) -> np.ndarray:
@@ -25,7 +28,8 @@ def mix64(values: np.ndarray) -> np.ndarray:
 
 
 def keyed(key: int, values: np.ndarray) -> np.ndarray:
-    """uint64 hashes of non-negative integers under an integer key; distinct values keep distinct hashes."""
+    """uint64 hashes of non-negative integers under an integer key; distinct values keep distinct
+    hashes."""
     start = mix64(np.array([key % 2**64], dtype=np.uint64) + np.uint64(GOLDEN))
     return mix64(values.astype(np.uint64) * np.uint64(GOLDEN) + start)
 
@@ -33,9 +37,9 @@ def keyed(key: int, values: np.ndarray) -> np.ndarray:
 def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     """Where keyed permutations of [0, size) send `indices`, in O(1) time and memory an index.
 
-    A Feistel network is a bijection of [0, 4^h) for any round function. With the smallest h that covers `size`, an output
-    at or above `size` is sent through again ("cycle walking") until it falls inside: still a bijection, of [0, size),
-    after fewer than four passes on average.
+    A Feistel network is a bijection of [0, 4^h) for any round function. With the smallest h that
+    covers `size`, an output at or above `size` is sent through again ("cycle walking") until it
+    falls inside: still a bijection, of [0, size), after fewer than four passes on average.
 
     Args:
         indices: integers [P] in [0, size).

@@ -1,4 +1,5 @@
-"""From a stream of tokens and the offsets of its documents to the documents of a window; from documents to packed rows."""
+"""From a stream of tokens and the offsets of its documents to the documents of a window; from
+documents to packed rows."""
 
 from __future__ import annotations
 
@@ -13,25 +14,29 @@ def documents_in_window(offsets: np.ndarray, start: int, stop: int) -> tuple[int
     """The documents that the tokens [start, stop) of a stream belong to.
 
     Args:
-        offsets: int64 [documents + 1], where each document starts; the last one is the length of the stream.
+        offsets: int64 [documents + 1], where each document starts; the last one is the length of
+            the stream.
         start, stop: a window inside the stream, not empty.
     Returns:
-        The number of the first document in the window, and int64 lengths of its documents inside the window, in order:
-        the first and the last may be pieces of longer documents.
+        The number of the first document in the window, and int64 lengths of its documents inside
+        the window, in order: the first and the last may be pieces of longer documents.
     """
     first = int(np.searchsorted(offsets, start, side="right")) - 1
     last = int(np.searchsorted(offsets, stop, side="left"))
-    edges = offsets[first:last + 1].copy()
+    edges = offsets[first : last + 1].copy()
     edges[0], edges[-1] = start, stop
     return first, np.diff(edges)
 
 
-def pack_documents(documents: Sequence[np.ndarray], ids: Sequence[int], row_length: int, pad_id: int = 0) -> PackedBatch:
-    """Pack whole documents for evaluation: no document sees another one, and every token but the first of a piece is predicted.
+def pack_documents(
+    documents: Sequence[np.ndarray], ids: Sequence[int], row_length: int, pad_id: int = 0
+) -> PackedBatch:
+    """Pack whole documents for evaluation: no document sees another one, and every token but the
+    first of a piece is predicted.
 
-    A document longer than a row is cut into pieces of `row_length` tokens, each a document of its own with the same
-    permanent id. Pieces go, in order, into the first row with room. A row that is not full ends in padding: one
-    pseudo-document with id -1, without targets.
+    A document longer than a row is cut into pieces of `row_length` tokens, each a document of its
+    own with the same permanent id. Pieces go, in order, into the first row with room. A row that is
+    not full ends in padding: one pseudo-document with id -1, without targets.
 
     Args:
         documents: token ids [length] of each document, none empty.
@@ -41,14 +46,22 @@ def pack_documents(documents: Sequence[np.ndarray], ids: Sequence[int], row_leng
     Raises:
         ValueError: no documents, an empty one, or not one id a document.
     """
-    if len(documents) != len(ids) or not len(documents) or min(map(len, documents)) < 1 or row_length < 1:
-        raise ValueError(f"{len(documents)} documents and {len(ids)} ids cannot be packed into rows of {row_length}; give at "
-                         f"least one document, none empty, one id each, and a positive row length")
+    if (
+        len(documents) != len(ids)
+        or not len(documents)
+        or min(map(len, documents)) < 1
+        or row_length < 1
+    ):
+        raise ValueError(
+            f"{len(documents)} documents and {len(ids)} ids cannot be packed into rows of "
+            f"{row_length}; give at "
+            f"least one document, none empty, one id each, and a positive row length"
+        )
     rows: list[list[tuple[np.ndarray, int]]] = []
     room = np.zeros(0, dtype=np.int64)
     for document, document_id in zip(documents, ids, strict=True):
         for begin in range(0, len(document), row_length):
-            piece = document[begin:begin + row_length]
+            piece = document[begin : begin + row_length]
             fits = np.flatnonzero(room >= len(piece))
             row = int(fits[0]) if fits.size else len(rows)
             if row == len(rows):
@@ -58,8 +71,13 @@ def pack_documents(documents: Sequence[np.ndarray], ids: Sequence[int], row_leng
             room[row] -= len(piece)
     tokens_BS = np.full((len(rows), row_length), pad_id, dtype=np.int64)
     for row, pieces in enumerate(rows):
-        tokens_BS[row, :row_length - room[row]] = np.concatenate([piece for piece, _ in pieces])
+        tokens_BS[row, : row_length - room[row]] = np.concatenate([piece for piece, _ in pieces])
     padding = [[int(left)] if left else [] for left in room]
-    lengths = [[len(piece) for piece, _ in pieces] + pad for pieces, pad in zip(rows, padding, strict=True)]
-    packed_ids = [[i for _, i in pieces] + [PADDING_ID] * len(pad) for pieces, pad in zip(rows, padding, strict=True)]
+    lengths = [
+        [len(piece) for piece, _ in pieces] + pad for pieces, pad in zip(rows, padding, strict=True)
+    ]
+    packed_ids = [
+        [i for _, i in pieces] + [PADDING_ID] * len(pad)
+        for pieces, pad in zip(rows, padding, strict=True)
+    ]
     return PackedBatch.from_segments(tokens_BS, lengths, packed_ids, cross_document_targets=False)

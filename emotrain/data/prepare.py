@@ -1,15 +1,19 @@
-"""`emotrain prepare`: text documents in, a data set of shuffled token shards out, in one pass and little memory.
+"""`emotrain prepare`: text documents in, a data set of shuffled token shards out, in one pass and
+little memory.
 
-1. The files are found and put in order; with `train_tokenizer`, a first pass over them trains a tokenizer.
-2. Documents are read one after the other and numbered. Threads encode them; results are taken in the order of reading, so
-   that the number of threads changes nothing.
-3. A hash of (seed, number) decides to which shard a document goes, and where in it. Until a shard is finished, its
-   documents lie in a plain file of their own ("bucket"): memory holds some buffers, not the corpus.
-4. Bucket by bucket, documents are put in the order of their hashes and written as a shard (see `formats`).
+1. The files are found and put in order; with `train_tokenizer`, a first pass over them trains a
+  tokenizer.
+2. Documents are read one after the other and numbered. Threads encode them; results are taken in
+   the order of reading, so that the number of threads changes nothing.
+3. A hash of (seed, number) decides to which shard a document goes, and where in it. Until a shard
+   is finished, its documents lie in a plain file of their own ("bucket"): memory holds some
+   buffers, not the corpus.
+4. Bucket by bucket, documents are put in the order of their hashes and written as a shard (see
+  `formats`).
 5. The manifest is written, everything is flushed, and the folder takes its name.
 
-So documents that were neighbours in a file end up far apart, the same inputs, tokenizer and seed give the same bytes, and a
-process that is killed leaves no data set rather than half of one.
+So documents that were neighbours in a file end up far apart, the same inputs, tokenizer and seed
+give the same bytes, and a process that is killed leaves no data set rather than half of one.
 """
 
 from __future__ import annotations
@@ -29,10 +33,24 @@ import numpy as np
 
 from emotrain.cli import add_json, finish
 from emotrain.data.documents import REASONS, Document, DocumentReader, Fields, find_files
-from emotrain.data.formats import SPLITS, TOKENIZER, ShardInfo, token_dtype, write_manifest, write_shard
+from emotrain.data.formats import (
+    SPLITS,
+    TOKENIZER,
+    ShardInfo,
+    token_dtype,
+    write_manifest,
+    write_shard,
+)
 from emotrain.data.order import keyed
 from emotrain.data.staging import Staging
-from emotrain.data.tokenizer import EOS_TOKEN, TextTokenizer, load_tokenizer, train_tokenizer as train_bpe
+from emotrain.data.tokenizer import (
+    EOS_TOKEN,
+    TextTokenizer,
+    load_tokenizer,
+)
+from emotrain.data.tokenizer import (
+    train_tokenizer as train_bpe,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,20 +71,34 @@ BATCH_BYTES = 2**20
 """Bytes of text a thread encodes at a time."""
 
 TOKENIZER_BYTES = 2**28
-"""Bytes of text a tokenizer is trained on, at most: the start of each file, as much of one as of another."""
+"""Bytes of text a tokenizer is trained on, at most: the start of each file, as much of one as of
+another."""
 
 BYTES_PER_TOKEN, COMPRESSION = 3, 4
 """Rough sizes, from which the number of shards is guessed before anything is read."""
 
 HELD_OUT, BUCKET, PLACE = range(3)
-"""What a hash of a document's number decides; each has a key of its own, so that the three are unrelated."""
+"""What a hash of a document's number decides; each has a key of its own, so that the three are
+unrelated."""
 
 
-def prepare(inputs: Sequence[str | Path], out: str | Path, *, tokenizer: str | Path | None = None,
-            train_tokenizer: bool = False, vocab_size: int = 4096, eos_token: str = EOS_TOKEN,
-            shard_tokens: int = SHARD_TOKENS, valid_fraction: float = 0.01, seed: int = 0,
-            workers: int | None = None, strict: bool = False, overwrite: bool = False,
-            fields: Fields = Fields(), console: Console | None = None) -> dict[str, Any]:
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    train_tokenizer: bool = False,
+    vocab_size: int = 4096,
+    eos_token: str = EOS_TOKEN,
+    shard_tokens: int = SHARD_TOKENS,
+    valid_fraction: float = 0.01,
+    seed: int = 0,
+    workers: int | None = None,
+    strict: bool = False,
+    overwrite: bool = False,
+    fields: Fields = Fields(),
+    console: Console | None = None,
+) -> dict[str, Any]:
     """Make a data set out of documents.
 
     Args:
@@ -85,25 +117,35 @@ def prepare(inputs: Sequence[str | Path], out: str | Path, *, tokenizer: str | P
     Returns:
         The report that `--json` prints: counts, sizes in bytes and `seconds`.
     Raises:
-        ValueError: bad arguments, unreadable inputs, a bad document if strict, no document to train on, or `out` exists.
+        ValueError: bad arguments, unreadable inputs, a bad document if strict, no document to train
+            on, or `out` exists.
         FileNotFoundError: a missing input or tokenizer. OSError: the disk is full.
     """
     started = time.perf_counter()
-    train_tokenizer = train_tokenizer or (tokenizer is None and [str(item) for item in inputs] == [SAMPLE])
+    train_tokenizer = train_tokenizer or (
+        tokenizer is None and [str(item) for item in inputs] == [SAMPLE]
+    )
     _check_arguments(tokenizer, train_tokenizer, shard_tokens, valid_fraction, seed, workers)
     files = find_files([SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs])
     reader = DocumentReader(fields, strict)
     with Staging(out, overwrite) as staging, _progress(console) as show:
         if train_tokenizer:
-            encoder = train_bpe(_training_texts(files, DocumentReader(fields, strict), show), vocab_size, eos_token)
+            encoder = train_bpe(
+                _training_texts(files, DocumentReader(fields, strict), show), vocab_size, eos_token
+            )
         else:
             encoder = load_tokenizer(tokenizer, eos_token)
         (staging.folder / TOKENIZER).write_text(encoder.to_json(), encoding="utf-8")
         expected = sum(map(_expected_tokens, files))
-        buckets = {"train": 1 + expected // shard_tokens, "valid": 1 + int(expected * valid_fraction) // shard_tokens}
+        buckets = {
+            "train": 1 + expected // shard_tokens,
+            "valid": 1 + int(expected * valid_fraction) // shard_tokens,
+        }
         spill = _Spill(staging.folder, buckets, seed, token_dtype(encoder.vocab_size))
         number = text_bytes = 0
-        with closing(_encode(_read(files, reader, show), encoder, workers or _usable_cores())) as batches:
+        with closing(
+            _encode(_read(files, reader, show), encoder, workers or _usable_cores())
+        ) as batches:
             for documents, tokens in batches:
                 spill.add(number, documents, tokens, valid_fraction)
                 number += len(documents)
@@ -111,22 +153,52 @@ def prepare(inputs: Sequence[str | Path], out: str | Path, *, tokenizer: str | P
         splits = spill.finish(show)
         if not splits["train"]["shards"]:
             skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
-            raise ValueError(f"no train documents in {len(files)} files (skipped: {skipped or 'none'}); check the inputs and "
-                             f"the field names")
+            raise ValueError(
+                f"no train documents in {len(files)} files (skipped: {skipped or 'none'}); check "
+                f"the inputs and "
+                f"the field names"
+            )
         skipped_documents = {reason: reader.skipped[reason] for reason in REASONS}
-        write_manifest(staging.folder, vocab_size=encoder.vocab_size, eos_id=encoder.eos_id, eos_token=eos_token,
-                       splits=splits, skipped_documents=skipped_documents,
-                       settings={"seed": seed, "valid_fraction": valid_fraction, "shard_tokens": shard_tokens,
-                                 "input_files": [path.name for path in files]})
+        write_manifest(
+            staging.folder,
+            vocab_size=encoder.vocab_size,
+            eos_id=encoder.eos_id,
+            eos_token=eos_token,
+            splits=splits,
+            skipped_documents=skipped_documents,
+            settings={
+                "seed": seed,
+                "valid_fraction": valid_fraction,
+                "shard_tokens": shard_tokens,
+                "input_files": [path.name for path in files],
+            },
+        )
         staging.commit()
-    return _report(Path(out), encoder, splits, skipped_documents, text_bytes, len(files), time.perf_counter() - started)
+    return _report(
+        Path(out),
+        encoder,
+        splits,
+        skipped_documents,
+        text_bytes,
+        len(files),
+        time.perf_counter() - started,
+    )
 
 
-def _check_arguments(tokenizer: str | Path | None, train_tokenizer: bool, shard_tokens: int, valid_fraction: float, seed: int,
-                     workers: int | None) -> None:
+def _check_arguments(
+    tokenizer: str | Path | None,
+    train_tokenizer: bool,
+    shard_tokens: int,
+    valid_fraction: float,
+    seed: int,
+    workers: int | None,
+) -> None:
     if (tokenizer is None) != train_tokenizer:
-        raise ValueError(f"{'no tokenizer' if tokenizer is None else 'two tokenizers'}; give either --tokenizer FILE or "
-                         f"--train-tokenizer")
+        raise ValueError(
+            f"{'no tokenizer' if tokenizer is None else 'two tokenizers'}; give either --tokenizer "
+            f"FILE or "
+            f"--train-tokenizer"
+        )
     if shard_tokens < 1:
         raise ValueError(f"shard_tokens={shard_tokens} must be positive")
     if not 0 <= valid_fraction < 1:
@@ -154,7 +226,8 @@ def _read(files: Sequence[Path], reader: DocumentReader, show: _Show) -> Iterato
 
 
 def _training_texts(files: Sequence[Path], reader: DocumentReader, show: _Show) -> Iterator[str]:
-    """Documents to train a tokenizer on: none that is marked held-out, about as many bytes of each file."""
+    """Documents to train a tokenizer on: none that is marked held-out, about as many bytes of
+    each file."""
     show("training the tokenizer", total=len(files))
     for path in files:
         left = TOKENIZER_BYTES // len(files)
@@ -167,17 +240,21 @@ def _training_texts(files: Sequence[Path], reader: DocumentReader, show: _Show) 
         show.advance(1)
 
 
-def _encode(documents: Iterable[Document], encoder: TextTokenizer,
-            workers: int) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+def _encode(
+    documents: Iterable[Document], encoder: TextTokenizer, workers: int
+) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
     """Batches of documents with their token ids, in the order of `documents`."""
     pending: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
-    # The library's own threads would compete with these; with one batch a thread they have nothing to do.
+    # The library's own threads would compete with these; with one batch a thread they have nothing
+    # to do.
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     pool = ThreadPoolExecutor(workers)
     try:
         for batch in _batches(documents):
-            pending.append((batch, pool.submit(encoder.encode_batch, [document.text for document in batch])))
+            pending.append(
+                (batch, pool.submit(encoder.encode_batch, [document.text for document in batch]))
+            )
             if len(pending) > 2 * workers:
                 batch, encoded = pending.popleft()
                 yield batch, encoded.result()
@@ -204,10 +281,11 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class _Spill:
-    """Encoded documents on their way to shards: one bucket a shard, in order of arrival until the shard is finished.
+    """Encoded documents on their way to shards: one bucket a shard, in order of arrival until the
+    shard is finished.
 
-    A bucket is two files, to which buffers are appended: the token ids, and a JSON line [place, length, domain, source] a
-    document. Documents of a shard are ordered by `place`.
+    A bucket is two files, to which buffers are appended: the token ids, and a JSON line [place,
+    length, domain, source] a document. Documents of a shard are ordered by `place`.
     """
 
     def __init__(self, folder: Path, buckets: dict[str, int], seed: int, dtype: np.dtype):
@@ -218,22 +296,35 @@ class _Spill:
         for split in SPLITS:
             (folder / split).mkdir()
 
-    def add(self, first_number: int, documents: list[Document], tokens: list[np.ndarray], valid_fraction: float) -> None:
+    def add(
+        self,
+        first_number: int,
+        documents: list[Document],
+        tokens: list[np.ndarray],
+        valid_fraction: float,
+    ) -> None:
         """Take documents numbered from `first_number`."""
         numbers = np.arange(first_number, first_number + len(documents))
         hashes = {what: keyed(3 * self.seed + what, numbers) for what in (HELD_OUT, BUCKET, PLACE)}
-        held_out, choices, places = hashes[HELD_OUT] < np.uint64(valid_fraction * 2**64), hashes[BUCKET], hashes[PLACE].tolist()
+        held_out, choices, places = (
+            hashes[HELD_OUT] < np.uint64(valid_fraction * 2**64),
+            hashes[BUCKET],
+            hashes[PLACE].tolist(),
+        )
         for index, (document, ids) in enumerate(zip(documents, tokens, strict=True)):
             split = document.split or ("valid" if held_out[index] else "train")
             bucket = split, int(choices[index]) % self.buckets[split]
             self.tokens[bucket].append(ids.astype(self.dtype))
-            self.lines[bucket].append(json.dumps([places[index], len(ids), document.domain, document.source]))
+            self.lines[bucket].append(
+                json.dumps([places[index], len(ids), document.domain, document.source])
+            )
             self.buffered += self.tokens[bucket][-1].nbytes
         if self.buffered >= BUFFER_BYTES:
             self._flush()
 
     def finish(self, show: _Show) -> dict[str, dict[str, Any]]:
-        """Write the shards, removing each bucket after it; for each split, ShardInfos and counts by domain."""
+        """Write the shards, removing each bucket after it; for each split, ShardInfos and counts
+        by domain."""
         self._flush()
         show("writing shards", total=sum(self.buckets.values()))
         splits: dict[str, dict[str, Any]] = {}
@@ -244,22 +335,32 @@ class _Spill:
                 if self._paths((split, number))[0].exists():
                     shards.append(self._finish_bucket((split, number), len(shards), counts))
                 show.advance(1)
-            splits[split] = {"shards": shards, "domains": {domain: dict(counts[domain]) for domain in sorted(counts)}}
+            splits[split] = {
+                "shards": shards,
+                "domains": {domain: dict(counts[domain]) for domain in sorted(counts)},
+            }
         return splits
 
-    def _finish_bucket(self, bucket: tuple[str, int], shard: int, counts: defaultdict[str, Counter[str]]) -> ShardInfo:
+    def _finish_bucket(
+        self, bucket: tuple[str, int], shard: int, counts: defaultdict[str, Counter[str]]
+    ) -> ShardInfo:
         tokens_path, lines_path = self._paths(bucket)
         tokens = np.fromfile(tokens_path, dtype=self.dtype)
         lines = lines_path.read_text(encoding="utf-8").splitlines()
         places, lengths, domains, sources = zip(*map(json.loads, lines), strict=True)
         ends = np.cumsum(lengths)
         order = np.argsort(np.array(places, dtype=np.uint64)).tolist()
-        shuffled = np.concatenate([tokens[ends[row] - lengths[row]:ends[row]] for row in order])
+        shuffled = np.concatenate([tokens[ends[row] - lengths[row] : ends[row]] for row in order])
         offsets = np.concatenate([[0], np.cumsum([lengths[row] for row in order])]).astype(np.int64)
         for domain, length in zip(domains, lengths, strict=True):
             counts[domain].update(documents=1, tokens=length)
-        info = write_shard(self.folder / bucket[0] / f"shard-{shard:05d}.arrow", shuffled, offsets,
-                           [domains[row] for row in order], [sources[row] for row in order])
+        info = write_shard(
+            self.folder / bucket[0] / f"shard-{shard:05d}.arrow",
+            shuffled,
+            offsets,
+            [domains[row] for row in order],
+            [sources[row] for row in order],
+        )
         tokens_path.unlink()
         lines_path.unlink()
         return info
@@ -308,11 +409,25 @@ def _progress(console: Console | None) -> Iterator[_Show]:
         yield _Show(progress)
 
 
-def _report(out: Path, encoder: TextTokenizer, splits: dict[str, dict[str, Any]], skipped: dict[str, int], text_bytes: int,
-            files: int, seconds: float) -> dict[str, Any]:
-    report: dict[str, Any] = {"out": str(out), "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "files": files}
+def _report(
+    out: Path,
+    encoder: TextTokenizer,
+    splits: dict[str, dict[str, Any]],
+    skipped: dict[str, int],
+    text_bytes: int,
+    files: int,
+    seconds: float,
+) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "out": str(out),
+        "vocab_size": encoder.vocab_size,
+        "eos_id": encoder.eos_id,
+        "files": files,
+    }
     for total in ("documents", "tokens"):
-        by_split = {split: sum(getattr(info, total) for info in splits[split]["shards"]) for split in SPLITS}
+        by_split = {
+            split: sum(getattr(info, total) for info in splits[split]["shards"]) for split in SPLITS
+        }
         report[total] = sum(by_split.values())
         report.update({f"{split}_{total}": count for split, count in by_split.items()})
     report.update({f"{split}_shards": len(splits[split]["shards"]) for split in SPLITS})
@@ -336,31 +451,89 @@ and "split" (train, valid) are optional. Nothing appears at --out before all of 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `emotrain prepare`."""
-    parser.description = "Turn text documents into shuffled token shards that training reads in place."
+    parser.description = (
+        "Turn text documents into shuffled token shards that training reads in place."
+    )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     option = parser.add_argument
-    option("inputs", nargs="+", metavar="INPUT", help="files or folders of documents, or `sample`, the embedded corpus")
-    option("--out", required=True, metavar="DIR", help="folder to make; refused if it exists, see --overwrite")
+    option(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="files or folders of documents, or `sample`, the embedded corpus",
+    )
+    option(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder to make; refused if it exists, see --overwrite",
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to encode with")
-    which.add_argument("--train-tokenizer", action="store_true",
-                       help="train a byte-level BPE on the documents first (the default for `sample`)")
-    option("--vocab-size", type=int, default=4096, metavar="N", help="tokens of a trained tokenizer (default: %(default)s)")
-    option("--eos-token", default=EOS_TOKEN, metavar="TOKEN", help="token that ends a document (default: %(default)s)")
-    option("--valid-fraction", type=float, default=0.01, metavar="X",
-           help="share of documents held out, among those without a split of their own (default: %(default)s)")
-    option("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N",
-           help="tokens of a shard, about; memory in use is some 8 bytes each (default: %(default)s)")
-    option("--seed", type=int, default=0, metavar="N",
-           help="seed of the shuffle and of the held-out share (default: %(default)s)")
-    option("--workers", type=int, metavar="N",
-           help="encoding threads (default: one a core); changes the time, not the result")
-    option("--strict", action="store_true",
-           help="stop at the first bad document; without it they are skipped and counted")
-    option("--overwrite", action="store_true", help="replace the data set at --out once the new one is complete")
+    which.add_argument(
+        "--train-tokenizer",
+        action="store_true",
+        help="train a byte-level BPE on the documents first (the default for `sample`)",
+    )
+    option(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens of a trained tokenizer (default: %(default)s)",
+    )
+    option(
+        "--eos-token",
+        default=EOS_TOKEN,
+        metavar="TOKEN",
+        help="token that ends a document (default: %(default)s)",
+    )
+    option(
+        "--valid-fraction",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of documents held out, among those without a split of their own (default: "
+        "%(default)s)",
+    )
+    option(
+        "--shard-tokens",
+        type=int,
+        default=SHARD_TOKENS,
+        metavar="N",
+        help="tokens of a shard, about; memory in use is some 8 bytes each (default: %(default)s)",
+    )
+    option(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the shuffle and of the held-out share (default: %(default)s)",
+    )
+    option(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="encoding threads (default: one a core); changes the time, not the result",
+    )
+    option(
+        "--strict",
+        action="store_true",
+        help="stop at the first bad document; without it they are skipped and counted",
+    )
+    option(
+        "--overwrite",
+        action="store_true",
+        help="replace the data set at --out once the new one is complete",
+    )
     for name in vars(Fields()):
-        option(f"--{name}-field", default=name, metavar="NAME", help=f"key or column of the {name} (default: %(default)s)")
+        option(
+            f"--{name}-field",
+            default=name,
+            metavar="NAME",
+            help=f"key or column of the {name} (default: %(default)s)",
+        )
     add_json(parser)
 
 
@@ -369,13 +542,33 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     fields = Fields(**{name: getattr(args, f"{name}_field") for name in vars(Fields())})
-    report = prepare(args.inputs, args.out, tokenizer=args.tokenizer, train_tokenizer=args.train_tokenizer,
-                     vocab_size=args.vocab_size, eos_token=args.eos_token, shard_tokens=args.shard_tokens,
-                     valid_fraction=args.valid_fraction, seed=args.seed, workers=args.workers, strict=args.strict,
-                     overwrite=args.overwrite, fields=fields, console=Console(stderr=True))
-    skipped = ", ".join(f"{report[f'skipped_{reason}_documents']:,} {reason.replace('_', ' ')}" for reason in REASONS
-                        if report[f"skipped_{reason}_documents"])
-    finish(args, report, f"{report['train_documents']:,} documents ({report['train_tokens']:,} tokens) to train on, "
-                         f"{report['valid_documents']:,} ({report['valid_tokens']:,}) held out, {skipped or '0'} skipped, "
-                         f"in {report['seconds']:.1f} s: {report['out']}")
+    report = prepare(
+        args.inputs,
+        args.out,
+        tokenizer=args.tokenizer,
+        train_tokenizer=args.train_tokenizer,
+        vocab_size=args.vocab_size,
+        eos_token=args.eos_token,
+        shard_tokens=args.shard_tokens,
+        valid_fraction=args.valid_fraction,
+        seed=args.seed,
+        workers=args.workers,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        fields=fields,
+        console=Console(stderr=True),
+    )
+    skipped = ", ".join(
+        f"{report[f'skipped_{reason}_documents']:,} {reason.replace('_', ' ')}"
+        for reason in REASONS
+        if report[f"skipped_{reason}_documents"]
+    )
+    finish(
+        args,
+        report,
+        f"{report['train_documents']:,} documents ({report['train_tokens']:,} tokens) to train on, "
+        f"{report['valid_documents']:,} ({report['valid_tokens']:,}) held out, {skipped or '0'} "
+        f"skipped, "
+        f"in {report['seconds']:.1f} s: {report['out']}",
+    )
     return 0

@@ -1,4 +1,5 @@
-"""A data set folder that is whole or does not exist: written beside its final name and moved there at the end."""
+"""A data set folder that is whole or does not exist: written beside its final name and moved
+there at the end."""
 
 from __future__ import annotations
 
@@ -16,21 +17,24 @@ from emotrain.data.formats import MANIFEST, SPLITS, TOKENIZER, read_manifest
 from emotrain.files import flush_to_disk
 
 LOCK = ".lock"
-"""Held while a staging folder is being written; one that nobody holds was left behind by a process that died."""
+"""Held while a staging folder is being written; one that nobody holds was left behind by a
+process that died."""
 
 
 class Staging:
-    """Writes a data set into `DIR.partial-…`, beside DIR, and moves it to DIR in `commit`. Without a commit it is removed.
+    """Writes a data set into `DIR.partial-…`, beside DIR, and moves it to DIR in `commit`. Without
+    a commit it is removed.
 
-    A process killed at any moment leaves DIR as it was before or as it is after. What it had written so far is removed by
-    the next one that writes to DIR.
+    A process killed at any moment leaves DIR as it was before or as it is after. What it had
+    written so far is removed by the next one that writes to DIR.
 
     Args:
         out: DIR.
-        overwrite: whether DIR may be an older data set, which the new one replaces. A folder that holds anything else
-            is never replaced.
+        overwrite: whether DIR may be an older data set, which the new one replaces. A folder that
+            holds anything else is never replaced.
     Raises:
-        ValueError: DIR exists and may not be replaced, or something that is not a folder is where it would lie.
+        ValueError: DIR exists and may not be replaced, or something that is not a folder is where
+            it would lie.
     """
 
     def __init__(self, out: str | Path, overwrite: bool = False):
@@ -48,15 +52,21 @@ class Staging:
     def __enter__(self) -> Staging:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(f"no space left on the disk of {self.out}; free some or choose another --out (a data set takes 2 or "
-                          f"4 bytes a token, and about as much again while it is made)") from None
+            raise OSError(
+                f"no space left on the disk of {self.out}; free some or choose another --out (a "
+                f"data set takes 2 or "
+                f"4 bytes a token, and about as much again while it is made)"
+            ) from None
 
     def commit(self) -> None:
-        """Make the staged folder DIR, in place of the data set that was there. Everything is on the disk before."""
+        """Make the staged folder DIR, in place of the data set that was there. Everything is on
+        the disk before."""
         for root, _, names in os.walk(self.folder):
             for name in names:
                 flush_to_disk(Path(root, name))
@@ -96,25 +106,43 @@ class Staging:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder that is not a data set, or holds files that are not part of it: they would be deleted."""
+    """Refuse a folder that is not a data set, or holds files that are not part of it: they would
+    be deleted."""
     try:
         manifest = read_manifest(folder)
     except (ValueError, OSError):
-        raise ValueError(f"{folder}: is not a prepared data set, and --overwrite replaces nothing else; choose another "
-                         f"--out") from None
-    known = {MANIFEST, TOKENIZER, LOCK} | {info.file for split in SPLITS for info in manifest["splits"][split]["shards"]}
+        raise ValueError(
+            f"{folder}: is not a prepared data set, and --overwrite replaces nothing else; choose "
+            f"another "
+            f"--out"
+        ) from None
+    known = {MANIFEST, TOKENIZER, LOCK} | {
+        info.file for split in SPLITS for info in manifest["splits"][split]["shards"]
+    }
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in known and not (name in SPLITS and path.is_dir()):
-            raise ValueError(f"{folder}: holds {name}, which is not part of the data set; move it away before --overwrite")
+            raise ValueError(
+                f"{folder}: holds {name}, which is not part of the data set; move it away before "
+                f"--overwrite"
+            )
 
 
 def _exchange(one: Path, other: Path) -> None:
     """Swap the names of two folders in one step, so that at no moment either name is missing."""
-    libc, at_cwd, exchange = ctypes.CDLL(None, use_errno=True), -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-    if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0:
+    libc, at_cwd, exchange = (
+        ctypes.CDLL(None, use_errno=True),
+        -100,
+        2,
+    )  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    if (
+        hasattr(libc, "renameat2")
+        and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+    ):
         return
-    aside = one.with_name(f"{one.name}-old")  # a file system or C library without it: two steps, nothing is ever deleted
+    aside = one.with_name(
+        f"{one.name}-old"
+    )  # a file system or C library without it: two steps, nothing is ever deleted
     os.rename(other, aside)
     try:
         os.rename(one, other)

@@ -1,4 +1,5 @@
-"""Text to token ids: a `tokenizer.json` of the Hugging Face `tokenizers` library, given or trained here."""
+"""Text to token ids: a `tokenizer.json` of the Hugging Face `tokenizers` library, given or
+trained here."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ BYTE_ALPHABET = 256
 class TextTokenizer:
     """Encodes documents so that the EOS id stands at the end of each document and nowhere else.
 
-    A text that spells an end-of-document marker is encoded as ordinary characters, and truncation or padding that a
-    tokenizer file brings along is switched off: every document arrives whole.
+    A text that spells an end-of-document marker is encoded as ordinary characters, and truncation
+    or padding that a tokenizer file brings along is switched off: every document arrives whole.
     """
 
     def __init__(self, backend: Tokenizer, eos_token: str = EOS_TOKEN):
@@ -32,9 +33,16 @@ class TextTokenizer:
         """
         eos_id = backend.token_to_id(eos_token)
         if eos_id is None:
-            special = sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
-            raise ValueError(f"the tokenizer has no token {eos_token!r} to end documents with; name one with --eos-token, "
-                             f"its special tokens are {', '.join(special) or 'none'}")
+            special = sorted(
+                token.content
+                for token in backend.get_added_tokens_decoder().values()
+                if token.special
+            )
+            raise ValueError(
+                f"the tokenizer has no token {eos_token!r} to end documents with; name one with "
+                f"--eos-token, "
+                f"its special tokens are {', '.join(special) or 'none'}"
+            )
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -67,19 +75,27 @@ def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> TextTokenize
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer file; give a tokenizer.json, or train one with --train-tokenizer")
+        raise FileNotFoundError(
+            f"{path}: no such tokenizer file; give a tokenizer.json, or train one with "
+            f"--train-tokenizer"
+        )
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
-        raise ValueError(f"{path}: not a tokenizer.json of the tokenizers library: {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path}: not a tokenizer.json of the tokenizers library: "
+            f"{' '.join(str(error).split())}"
+        ) from None
     return TextTokenizer(backend, eos_token)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = EOS_TOKEN) -> TextTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, eos_token: str = EOS_TOKEN
+) -> TextTokenizer:
     """Train a byte-level BPE on `texts`; the same texts give the same tokenizer.
 
-    The vocabulary holds `eos_token` as id 0, the 256 bytes, and the most frequent merges. It is smaller than asked for
-    when the texts do not have as many merges.
+    The vocabulary holds `eos_token` as id 0, the 256 bytes, and the most frequent merges. It is
+    smaller than asked for when the texts do not have as many merges.
 
     Raises:
         ValueError: `vocab_size` cannot hold the bytes and EOS.
@@ -87,12 +103,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, eos_token: str = EOS_
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < BYTE_ALPHABET + 1:
-        raise ValueError(f"vocab_size={vocab_size} cannot hold {BYTE_ALPHABET} bytes and {eos_token}; "
-                         f"make it at least {BYTE_ALPHABET + 1}")
+        raise ValueError(
+            f"vocab_size={vocab_size} cannot hold {BYTE_ALPHABET} bytes and {eos_token}; "
+            f"make it at least {BYTE_ALPHABET + 1}"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[eos_token], show_progress=False,
-                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos_token],
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
     backend.train_from_iterator(texts, trainer)
     return TextTokenizer(backend, eos_token)

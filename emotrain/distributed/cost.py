@@ -1,4 +1,5 @@
-"""From what a step computes, moves and sends (`dry_run.Measured`) to seconds: a model, not a measurement.
+"""From what a step computes, moves and sends (`dry_run.Measured`) to seconds: a model, not a
+measurement.
 
     a kernel          the longer of FLOPs / reached peak and bytes / reached memory bandwidth, and the gap before it
     a collective      `Cluster.collective_seconds`
@@ -41,13 +42,21 @@ class Work:
     fused: bool = False
     """Whether blocks are compiled."""
     extra_s: float = 0.0
-    """Seconds in which the device waits for the host's Python (the reference's loops over documents)."""
+    """Seconds in which the device waits for the host's Python (the reference's loops over
+    documents)."""
     gathers_overlap: bool = True
     """Whether the host runs ahead far enough to gather parameters while earlier layers compute."""
 
     @classmethod
     def of(cls, measured: Measured, compiled: bool) -> Work:
-        return cls(measured.kernels, measured.collectives, measured.axes, measured.tokens, measured.waits, compiled)
+        return cls(
+            measured.kernels,
+            measured.collectives,
+            measured.axes,
+            measured.tokens,
+            measured.waits,
+            compiled,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,12 +79,15 @@ class StepTime:
 
 def kernel_seconds(kernel: Kernel, gpu: GPU, view: str, fused: bool = False) -> float:
     """Seconds of one kernel and the gap before it."""
+
     def rate(name: str) -> float:
         return RATES[name].at(view)
 
     moving = kernel.bytes / (gpu.memory_bytes_s * rate("memory"))
     if not kernel.flops:
-        return rate("launch_s") + moving * (rate("fusion") if fused and kernel.part in COMPILED else 1)
+        return rate("launch_s") + moving * (
+            rate("fusion") if fused and kernel.part in COMPILED else 1
+        )
     if kernel.dtype == torch.float32:
         peak = gpu.fp32_flops * rate("dense_gemm")
     else:
@@ -105,7 +117,9 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
         by_phase[_side(kernel.phase), kernel.part == "shared experts"] += seconds
     sent, by_side, once = Counter(), Counter(), Counter()
     for collective, count in work.collectives.items():
-        one = cluster.collective_seconds(collective.kind, collective.bytes, work.axes[collective.axis], view)
+        one = cluster.collective_seconds(
+            collective.kind, collective.bytes, work.axes[collective.axis], view
+        )
         side, kind = _side(collective.phase), _purpose(collective)
         sent[f"{collective.kind} {collective.axis}"] += count * one
         by_side[side, kind] += count * one
@@ -118,15 +132,22 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
         exposed_exchange = max(0.0, exchange / 2 - by_phase[side, True]) + exchange / 2
         parts[side] = kernels
         parts[f"{side}: exchange of tokens"] = exposed_exchange
-        hidden_under = kernels + exposed_exchange if side == "forward" or work.gathers_overlap else kernels
+        hidden_under = (
+            kernels + exposed_exchange if side == "forward" or work.gathers_overlap else kernels
+        )
         moved = by_side[side, "gathers"] + by_side[side, "reductions"]
         if side == "forward" and not work.gathers_overlap:
             hidden_under = 0.0
-        parts[f"{side}: parameters and gradients"] = exposed = max(once[side, edge], moved - hidden_under)
+        parts[f"{side}: parameters and gradients"] = exposed = max(
+            once[side, edge], moved - hidden_under
+        )
         parts[f"{side}: contention"] = rate["contention"] * (moved - exposed)
         parts[f"{side}: small sums"] = by_side[side, "sums"]
-    parts["optimizer"] = by_phase["optimizer", False] + by_phase["optimizer", True] + sum(
-        seconds for (side, _), seconds in by_side.items() if side == "optimizer")
+    parts["optimizer"] = (
+        by_phase["optimizer", False]
+        + by_phase["optimizer", True]
+        + sum(seconds for (side, _), seconds in by_side.items() if side == "optimizer")
+    )
     parts["waits of the host"] = work.waits * rate["sync_s"] + work.extra_s
     device = sum(parts.values())
     host = rate["host_s"] * sum(work.kernels.values()) * (rate["fusion"] if work.fused else 1)
@@ -136,7 +157,9 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
 
 
 def _side(phase: str) -> str:
-    return {"forward": "forward", "recompute": "backward", "backward": "backward"}.get(phase, "optimizer")
+    return {"forward": "forward", "recompute": "backward", "backward": "backward"}.get(
+        phase, "optimizer"
+    )
 
 
 def _purpose(collective: Collective) -> str:

@@ -1,16 +1,19 @@
-"""DeepSpeed as the engine of a run: ZeRO in place of FSDP2, with routed experts in DeepSpeed's expert groups.
+"""DeepSpeed as the engine of a run: ZeRO in place of FSDP2, with routed experts in DeepSpeed's
+expert groups.
 
     stage 1, 2      any parallel.ep: routed experts are this rank's own, reduced over the ranks that hold the same ones
     stage 3         parallel.ep=1: parameters are cut over all ranks, experts too
 
-The loop, the losses, the model's start and the checkpoints are those of the native engine, and so are the numbers. DeepSpeed would
-average gradients over ranks; losses here are divided by counts of the whole global batch, so that gradients must be summed:
+The loop, the losses, the model's start and the checkpoints are those of the native engine, and so
+are the numbers. DeepSpeed would average gradients over ranks; losses here are divided by counts of
+the whole global batch, so that gradients must be summed:
 
     stage 1, 2      gradient_allreduce_op=sum: nothing is divided, for dense parameters and for experts
     stage 3         it always divides by the number of ranks; losses are multiplied by it before
     accumulation    scale_wrt_gas=False: losses are not divided by the number of micro-batches
 
-Settings come from the configuration. The JSON file says the ZeRO stage and how DeepSpeed communicates.
+Settings come from the configuration. The JSON file says the ZeRO stage and how DeepSpeed
+communicates.
 """
 
 from __future__ import annotations
@@ -47,72 +50,144 @@ from emotrain.training.tensor_files import TensorPart
 OLDEST, TOO_NEW = (0, 19, 8), (0, 20)
 """DeepSpeed releases whose treatment of gradients is known."""
 INSTALL = "pip install 'emotrain[deepspeed]'"
-PASSED_ON = {"zero_optimization", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger"}
+PASSED_ON = {
+    "zero_optimization",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+}
 """Sections of the JSON file that reach DeepSpeed as they are."""
 ZERO_OPTIONS = {
-    "stage", "reduce_scatter", "overlap_comm", "contiguous_gradients", "reduce_bucket_size", "allgather_bucket_size",
-    "use_multi_rank_bucket_allreduce", "round_robin_gradients", "sub_group_size", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"}
+    "stage",
+    "reduce_scatter",
+    "overlap_comm",
+    "contiguous_gradients",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "use_multi_rank_bucket_allreduce",
+    "round_robin_gradients",
+    "sub_group_size",
+    "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+}
 """Options of zero_optimization under which training is known to be the same."""
-SET_HERE = {"optimizer": "optimizer.*", "scheduler": "optimizer.*", "bf16": "training.precision", "fp16": "training.precision",
-            "torch_autocast": "training.precision", "gradient_allreduce_op": "the losses, which need sums",
-            "prescale_gradients": "the losses, which need sums", "gradient_predivide_factor": "the losses, which need sums"}
+SET_HERE = {
+    "optimizer": "optimizer.*",
+    "scheduler": "optimizer.*",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "torch_autocast": "training.precision",
+    "gradient_allreduce_op": "the losses, which need sums",
+    "prescale_gradients": "the losses, which need sums",
+    "gradient_predivide_factor": "the losses, which need sums",
+}
 """Sections that the configuration has no room for, and what decides instead."""
 
 
 def read_options(path: str | Path, config: Config, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run: the options of a JSON file, and what the run's configuration says.
+    """DeepSpeed's configuration of a run: the options of a JSON file, and what the run's
+    configuration says.
 
     Raises:
-        ValueError: not JSON; an option that contradicts the configuration, or that is not known to leave training the same.
+        ValueError: not JSON; an option that contradicts the configuration, or that is not known to
+            leave training the same.
         FileNotFoundError: no such file.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `ls configs/deepspeed` shows those that come with the project")
+        raise FileNotFoundError(
+            f"{path}: no such file; `ls configs/deepspeed` shows those that come with the project"
+        )
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
-        _require(isinstance(options, dict) and isinstance(options.get("zero_optimization"), dict), "it needs a section zero_optimization")
+        _require(
+            isinstance(options, dict) and isinstance(options.get("zero_optimization"), dict),
+            "it needs a section zero_optimization",
+        )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a DeepSpeed configuration ({error}); see configs/deepspeed/zero2.json") from None
+        raise ValueError(
+            f"{path}: not a DeepSpeed configuration ({error}); see configs/deepspeed/zero2.json"
+        ) from None
     setup = config.training
-    ours = {"train_batch_size": ("training.global_batch", setup.global_batch),
-            "train_micro_batch_size_per_gpu": ("training.micro_batch", setup.micro_batch),
-            "gradient_accumulation_steps": ("training.global_batch / training.micro_batch / processes",
-                                            setup.global_batch // setup.micro_batch // world_size),
-            "gradient_clipping": ("optimizer.clip_norm", config.optimizer.clip_norm)}
+    ours = {
+        "train_batch_size": ("training.global_batch", setup.global_batch),
+        "train_micro_batch_size_per_gpu": ("training.micro_batch", setup.micro_batch),
+        "gradient_accumulation_steps": (
+            "training.global_batch / training.micro_batch / processes",
+            setup.global_batch // setup.micro_batch // world_size,
+        ),
+        "gradient_clipping": ("optimizer.clip_norm", config.optimizer.clip_norm),
+    }
     for key, value in options.items():
         if key in ours:
             setting, wanted = ours[key]
-            _require(value in (wanted, "auto"), f"{path}: {key}={value} contradicts {setting}={wanted:g}, which decides; remove {key}")
+            _require(
+                value in (wanted, "auto"),
+                f"{path}: {key}={value} contradicts {setting}={wanted:g}, which decides; remove "
+                f"{key}",
+            )
         elif key in SET_HERE:
             is_off = isinstance(value, dict) and value.get("enabled") is False
-            _require(is_off, f"{path}: {key} is decided by {SET_HERE[key]}; remove it from the file")
+            _require(
+                is_off, f"{path}: {key} is decided by {SET_HERE[key]}; remove it from the file"
+            )
         else:
-            _require(key in PASSED_ON, f"{path}: {key} is not passed on to DeepSpeed; remove it, known are {', '.join(sorted(PASSED_ON))}")
+            _require(
+                key in PASSED_ON,
+                f"{path}: {key} is not passed on to DeepSpeed; remove it, known are "
+                f"{', '.join(sorted(PASSED_ON))}",
+            )
     zero = options["zero_optimization"]
     for key in zero:
-        _require(key in ZERO_OPTIONS, f"{path}: zero_optimization.{key} is not known to leave training the same; remove it, known are "
-                 f"{', '.join(sorted(ZERO_OPTIONS))}")
+        _require(
+            key in ZERO_OPTIONS,
+            f"{path}: zero_optimization.{key} is not known to leave training the same; remove it, "
+            f"known are "
+            f"{', '.join(sorted(ZERO_OPTIONS))}",
+        )
     _check_stage(path, zero, config, world_size)
     passed_on = {key: value for key, value in options.items() if key in PASSED_ON}
     averaged = {} if zero["stage"] == 3 else {"gradient_allreduce_op": "sum"}
-    return {"steps_per_print": sys.maxsize, **passed_on, **{key: value for key, (_, value) in ours.items()}, **averaged,
-            "zero_allow_untested_optimizer": True}
+    return {
+        "steps_per_print": sys.maxsize,
+        **passed_on,
+        **{key: value for key, (_, value) in ours.items()},
+        **averaged,
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: int) -> None:
     parallel, stage = config.parallel, zero.get("stage")
-    _require(type(stage) is int and stage in (1, 2, 3), f"{path}: zero_optimization.stage={stage} must be 1, 2 or 3; without ZeRO, start "
-             f"without --deepspeed")
-    _require(parallel.replicate == 1 and parallel.shard in (0, world_size), f"parallel.replicate={parallel.replicate}, parallel.shard="
-             f"{parallel.shard}: ZeRO spreads one copy over all {world_size} processes; remove both settings")
+    _require(
+        type(stage) is int and stage in (1, 2, 3),
+        f"{path}: zero_optimization.stage={stage} must be 1, 2 or 3; without ZeRO, start "
+        f"without --deepspeed",
+    )
+    _require(
+        parallel.replicate == 1 and parallel.shard in (0, world_size),
+        f"parallel.replicate={parallel.replicate}, parallel.shard="
+        f"{parallel.shard}: ZeRO spreads one copy over all {world_size} processes; remove both "
+        f"settings",
+    )
     if parallel.ep > 1:
-        _require(stage < 3, f"{path}: zero_optimization.stage=3 cuts every parameter over all processes, which parallel.ep={parallel.ep} "
-                 f"does not; use stage 2 or parallel.ep=1")
+        _require(
+            stage < 3,
+            f"{path}: zero_optimization.stage=3 cuts every parameter over all processes, which "
+            f"parallel.ep={parallel.ep} "
+            f"does not; use stage 2 or parallel.ep=1",
+        )
         for key in ("reduce_scatter", "contiguous_gradients"):
-            _require(zero.get(key, True) is True, f"{path}: zero_optimization.{key}={zero.get(key)} sums experts over the wrong ranks with "
-                     f"parallel.ep={parallel.ep}; remove it")
+            _require(
+                zero.get(key, True) is True,
+                f"{path}: zero_optimization.{key}={zero.get(key)} sums experts over the wrong "
+                f"ranks with "
+                f"parallel.ep={parallel.ep}; remove it",
+            )
 
 
 def _require(holds: bool, message: str) -> None:
@@ -121,7 +196,8 @@ def _require(holds: bool, message: str) -> None:
 
 
 class DeepSpeedEngine:
-    """As `training.loop.Engine`, by DeepSpeed. The model's parameters keep their names; of routed experts it holds this rank's."""
+    """As `training.loop.Engine`, by DeepSpeed. The model's parameters keep their names; of
+    routed experts it holds this rank's."""
 
     def __init__(self, options: str | Path, config: Config, ranks: Ranks, fresh: bool):
         """
@@ -130,14 +206,17 @@ class DeepSpeedEngine:
             fresh: whether the model gets its initial values, or waits for those of a checkpoint.
 
         Raises:
-            ModuleNotFoundError: DeepSpeed is not installed. ValueError: a release that is not known; a layout that cannot be;
+            ModuleNotFoundError: DeepSpeed is not installed. ValueError: a release that is not
+                known; a layout that cannot be;
             processes without a launcher.
         """
         settings = read_options(options, config, ranks.world_size)
         layout = Layout.of(config, ranks.world_size)
         deepspeed = _import_deepspeed(ranks)
         self.config, self.ranks, self.stage = config, ranks, settings["zero_optimization"]["stage"]
-        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False
+        )
         self._experts = _ExpertGroups(layout.ep) if layout.ep > 1 else None
         self.model = _build_model(config, ranks.device, self._experts, fresh)
         optimizer = build_optimizer(self.model, config.optimizer)
@@ -146,7 +225,8 @@ class DeepSpeedEngine:
         if self._experts is not None:
             wrapped.marker = _expert_marker(config)
         if self.stage == 3:
-            # Blocks are gathered whole: within them tensors travel in dataclasses, which DeepSpeed's hooks do not look into.
+            # Blocks are gathered whole: within them tensors travel in dataclasses, which
+            # DeepSpeed's hooks do not look into.
             deepspeed.utils.set_z3_leaf_modules(wrapped, [Block])
         self._engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
         assert self.stage == 3 or not self._engine.gradient_average
@@ -156,12 +236,15 @@ class DeepSpeedEngine:
     def zero_grad(self) -> None:
         """DeepSpeed drops gradients after each update."""
 
-    def forward(self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig) -> tuple[LossSums, RoutingReport]:
+    def forward(
+        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+    ) -> tuple[LossSums, RoutingReport]:
         sums, report = self._engine(batch, pool_sizes_LG, losses)
         return LossSums(*sums), report
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        # DeepSpeed looks at gradients alone when it skips an update: a loss that is not finite makes one that is not.
+        # DeepSpeed looks at gradients alone when it skips an update: a loss that is not finite
+        # makes one that is not.
         loss = loss * (1 + 0 * loss.detach())
         if self.stage == 3:
             loss = loss * self.ranks.world_size
@@ -178,14 +261,27 @@ class DeepSpeedEngine:
     def update(self) -> None:
         """`clip` has done it."""
 
-    def save(self, writer: checkpoint.CheckpointWriter, config: Config, state: checkpoint.TrainingState, tokenizer: Path) -> None:
+    def save(
+        self,
+        writer: checkpoint.CheckpointWriter,
+        config: Config,
+        state: checkpoint.TrainingState,
+        tokenizer: Path,
+    ) -> None:
         """Write a checkpoint that any layout and the native engine go on from."""
         num_updates = self._num_updates()
         self._link_moments()
-        writer.save_parts(dict(self._parts(checkpoint.MOMENTS if num_updates else ())), num_updates, config, state, tokenizer)
+        writer.save_parts(
+            dict(self._parts(checkpoint.MOMENTS if num_updates else ())),
+            num_updates,
+            config,
+            state,
+            tokenizer,
+        )
 
     def restore(self, path: Path) -> checkpoint.TrainingState:
-        """Load a checkpoint of any layout and engine. Host memory must hold the moments of all parameters of this rank."""
+        """Load a checkpoint of any layout and engine. Host memory must hold the moments of all
+        parameters of this rank."""
         values: dict[str, dict[str, Tensor]] = {}
 
         def wanted(num_updates: int) -> dict[str, TensorPart]:
@@ -193,17 +289,30 @@ class DeepSpeedEngine:
             for name, parameter in self.model.named_parameters():
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 values[name] = {"": parameter.detach() if self.stage < 3 else torch.empty(shape)}
-                values[name] |= {moment: torch.empty(shape) for moment in (checkpoint.MOMENTS if num_updates else ())}
-                parts |= {f"{moment}.{name}" if moment else name: self._part(name, tensor) for moment, tensor in values[name].items()}
+                values[name] |= {
+                    moment: torch.empty(shape)
+                    for moment in (checkpoint.MOMENTS if num_updates else ())
+                }
+                parts |= {
+                    f"{moment}.{name}" if moment else name: self._part(name, tensor)
+                    for moment, tensor in values[name].items()
+                }
             return parts
 
         state, num_updates = checkpoint.restore_parts(path, wanted)
         zero = self._engine.optimizer
         self.optimizer.state.clear()
         if num_updates:
-            for flat in zero.single_partition_of_fp32_groups if self.stage < 3 else zero.fp32_partitioned_groups_flat:
+            for flat in (
+                zero.single_partition_of_fp32_groups
+                if self.stage < 3
+                else zero.fp32_partitioned_groups_flat
+            ):
                 step = torch.tensor(float(num_updates), device=flat.device)
-                self.optimizer.state[flat] = {"step": step, **{moment: torch.zeros_like(flat) for moment in checkpoint.MOMENTS}}
+                self.optimizer.state[flat] = {
+                    "step": step,
+                    **{moment: torch.zeros_like(flat) for moment in checkpoint.MOMENTS},
+                }
         if self.stage < 3:
             zero.refresh_fp32_params()
         self._link_moments()
@@ -212,7 +321,8 @@ class DeepSpeedEngine:
         return state
 
     def _take(self, parameter: nn.Parameter, values: dict[str, Tensor]) -> None:
-        """Put this rank's share of a whole parameter ("") and its moments where DeepSpeed keeps them."""
+        """Put this rank's share of a whole parameter ("") and its moments where DeepSpeed keeps
+        them."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import (
             safe_set_full_optimizer_state,
@@ -231,7 +341,7 @@ class DeepSpeedEngine:
 
         def share(tensor: Tensor) -> Tensor:
             padded = tensor.new_zeros(size * self.ranks.world_size)
-            padded[:tensor.numel()] = tensor.flatten()
+            padded[: tensor.numel()] = tensor.flatten()
             return padded.narrow(0, size * self.ranks.rank, size).to(parameter.device)
 
         safe_set_local_fp32_param(parameter, share(whole))
@@ -239,8 +349,9 @@ class DeepSpeedEngine:
             safe_set_local_optimizer_state(parameter, share(tensor), moment)
 
     def _link_moments(self) -> None:
-        """Tell DeepSpeed where the moments of each parameter are. It does so itself after the first update of the first parameter
-        group, when there are none of the others yet, and never again."""
+        """Tell DeepSpeed where the moments of each parameter are. It does so itself after the first
+        update of the first parameter group, when there are none of the others yet, and never
+        again."""
         if self.stage < 3 and self.optimizer.state:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -250,7 +361,8 @@ class DeepSpeedEngine:
         return int(next(iter(state.values()))["step"]) if state else 0
 
     def _parts(self, moments: tuple[str, ...]) -> Iterator[tuple[str, TensorPart]]:
-        """This rank's share of parameters and moments. What is gathered for it stays on one rank, by turns, in host memory."""
+        """This rank's share of parameters and moments. What is gathered for it stays on one
+        rank, by turns, in host memory."""
         from deepspeed.utils import (
             safe_get_full_fp32_param,
             safe_get_full_optimizer_state,
@@ -258,7 +370,10 @@ class DeepSpeedEngine:
 
         for index, (name, parameter) in enumerate(self.model.named_parameters()):
             group = self._experts.data_parallel if _is_spread(parameter) else dist.group.WORLD
-            gathered = {f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment) for moment in moments}
+            gathered = {
+                f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment)
+                for moment in moments
+            }
             if self.stage == 3:
                 gathered[name] = safe_get_full_fp32_param(parameter)
             else:
@@ -271,21 +386,30 @@ class DeepSpeedEngine:
         """The place of a parameter (or moment) of this rank in the whole one."""
         if self._experts is None or (layer := _expert_layer(name)) is None:
             return TensorPart.of(local)
-        num_experts, dispatcher = self.config.model.routed_in_layer(layer), self.model.blocks[layer].moe.dispatcher
+        num_experts, dispatcher = (
+            self.config.model.routed_in_layer(layer),
+            self.model.blocks[layer].moe.dispatcher,
+        )
         offsets = [self._experts.exchange.rank() * dispatcher.per_rank] + [0] * (local.ndim - 1)
         return TensorPart(local, torch.Size(offsets), torch.Size([num_experts, *local.shape[1:]]))
 
 
 class _WithLosses(nn.Module):
-    """The model up to its loss sums: DeepSpeed wants every use of a parameter inside of one forward pass, which returns tensors in
-    a tuple, and turns off an autocast that it did not make."""
+    """The model up to its loss sums: DeepSpeed wants every use of a parameter inside of one forward
+    pass, which returns tensors in a tuple, and turns off an autocast that it did not make."""
 
     def __init__(self, model: Transformer, config: Config, device_type: str):
         super().__init__()
         self.model = model
-        self.autocast = torch.autocast(device_type, torch.bfloat16) if config.training.uses_bfloat16(device_type) else nullcontext()
+        self.autocast = (
+            torch.autocast(device_type, torch.bfloat16)
+            if config.training.uses_bfloat16(device_type)
+            else nullcontext()
+        )
 
-    def forward(self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig) -> tuple[tuple[Tensor, ...], RoutingReport]:
+    def forward(
+        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+    ) -> tuple[tuple[Tensor, ...], RoutingReport]:
         with self.autocast:
             output = self.model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
             sums = language_model_sums(output, self.model.head, batch, losses.z)
@@ -309,9 +433,17 @@ def _import_deepspeed(ranks: Ranks) -> Any:
         raise ModuleNotFoundError(f"--deepspeed needs DeepSpeed, which is not installed; {INSTALL}")
     version = importlib.metadata.version("deepspeed")
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    _require(OLDEST <= release < TOO_NEW, f"deepspeed=={version}: gradients are known to be right with 0.19.8 and later of 0.19; {INSTALL}")
+    _require(
+        OLDEST <= release < TOO_NEW,
+        f"deepspeed=={version}: gradients are known to be right with 0.19.8 and later of 0.19; "
+        f"{INSTALL}",
+    )
     launched = dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    _require(launched, "--deepspeed needs a launcher of processes; start with `deepspeed launch/pretrain.py CONFIG --deepspeed JSON`")
+    _require(
+        launched,
+        "--deepspeed needs a launcher of processes; start with `deepspeed launch/pretrain.py "
+        "CONFIG --deepspeed JSON`",
+    )
     # Otherwise it takes a GPU that is there, whatever training.device says.
     os.environ["DS_ACCELERATOR"] = ranks.device.type
     import deepspeed
@@ -327,14 +459,21 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     return deepspeed
 
 
-def _build_model(config: Config, device: torch.device, groups: _ExpertGroups | None, fresh: bool) -> Transformer:
-    """The model with this rank's experts; where `fresh`, the very values that one process would have."""
+def _build_model(
+    config: Config, device: torch.device, groups: _ExpertGroups | None, fresh: bool
+) -> Transformer:
+    """The model with this rank's experts; where `fresh`, the very values that one process would
+    have."""
     with torch.device("meta"):
         model, whole = Transformer(config.model), Transformer(config.model)
         if groups is not None:
             _spread_experts(model, config, groups)
     model.to_empty(device=device)
-    starts = whole.initial_values(config.training.seed) if fresh else ((parameter, None) for parameter in whole.parameters())
+    starts = (
+        whole.initial_values(config.training.seed)
+        if fresh
+        else ((parameter, None) for parameter in whole.parameters())
+    )
     for (name, parameter), (_, values) in zip(model.named_parameters(), starts, strict=True):
         first = 0
         if groups is not None and (layer := _expert_layer(name)) is not None:
@@ -347,28 +486,38 @@ def _build_model(config: Config, device: torch.device, groups: _ExpertGroups | N
 
 
 def _spread_experts(model: Transformer, config: Config, groups: _ExpertGroups) -> None:
-    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens to the others'."""
+    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens
+    to the others'."""
     for layer, block in enumerate(model.blocks):
         if block.moe.experts is None:
             continue
-        dispatcher = AllToAllDispatcher(groups.exchange, config.model.routed_in_layer(layer), config.model.experts.backend)
+        dispatcher = AllToAllDispatcher(
+            groups.exchange, config.model.routed_in_layer(layer), config.model.experts.backend
+        )
         block.moe.dispatcher = dispatcher
         for name, parameter in list(block.moe.experts.named_parameters()):
-            setattr(block.moe.experts, name, nn.Parameter(parameter.new_empty(dispatcher.num_local, *parameter.shape[1:])))
+            setattr(
+                block.moe.experts,
+                name,
+                nn.Parameter(parameter.new_empty(dispatcher.num_local, *parameter.shape[1:])),
+            )
 
 
 def _regroup(optimizer: torch.optim.Optimizer) -> None:
     """Put experts into parameter groups of their own, as DeepSpeed wants them."""
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
-    named = [{**group, "name": f"group {index}"} for index, group in enumerate(optimizer.param_groups)]
+    named = [
+        {**group, "name": f"group {index}"} for index, group in enumerate(optimizer.param_groups)
+    ]
     # Without a largest size: ranks with fewer experts must not end up with fewer groups.
     split = split_params_into_different_moe_groups_for_optimizer(named, max_group_size=None)
     optimizer.param_groups[:] = [group for group in split if group["params"]]
 
 
 def _expert_marker(config: Config) -> nn.Module:
-    """An empty module that tells DeepSpeed of experts: it looks for its own layer, no other sign turns their groups on."""
+    """An empty module that tells DeepSpeed of experts: it looks for its own layer, no other sign
+    turns their groups on."""
     from deepspeed.moe.layer import MoE
 
     class HasExperts(MoE):

@@ -1,7 +1,9 @@
-"""Expert parallelism: tokens travel to the ranks that hold their experts and come back. Nothing is dropped or padded.
+"""Expert parallelism: tokens travel to the ranks that hold their experts and come back. Nothing is
+dropped or padded.
 
-A token goes once to each rank that holds at least one of its experts, with its routing weights and which of that rank's experts it
-chose, and comes back as one weighted sum. With 7 of 127 experts over 8 ranks that is 4.9 rows a token instead of 7.
+A token goes once to each rank that holds at least one of its experts, with its routing weights and
+which of that rank's experts it chose, and comes back as one weighted sum. With 7 of 127 experts
+over 8 ranks that is 4.9 rows a token instead of 7.
 
     rows_SD     sorted by destination      --exchange-->   rows_PD       sorted by origin
     shared experts and statistics run                      grouped_mlp over this rank's experts
@@ -24,8 +26,8 @@ Result = TypeVar("Result")
 
 
 class AllToAllDispatcher:
-    """Takes each token to its experts where the N experts of the layer are spread over R ranks, ceil(N / R) a rank and fewer on
-    the last."""
+    """Takes each token to its experts where the N experts of the layer are spread over R ranks,
+    ceil(N / R) a rank and fewer on the last."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, backend: str = "auto"):
         self.group, self.backend = group, backend
@@ -34,33 +36,50 @@ class AllToAllDispatcher:
         self.num_local = min(self.per_rank, num_experts - group.rank() * self.per_rank)
 
     @torch.compiler.disable
-    def __call__(self, x_TD: Tensor, routing: PoolRouting, experts: RoutedExperts, meanwhile: Callable[[], Result]) -> tuple[Tensor, Result]:
-        """As `LocalDispatcher`: weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`, which
-        runs while tokens travel."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        routing: PoolRouting,
+        experts: RoutedExperts,
+        meanwhile: Callable[[], Result],
+    ) -> tuple[Tensor, Result]:
+        """As `LocalDispatcher`: weighted sum of the routed experts of each token [T, D], and the
+        result of `meanwhile`, which runs while tokens travel."""
         with torch.no_grad():
-            owner_TK = torch.where(routing.experts_TK < self.num_experts, routing.experts_TK // self.per_rank, self.num_ranks)
+            owner_TK = torch.where(
+                routing.experts_TK < self.num_experts,
+                routing.experts_TK // self.per_rank,
+                self.num_ranks,
+            )
             ranks_TR, send_R2 = self._destinations(owner_TK)
         send, received, num_local_slots = self.split_sizes(send_R2)
         slots = sort_slots(ranks_TR, send_R2[:, 0], sum(send))
-        token_S, rank_S1 = slots.token_R[:sum(send)], (slots.slot_R[:sum(send)] % self.num_ranks)[:, None]
+        token_S, rank_S1 = (
+            slots.token_R[: sum(send)],
+            (slots.slot_R[: sum(send)] % self.num_ranks)[:, None],
+        )
         mine_SK = owner_TK.index_select(0, token_S) == rank_S1
         local_SK = routing.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
         weights_SK = torch.where(mine_SK, routing.weights_TK.index_select(0, token_S), 0)
 
         there = _Exchange(self.group, send, received)
-        choices_PK = there.start(torch.where(mine_SK, local_SK, self.per_rank).to(self._choice_dtype))
+        choices_PK = there.start(
+            torch.where(mine_SK, local_SK, self.per_rank).to(self._choice_dtype)
+        )
         weights_PK, rows_PD = _Depart.apply(there, weights_SK, permute(x_TD, slots, self.backend))
         result = meanwhile()
         weights_PK, rows_PD = _Arrive.apply(there, weights_PK, rows_PD)
-        sums_PD = experts(rows_PD, weights_PK, self._local_slots(choices_PK.long(), num_local_slots))
+        sums_PD = experts(
+            rows_PD, weights_PK, self._local_slots(choices_PK.long(), num_local_slots)
+        )
 
         back = _Exchange(self.group, received, send)
-        sums_SD, = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
+        (sums_SD,) = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
         return unpermute(sums_SD, slots, len(x_TD), backend=self.backend), result
 
     def split_sizes(self, send_R2: Tensor) -> tuple[list[int], list[int], int]:
-        """Rows sent to and received from each rank, and the slots of this rank's experts that the latter bring. The one place of
-        the forward pass where numbers reach the host.
+        """Rows sent to and received from each rank, and the slots of this rank's experts that the
+        latter bring. The one place of the forward pass where numbers reach the host.
 
         Args:
             send_R2: rows and slots for each rank.
@@ -71,18 +90,24 @@ class AllToAllDispatcher:
         return rows_R3[0], rows_R3[1], sum(rows_R3[2])
 
     def _destinations(self, owner_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that each token goes to, [T, R] with R where it does not go; rows and slots for each rank, [R, 2]."""
+        """The ranks that each token goes to, [T, R] with R where it does not go; rows and slots
+        for each rank, [R, 2]."""
         ranks_R = torch.arange(self.num_ranks, device=owner_TK.device)
-        slots_TR = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(1, owner_TK, torch.ones_like(owner_TK))[:, :-1]
+        slots_TR = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(
+            1, owner_TK, torch.ones_like(owner_TK)
+        )[:, :-1]
         goes_TR = slots_TR > 0
-        return torch.where(goes_TR, ranks_R, self.num_ranks), torch.stack([goes_TR.sum(0), slots_TR.sum(0)], dim=1)
+        return torch.where(goes_TR, ranks_R, self.num_ranks), torch.stack(
+            [goes_TR.sum(0), slots_TR.sum(0)], dim=1
+        )
 
     @property
     def _choice_dtype(self) -> torch.dtype:
         return torch.uint8 if self.per_rank < 256 else torch.int32
 
     def _local_slots(self, choices_PK: Tensor, in_use: int) -> SortedSlots:
-        """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty slots."""
+        """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty
+        slots."""
         # per_rank marks a choice of another rank; the last ranks may hold fewer experts than that.
         choices_PK = choices_PK.clamp(max=self.num_local)
         counts = choices_PK.new_zeros(self.num_local + 1)
@@ -91,17 +116,21 @@ class AllToAllDispatcher:
 
 
 class _Exchange:
-    """Rows on their way between ranks: started in one place, waited for in another, in either direction."""
+    """Rows on their way between ranks: started in one place, waited for in another, in either
+    direction."""
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], received: list[int]):
         self.group, self.send, self.received = group, send, received
         self._under_way: list[tuple[Tensor, dist.Work]] = []
 
     def start(self, rows: Tensor, home: bool = False) -> Tensor:
-        """Send rows; returns the buffer that is whole after `wait`. `home` sends what had arrived back to where it came from."""
+        """Send rows; returns the buffer that is whole after `wait`. `home` sends what had
+        arrived back to where it came from."""
         send, received = (self.received, self.send) if home else (self.send, self.received)
         arriving = rows.new_empty(sum(received), *rows.shape[1:])
-        work = dist.all_to_all_single(arriving, rows.contiguous(), received, send, group=self.group, async_op=True)
+        work = dist.all_to_all_single(
+            arriving, rows.contiguous(), received, send, group=self.group, async_op=True
+        )
         self._under_way.append((arriving, work))
         return arriving
 
@@ -113,8 +142,9 @@ class _Exchange:
         return [rows for rows, _ in arrived]
 
 
-# The two halves of an exchange are two nodes of the graph, so that in backward too what lies between them runs while gradients
-# travel: the engine takes ready nodes in reverse order of their making.
+# The two halves of an exchange are two nodes of the graph, so that in backward too what lies
+# between them runs while gradients travel: the engine takes ready nodes in reverse order of their
+# making.
 
 
 class _Depart(torch.autograd.Function):

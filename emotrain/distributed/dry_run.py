@@ -1,7 +1,9 @@
-"""One optimizer step of a run on a cluster that is not there: the real plan on a fake process group, on tensors without data.
+"""One optimizer step of a run on a cluster that is not there: the real plan on a fake process
+group, on tensors without data.
 
-Model, meshes, FSDP2, dispatcher, losses and optimizer are those of training; so are their collectives, allocations and the lives of their
-tensors. What has no meaning without data is replaced, and nothing else:
+Model, meshes, FSDP2, dispatcher, losses and optimizer are those of training; so are their
+collectives, allocations and the lives of their tensors. What has no meaning without data is
+replaced, and nothing else:
 
     numbers that reach the host     0
     rows for each expert rank       what routing without preference sends (`AllToAllDispatcher.split_sizes`)
@@ -34,28 +36,40 @@ from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.meter import Collective, Kernel, Meter
 from emotrain.distributed.ranks import Ranks
 
-PARTS = {"Attention": "attention", "RMSNorm": "norms", "DocumentPoolRouter": "router", "MoELayer": "dispatch", "RoutedExperts": "experts",
-         "SharedExperts": "shared experts", "Embedding": "embedding"}
+PARTS = {
+    "Attention": "attention",
+    "RMSNorm": "norms",
+    "DocumentPoolRouter": "router",
+    "MoELayer": "dispatch",
+    "RoutedExperts": "experts",
+    "SharedExperts": "shared experts",
+    "Embedding": "embedding",
+}
 """Part of the model by class of the module."""
 CUDA_GRANULARITY = 512
 """Bytes that the CUDA allocator rounds a request up to."""
 MEAN_DOCUMENT = 1318
-"""Tokens: 4,060 billion in 3,080 million documents (OLMoE, arXiv 2409.02060, table 2; its tokenizer)."""
+"""Tokens: 4,060 billion in 3,080 million documents (OLMoE, arXiv 2409.02060, table 2; its
+tokenizer)."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What the dry run assumes of the data: how many ranks a token's experts are on, and how unequal ranks are."""
+    """What the dry run assumes of the data: how many ranks a token's experts are on, and how
+    unequal ranks are."""
 
     ranks_per_token: float = 0.0
-    """Expert ranks that a token goes to; 0 means as many as k choices without preference reach. Documents whose pools lie together need
-    fewer."""
+    """Expert ranks that a token goes to; 0 means as many as k choices without preference reach.
+    Documents whose pools lie together need fewer."""
     imbalance: float = 1.0
     """Rows that this rank receives over the mean."""
 
     def sent(self, num_experts: int, chosen: int, held: Sequence[int], tokens: int) -> list[int]:
-        """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k different experts is."""
-        share_R = [1 - math.comb(num_experts - h, chosen) / math.comb(num_experts, chosen) for h in held]
+        """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k
+        different experts is."""
+        share_R = [
+            1 - math.comb(num_experts - h, chosen) / math.comb(num_experts, chosen) for h in held
+        ]
         scale = self.ranks_per_token / sum(share_R) if self.ranks_per_token else 1.0
         return [min(tokens, round(tokens * share * scale)) for share in share_R]
 
@@ -106,7 +120,9 @@ class Measured:
         return result
 
 
-def dry_run(config: Config, world_size: int, target: str = "sm_90", routing: Routing | None = None) -> Measured:
+def dry_run(
+    config: Config, world_size: int, target: str = "sm_90", routing: Routing | None = None
+) -> Measured:
     """Measure one step of rank 0 of `world_size`.
 
     Args:
@@ -118,8 +134,11 @@ def dry_run(config: Config, world_size: int, target: str = "sm_90", routing: Rou
     started = time.perf_counter()
     on_gpu, routing = target != "cpu", routing or Routing()
     layout = Layout.of(config, world_size)
-    # Compiled blocks do the same arithmetic; what fusion saves is part of the time model, not of this measurement.
-    precision = "bfloat16" if on_gpu and config.training.precision == "auto" else config.training.precision
+    # Compiled blocks do the same arithmetic; what fusion saves is part of the time model, not of
+    # this measurement.
+    precision = (
+        "bfloat16" if on_gpu and config.training.precision == "auto" else config.training.precision
+    )
     config = replace(config, training=replace(config.training, compile=False, precision=precision))
     with ExitStack() as stack:
         meshes = stack.enter_context(_fake_cluster(layout))
@@ -134,16 +153,29 @@ def dry_run(config: Config, world_size: int, target: str = "sm_90", routing: Rou
         axes = _group_ranks(meshes)
         at_peak = meter.bytes_at_peak()
         state = _state_bytes(model, optimizer)
-    return Measured(layout, axes, at_peak, meter.peak_bytes, state, dict(meter.kernels), dict(meter.collectives), len(micro_batches),
-                    len(micro_batches) * micro_batches[0].tokens_BS.numel(), micro_batches[0].num_documents, 1 + _exchanges(meter),
-                    time.perf_counter() - started)
+    return Measured(
+        layout,
+        axes,
+        at_peak,
+        meter.peak_bytes,
+        state,
+        dict(meter.kernels),
+        dict(meter.collectives),
+        len(micro_batches),
+        len(micro_batches) * micro_batches[0].tokens_BS.numel(),
+        micro_batches[0].num_documents,
+        1 + _exchanges(meter),
+        time.perf_counter() - started,
+    )
 
 
 def synthetic_batch(config: Config, mean_document: int = MEAN_DOCUMENT) -> PackedBatch:
-    """A micro-batch of documents whose lengths are exponentially distributed, cut by the sequences as packing cuts them."""
+    """A micro-batch of documents whose lengths are exponentially distributed, cut by the
+    sequences as packing cuts them."""
     length, rows = config.data.sequence_length, config.training.micro_batch
     total = rows * length
-    # Multiples of the golden ratio fill [0, 1) evenly from the first on: a small batch has typical lengths too.
+    # Multiples of the golden ratio fill [0, 1) evenly from the first on: a small batch has typical
+    # lengths too.
     uniform = (np.arange(2 * total // mean_document + 8) * 0.6180339887 + 0.5) % 1
     ends = np.cumsum(np.maximum(1, -mean_document * np.log1p(-uniform)).astype(np.int64))
     edges = np.unique(np.concatenate([ends[ends < total], np.arange(0, total + 1, length)]))
@@ -153,9 +185,11 @@ def synthetic_batch(config: Config, mean_document: int = MEAN_DOCUMENT) -> Packe
     return PackedBatch.from_segments(np.zeros((rows, length), dtype=np.int64), per_row, ids, True)
 
 
-def _prepare(stack: ExitStack, config: Config, meshes: Meshes | None, layout: Layout,
-             routing: Routing) -> tuple[Any, Any, list[PackedBatch]]:
-    """Model, optimizer and micro-batches of training, without data. Fake tensors exist from here to the end of `stack`."""
+def _prepare(
+    stack: ExitStack, config: Config, meshes: Meshes | None, layout: Layout, routing: Routing
+) -> tuple[Any, Any, list[PackedBatch]]:
+    """Model, optimizer and micro-batches of training, without data. Fake tensors exist from here
+    to the end of `stack`."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from emotrain.distributed.dispatch import AllToAllDispatcher
@@ -170,12 +204,18 @@ def _prepare(stack: ExitStack, config: Config, meshes: Meshes | None, layout: La
     for block in model.blocks:
         if isinstance(block.moe.dispatcher, AllToAllDispatcher):
             tokens = config.training.micro_batch * config.data.sequence_length
-            block.moe.dispatcher.split_sizes = _balanced(block.moe.dispatcher, tokens, block.moe.router.num_chosen, routing)
+            block.moe.dispatcher.split_sizes = _balanced(
+                block.moe.dispatcher, tokens, block.moe.router.num_chosen, routing
+            )
     fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     model.to_empty(device="cpu")
     tensors = (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.document_ids_G)
-    micro_batches = [PackedBatch(*(fake.from_tensor(tensor) for tensor in tensors))
-                     for _ in range(config.training.global_batch // (config.training.micro_batch * layout.world_size))]
+    micro_batches = [
+        PackedBatch(*(fake.from_tensor(tensor) for tensor in tensors))
+        for _ in range(
+            config.training.global_batch // (config.training.micro_batch * layout.world_size)
+        )
+    ]
     optimizer = build_optimizer(model, config.optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -186,7 +226,9 @@ def _prepare(stack: ExitStack, config: Config, meshes: Meshes | None, layout: La
 
 def _balanced(dispatcher: Any, tokens: int, chosen: int, routing: Routing):
     """`split_sizes` of a dispatcher under routing without preference."""
-    send = routing.sent(dispatcher.num_experts, chosen, _held(dispatcher.num_experts, dispatcher.num_ranks), tokens)
+    send = routing.sent(
+        dispatcher.num_experts, chosen, _held(dispatcher.num_experts, dispatcher.num_ranks), tokens
+    )
     received = [min(tokens, round(send[0] * routing.imbalance))] * dispatcher.num_ranks
     # As many slots a row as on average.
     num_slots = tokens * chosen * dispatcher.num_ranks / sum(send) * received[0]
@@ -204,7 +246,9 @@ def _held(num_experts: int, num_ranks: int) -> list[int]:
     return [max(0, min(per_rank, num_experts - rank * per_rank)) for rank in range(num_ranks)]
 
 
-def follow_state(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]) -> None:
+def follow_state(
+    meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]
+) -> None:
     """Tell a meter of what is there before a step: parameters, optimizer state, batches."""
     from emotrain.distributed.parallelize import local_part
 
@@ -217,8 +261,14 @@ def follow_state(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, mic
             meter.follow(tensor, "batches")
 
 
-def _step(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch], config: Config,
-          ranks: Ranks) -> None:
+def _step(
+    meter: Meter,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: Sequence[PackedBatch],
+    config: Config,
+    ranks: Ranks,
+) -> None:
     """The loop's own step: forward and backward of every micro-batch, clipping, AdamW."""
     from emotrain.distributed.parallelize import local_part
     from emotrain.model import losses
@@ -241,20 +291,29 @@ def _state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]
     from emotrain.distributed.parallelize import local_part
 
     parameters = list(model.parameters())
-    return {"parameters": sum(local_part(p.detach()).nbytes for p in parameters),
-            "gradients": sum(local_part(p.grad).nbytes for p in parameters),
-            "optimizer": sum(local_part(t).nbytes for p in parameters for t in optimizer.state[p].values())}
+    return {
+        "parameters": sum(local_part(p.detach()).nbytes for p in parameters),
+        "gradients": sum(local_part(p.grad).nbytes for p in parameters),
+        "optimizer": sum(
+            local_part(t).nbytes for p in parameters for t in optimizer.state[p].values()
+        ),
+    }
 
 
 def _exchanges(meter: Meter) -> int:
-    """Times that split sizes reach the host: once for each exchange of the rows to each rank, a vector of int64."""
-    return sum(count for collective, count in meter.collectives.items()
-               if collective.kind == "all_to_all" and collective.bytes == 8 * collective.group_size)
+    """Times that split sizes reach the host: once for each exchange of the rows to each rank, a
+    vector of int64."""
+    return sum(
+        count
+        for collective, count in meter.collectives.items()
+        if collective.kind == "all_to_all" and collective.bytes == 8 * collective.group_size
+    )
 
 
 @contextmanager
 def _fake_cluster(layout: Layout) -> Iterator[Meshes | None]:
-    """Process groups of a layout whose other processes do not exist; None for one process, which has no groups."""
+    """Process groups of a layout whose other processes do not exist; None for one process, which
+    has no groups."""
     if layout.world_size == 1:
         yield None
         return
@@ -264,13 +323,16 @@ def _fake_cluster(layout: Layout) -> Iterator[Meshes | None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("a dry run needs a process without a process group; run it in a process of its own")
+        raise RuntimeError(
+            "a dry run needs a process without a process group; run it in a process of its own"
+        )
     dist.init_process_group("fake", rank=0, world_size=layout.world_size, store=FakeStore())
     try:
         yield build_meshes(layout, "cpu")
     finally:
         dist.destroy_process_group()
-        # It holds what rank 0 had of each tensor, which the processes that this one forks must not take for theirs.
+        # It holds what rank 0 had of each tensor, which the processes that this one forks must not
+        # take for theirs.
         _clear_sharding_prop_cache()
 
 
@@ -304,7 +366,8 @@ class _ZeroOnHost(TorchDispatchMode):
 
 
 class _FusedRMSNorm(torch.autograd.Function):
-    """CUDA's RMSNorm: one kernel in either direction, which keeps its input and a number a row. On a CPU torch takes it apart."""
+    """CUDA's RMSNorm: one kernel in either direction, which keeps its input and a number a row.
+    On a CPU torch takes it apart."""
 
     @staticmethod
     def forward(ctx, x, weight, meter):
@@ -321,37 +384,62 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(grad), torch.empty_like(weight), None
 
 
-def _attention(q_BASC: Tensor, k_BASC: Tensor, v_BASC: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
-               enable_gqa: bool = False) -> Tensor:
-    """The operators of scaled_dot_product_attention on CUDA: the flash kernel takes no mask; the other one takes one of the dtype of
-    the queries, and keeps it."""
+def _attention(
+    q_BASC: Tensor,
+    k_BASC: Tensor,
+    v_BASC: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The operators of scaled_dot_product_attention on CUDA: the flash kernel takes no mask; the
+    other one takes one of the dtype of the queries, and keeps it."""
     if enable_gqa:
         copies = q_BASC.shape[1] // k_BASC.shape[1]
         k_BASC, v_BASC = k_BASC.repeat_interleave(copies, 1), v_BASC.repeat_interleave(copies, 1)
     if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q_BASC, k_BASC, v_BASC, 0.0, is_causal)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            q_BASC, k_BASC, v_BASC, 0.0, is_causal
+        )[0]
     if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q_BASC.dtype).masked_fill_(attn_mask.logical_not(), -torch.inf)
+        attn_mask = torch.zeros_like(attn_mask, dtype=q_BASC.dtype).masked_fill_(
+            attn_mask.logical_not(), -torch.inf
+        )
     bias = attn_mask.expand(*q_BASC.shape[:2], -1, -1)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(q_BASC, k_BASC, v_BASC, bias, q_BASC.requires_grad)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        q_BASC, k_BASC, v_BASC, bias, q_BASC.requires_grad
+    )[0]
 
 
-GEMM_FLOPS = {"gate_up": lambda o: 4 * o["D"] * o["H"], "rows": lambda o: 2 * o["J"] * o["D"], "grad_hidden": lambda o: 2 * o["D"] * o["H"],
-              "weight_grad": lambda o: 2 * o["J"] * o["D"]}
+GEMM_FLOPS = {
+    "gate_up": lambda o: 4 * o["D"] * o["H"],
+    "rows": lambda o: 2 * o["J"] * o["D"],
+    "grad_hidden": lambda o: 2 * o["D"] * o["H"],
+    "weight_grad": lambda o: 2 * o["J"] * o["D"],
+}
 """FLOPs a slot of the Triton kernels, by their compile-time constants."""
 GATHERED = {"gate_up": 0, "grad_hidden": 0, "weight_grad": 1, "gather": 0}
 """The argument whose rows a kernel reads once a slot."""
 
 
 @contextmanager
-def _gpu_kernels(meter: Meter, target: str, config: Config, layout: Layout, routing: Routing) -> Iterator[None]:
-    """Within this context the Triton kernels are chosen where a GPU would, and their launches counted instead of started."""
+def _gpu_kernels(
+    meter: Meter, target: str, config: Config, layout: Layout, routing: Routing
+) -> Iterator[None]:
+    """Within this context the Triton kernels are chosen where a GPU would, and their launches
+    counted instead of started."""
     if config.model.experts.backend == "megablocks":
-        raise ValueError("experts.backend=megablocks cannot be planned: its memory is its own; plan with model.experts.backend=auto")
+        raise ValueError(
+            "experts.backend=megablocks cannot be planned: its memory is its own; plan with "
+            "model.experts.backend=auto"
+        )
     _import_launch_code()
     from emotrain.kernels.triton_launch import recording
 
-    tokens, lengths_G = config.training.micro_batch * config.data.sequence_length, synthetic_batch(config).document_T.bincount()
+    tokens, lengths_G = (
+        config.training.micro_batch * config.data.sequence_length,
+        synthetic_batch(config).document_T.bincount(),
+    )
 
     chosen, routed, ep = config.model.chosen_in_layer(0), config.model.routed_in_layer(0), layout.ep
     slots_in_use = round(tokens * chosen * routing.imbalance)
@@ -362,8 +450,11 @@ def _gpu_kernels(meter: Meter, target: str, config: Config, layout: Layout, rout
         tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
         slots, used = 0, 0
         if name in (*GATHERED, "rows", "combine"):
-            # Indices of the slots, or (combine) the place of each; slots that stay empty are neither read nor written.
-            slots = next(t for t in tensors if t.ndim == 1 and t.dtype in (torch.int64, torch.int32)).shape[0]
+            # Indices of the slots, or (combine) the place of each; slots that stay empty are
+            # neither read nor written.
+            slots = next(
+                t for t in tensors if t.ndim == 1 and t.dtype in (torch.int64, torch.int32)
+            ).shape[0]
             used = min(slots, rows_sent if meter.part == "dispatch" else slots_in_use)
         size = 0
         for tensor in {id(tensor): tensor for tensor in tensors}.values():
@@ -379,9 +470,18 @@ def _gpu_kernels(meter: Meter, target: str, config: Config, layout: Layout, rout
     with ExitStack() as stack:
         _replace(stack, torch.cuda, "get_device_capability", lambda *_: capability)
         _replace(stack, sys.modules["emotrain.kernels.backends"], "HAS_TRITON", True)
-        # Attention inside documents computes the scores of each token with the earlier ones of its document.
-        pair_flops = 4 * int((lengths_G * (lengths_G + 1) // 2).sum()) * config.model.num_heads * config.model.head_dim
-        meter.formulas |= {"_varlen_attn": lambda *_, **__: pair_flops, "_varlen_attn_backward": lambda *_, **__: 5 * pair_flops // 2}
+        # Attention inside documents computes the scores of each token with the earlier ones of its
+        # document.
+        pair_flops = (
+            4
+            * int((lengths_G * (lengths_G + 1) // 2).sum())
+            * config.model.num_heads
+            * config.model.head_dim
+        )
+        meter.formulas |= {
+            "_varlen_attn": lambda *_, **__: pair_flops,
+            "_varlen_attn_backward": lambda *_, **__: 5 * pair_flops // 2,
+        }
         if config.training.uses_bfloat16("cuda"):
             stack.callback(torch.set_autocast_enabled, "cuda", torch.is_autocast_enabled("cuda"))
             stack.callback(torch.set_autocast_dtype, "cuda", torch.get_autocast_dtype("cuda"))
@@ -389,7 +489,12 @@ def _gpu_kernels(meter: Meter, target: str, config: Config, layout: Layout, rout
             torch.set_autocast_dtype("cuda", torch.bfloat16)
         stack.enter_context(recording(target, count))
         _replace(stack, F, "scaled_dot_product_attention", _attention)
-        _replace(stack, F, "rms_norm", lambda x, _shape, weight, eps: _FusedRMSNorm.apply(x, weight, meter))
+        _replace(
+            stack,
+            F,
+            "rms_norm",
+            lambda x, _shape, weight, eps: _FusedRMSNorm.apply(x, weight, meter),
+        )
         # Code that asks a tensor whether it is on a GPU takes the way it would take there.
         stack.callback(delattr, torch.Tensor, "is_cuda")
         torch.Tensor.is_cuda = property(lambda _: True)
@@ -403,7 +508,8 @@ def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 def _import_launch_code() -> None:
-    """Import the Triton wrappers, also where Triton is not installed: a dry run calls what launches kernels, never a kernel."""
+    """Import the Triton wrappers, also where Triton is not installed: a dry run calls what
+    launches kernels, never a kernel."""
     if importlib.util.find_spec("triton") is not None:
         return
     triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")

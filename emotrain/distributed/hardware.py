@@ -1,7 +1,8 @@
-"""GPUs and the links between them: vendors' numbers, what of them real programs reach, and how the links are shared.
+"""GPUs and the links between them: vendors' numbers, what of them real programs reach, and how the
+links are shared.
 
-Every number says what it is: a `fact` of a data sheet, or `typical` of published measurements, with a range from pessimistic to optimistic.
-None was measured by this project.
+Every number says what it is: a `fact` of a data sheet, or `typical` of published measurements, with
+a range from pessimistic to optimistic. None was measured by this project.
 """
 
 from __future__ import annotations
@@ -32,17 +33,90 @@ class GPU:
     source: str
 
 
-def _gpu(name: str, target: str, bf16: float, fp32: float, tb_s: float, mib: int, nvlink_gb: float, nic_gbit: float, source: str) -> GPU:
-    return GPU(name, target, bf16 * 1e12, fp32 * 1e12, tb_s * 1e12, mib / 1024, nvlink_gb * 1e9, nic_gbit * 1e9 / 8, source)
+def _gpu(
+    name: str,
+    target: str,
+    bf16: float,
+    fp32: float,
+    tb_s: float,
+    mib: int,
+    nvlink_gb: float,
+    nic_gbit: float,
+    source: str,
+) -> GPU:
+    return GPU(
+        name,
+        target,
+        bf16 * 1e12,
+        fp32 * 1e12,
+        tb_s * 1e12,
+        mib / 1024,
+        nvlink_gb * 1e9,
+        nic_gbit * 1e9 / 8,
+        source,
+    )
 
 
-GPUS = {gpu.name: gpu for gpu in (
-    _gpu("h100-80gb", "sm_90", 989.4, 66.9, 3.35, 81559, 450, 400, "NVIDIA H100 SXM5 and DGX H100 data sheets"),
-    _gpu("h200-141gb", "sm_90", 989.4, 66.9, 4.8, 143771, 450, 400, "NVIDIA H200 SXM and DGX H200 data sheets"),
-    _gpu("a100-80gb", "sm_80", 312.0, 19.5, 2.039, 81920, 300, 200, "NVIDIA A100 SXM4 80 GB and DGX A100 data sheets"),
-    _gpu("a100-40gb", "sm_80", 312.0, 19.5, 1.555, 40960, 300, 200, "NVIDIA A100 SXM4 40 GB and DGX A100 data sheets"),
-    _gpu("b200-180gb", "sm_100", 2250.0, 80.0, 8.0, 183359, 900, 400, "NVIDIA DGX B200 data sheet (a GPU is an eighth of it)"),
-)}
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu(
+            "h100-80gb",
+            "sm_90",
+            989.4,
+            66.9,
+            3.35,
+            81559,
+            450,
+            400,
+            "NVIDIA H100 SXM5 and DGX H100 data sheets",
+        ),
+        _gpu(
+            "h200-141gb",
+            "sm_90",
+            989.4,
+            66.9,
+            4.8,
+            143771,
+            450,
+            400,
+            "NVIDIA H200 SXM and DGX H200 data sheets",
+        ),
+        _gpu(
+            "a100-80gb",
+            "sm_80",
+            312.0,
+            19.5,
+            2.039,
+            81920,
+            300,
+            200,
+            "NVIDIA A100 SXM4 80 GB and DGX A100 data sheets",
+        ),
+        _gpu(
+            "a100-40gb",
+            "sm_80",
+            312.0,
+            19.5,
+            1.555,
+            40960,
+            300,
+            200,
+            "NVIDIA A100 SXM4 40 GB and DGX A100 data sheets",
+        ),
+        _gpu(
+            "b200-180gb",
+            "sm_100",
+            2250.0,
+            80.0,
+            8.0,
+            183359,
+            900,
+            400,
+            "NVIDIA DGX B200 data sheet (a GPU is an eighth of it)",
+        ),
+    )
+}
 """By the name that `--gpu` takes."""
 
 
@@ -65,28 +139,114 @@ class Rate:
     meaning: str
 
     def at(self, view: str) -> float:
-        return {"expected": self.value, "pessimistic": self.pessimistic, "optimistic": self.optimistic}[view]
+        return {
+            "expected": self.value,
+            "pessimistic": self.pessimistic,
+            "optimistic": self.optimistic,
+        }[view]
 
 
 RATES = {
-    "dense_gemm": Rate(0.65, 0.55, 0.75, "typical", "share of the peak that dense GEMMs reach (cuBLAS, thousands of rows and columns)"),
-    "grouped_gemm": Rate(0.45, 0.30, 0.60, "assumed", "share of the peak that our Triton grouped GEMMs reach; not timed on a GPU yet"),
-    "cutlass_grouped_gemm": Rate(0.35, 0.28, 0.42, "typical", "the same of MegaBlocks' grouped GEMM, which uses the A100's instructions"),
-    "flash_attention": Rate(0.33, 0.22, 0.40, "typical", "the same of FlashAttention 2 on an H100, for the scores it computes"),
-    "masked_attention": Rate(0.15, 0.10, 0.25, "assumed", "the same of torch's attention under a mask, which computes all scores"),
-    "memory": Rate(0.85, 0.75, 0.92, "typical", "share of the memory bandwidth that element-wise kernels and copies reach"),
-    "fusion": Rate(0.5, 0.7, 0.35, "typical", "traffic of element-wise kernels under torch.compile over that without"),
-    "nvlink": Rate(0.78, 0.65, 0.88, "typical", "share of NVLink that NCCL's gathers and reductions reach on large messages"),
-    "nvlink_exchange": Rate(0.65, 0.5, 0.8, "typical", "share of NVLink that NCCL's all-to-all reaches"),
-    "network": Rate(0.75, 0.6, 0.88, "typical", "share of the network adapters that NCCL's gathers and reductions reach on large messages"),
-    "network_exchange": Rate(0.5, 0.3, 0.7, "typical", "share of the network adapter that NCCL's all-to-all reaches"),
+    "dense_gemm": Rate(
+        0.65,
+        0.55,
+        0.75,
+        "typical",
+        "share of the peak that dense GEMMs reach (cuBLAS, thousands of rows and columns)",
+    ),
+    "grouped_gemm": Rate(
+        0.45,
+        0.30,
+        0.60,
+        "assumed",
+        "share of the peak that our Triton grouped GEMMs reach; not timed on a GPU yet",
+    ),
+    "cutlass_grouped_gemm": Rate(
+        0.35,
+        0.28,
+        0.42,
+        "typical",
+        "the same of MegaBlocks' grouped GEMM, which uses the A100's instructions",
+    ),
+    "flash_attention": Rate(
+        0.33,
+        0.22,
+        0.40,
+        "typical",
+        "the same of FlashAttention 2 on an H100, for the scores it computes",
+    ),
+    "masked_attention": Rate(
+        0.15,
+        0.10,
+        0.25,
+        "assumed",
+        "the same of torch's attention under a mask, which computes all scores",
+    ),
+    "memory": Rate(
+        0.85,
+        0.75,
+        0.92,
+        "typical",
+        "share of the memory bandwidth that element-wise kernels and copies reach",
+    ),
+    "fusion": Rate(
+        0.5,
+        0.7,
+        0.35,
+        "typical",
+        "traffic of element-wise kernels under torch.compile over that without",
+    ),
+    "nvlink": Rate(
+        0.78,
+        0.65,
+        0.88,
+        "typical",
+        "share of NVLink that NCCL's gathers and reductions reach on large messages",
+    ),
+    "nvlink_exchange": Rate(
+        0.65, 0.5, 0.8, "typical", "share of NVLink that NCCL's all-to-all reaches"
+    ),
+    "network": Rate(
+        0.75,
+        0.6,
+        0.88,
+        "typical",
+        "share of the network adapters that NCCL's gathers and reductions reach on large messages",
+    ),
+    "network_exchange": Rate(
+        0.5, 0.3, 0.7, "typical", "share of the network adapter that NCCL's all-to-all reaches"
+    ),
     "start_s": Rate(25e-6, 40e-6, 15e-6, "typical", "seconds a collective takes without any bytes"),
     "hop_s": Rate(3e-6, 6e-6, 1.5e-6, "typical", "seconds for each further rank of a ring"),
     "launch_s": Rate(2e-6, 3e-6, 1e-6, "typical", "seconds between two kernels on the device"),
-    "host_s": Rate(8e-6, 12e-6, 5e-6, "typical", "seconds the host takes to issue a kernel of eager PyTorch, autograd included"),
-    "sync_s": Rate(60e-6, 120e-6, 30e-6, "typical", "seconds the device idles when the host waits for a number from it"),
-    "contention": Rate(0.10, 0.20, 0.03, "typical", "time that a second of hidden communication takes from the kernels it runs under"),
-    "slowdown": Rate(1.05, 1.10, 1.02, "typical", "time of a step over that of the mean rank: stragglers, allocator, data, logging"),
+    "host_s": Rate(
+        8e-6,
+        12e-6,
+        5e-6,
+        "typical",
+        "seconds the host takes to issue a kernel of eager PyTorch, autograd included",
+    ),
+    "sync_s": Rate(
+        60e-6,
+        120e-6,
+        30e-6,
+        "typical",
+        "seconds the device idles when the host waits for a number from it",
+    ),
+    "contention": Rate(
+        0.10,
+        0.20,
+        0.03,
+        "typical",
+        "time that a second of hidden communication takes from the kernels it runs under",
+    ),
+    "slowdown": Rate(
+        1.05,
+        1.10,
+        1.02,
+        "typical",
+        "time of a step over that of the mean rank: stragglers, allocator, data, logging",
+    ),
 }
 """Whatever the time model assumes of software, by name."""
 
@@ -103,12 +263,16 @@ class Cluster:
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
 
-    def collective_seconds(self, kind: str, payload: float, ranks: Sequence[int], view: str = "expected") -> float:
-        """Seconds of one collective among `ranks`, alike groups of the other ranks running the same at the same time.
+    def collective_seconds(
+        self, kind: str, payload: float, ranks: Sequence[int], view: str = "expected"
+    ) -> float:
+        """Seconds of one collective among `ranks`, alike groups of the other ranks running the same
+        at the same time.
 
-        `payload` is in bytes, as in `meter.Collective`. Gathers and reductions are rings: each link carries (n - 1) / n of the
-        payload, twice for an all-reduce, and what crosses between servers enters each of them once, spread over the adapters of the
-        group's GPUs there. An all-to-all sends each pair its own part.
+        `payload` is in bytes, as in `meter.Collective`. Gathers and reductions are rings: each link
+        carries (n - 1) / n of the payload, twice for an all-reduce, and what crosses between
+        servers enters each of them once, spread over the adapters of the group's GPUs there. An
+        all-to-all sends each pair its own part.
         """
         rate = {name: entry.at(view) for name, entry in RATES.items()}
         n, nodes = len(ranks), len({rank // self.gpus_per_node for rank in ranks})
@@ -118,12 +282,25 @@ class Cluster:
         latency = rate["start_s"] + rate["hop_s"] * (n - 1)
         if kind == "all_to_all":
             inside = payload * (local - 1) / n / (self.gpu.nvlink_bytes_s * rate["nvlink_exchange"])
-            across = payload * (n - local) / n / (self.gpu.network_bytes_s * rate["network_exchange"])
+            across = (
+                payload * (n - local) / n / (self.gpu.network_bytes_s * rate["network_exchange"])
+            )
             return latency + max(inside, across)
         passes = 2 if kind == "all_reduce" else 1
-        seconds = passes * payload * (n - 1) / n / (self.gpu.nvlink_bytes_s * rate["nvlink"]) if local > 1 else 0.0
+        seconds = (
+            passes * payload * (n - 1) / n / (self.gpu.nvlink_bytes_s * rate["nvlink"])
+            if local > 1
+            else 0.0
+        )
         if nodes > 1:
-            seconds = max(seconds, passes * payload * (n - 1) / n / (local * self.gpu.network_bytes_s * rate["network"]))
+            seconds = max(
+                seconds,
+                passes
+                * payload
+                * (n - 1)
+                / n
+                / (local * self.gpu.network_bytes_s * rate["network"]),
+            )
         return passes * latency + seconds
 
 
@@ -139,4 +316,6 @@ class Reserve:
     """Share of the rest lost between the allocator's blocks. Typical with expandable segments."""
 
     def usable_gib(self, gpu: GPU, groups: int) -> float:
-        return (gpu.memory_gib - self.context_gib - groups * self.group_gib) * (1 - self.fragmentation)
+        return (gpu.memory_gib - self.context_gib - groups * self.group_gib) * (
+            1 - self.fragmentation
+        )

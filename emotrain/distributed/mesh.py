@@ -2,9 +2,10 @@
 
     processes = replicate * shard        shard = ep * expert_dp
 
-Every process has its own data. `shard` processes hold one copy of the model between them (FSDP2), `replicate` copies exist (HSDP).
-Routed experts are spread over `ep` neighbouring processes first, and each of those parts over the `expert_dp` that hold the same
-experts. The innermost axis is `ep`: consecutive ranks, which launchers place on one node.
+Every process has its own data. `shard` processes hold one copy of the model between them (FSDP2),
+`replicate` copies exist (HSDP). Routed experts are spread over `ep` neighbouring processes first,
+and each of those parts over the `expert_dp` that hold the same experts. The innermost axis is `ep`:
+consecutive ranks, which launchers place on one node.
 
     8 processes, replicate=1, ep=4:    expert_dp 0 | 0 1 2 3
                                        expert_dp 1 | 4 5 6 7      (rows are the groups that exchange tokens)
@@ -45,22 +46,40 @@ class Layout:
         """
         parallel, model = config.parallel, config.model
         shard = parallel.shard or world_size // parallel.replicate
-        _require(parallel.replicate * shard == world_size, f"processes = replicate * shard fails: {world_size} != {parallel.replicate} * "
-                 f"{shard or parallel.shard}; change parallel.replicate, parallel.shard or the number of processes")
-        _require(shard % parallel.ep == 0, f"shard = ep * expert_dp fails: parallel.ep={parallel.ep} does not divide shard={shard}; "
-                 f"choose a divisor")
+        _require(
+            parallel.replicate * shard == world_size,
+            f"processes = replicate * shard fails: {world_size} != {parallel.replicate} * "
+            f"{shard or parallel.shard}; change parallel.replicate, parallel.shard or the number "
+            f"of processes",
+        )
+        _require(
+            shard % parallel.ep == 0,
+            f"shard = ep * expert_dp fails: parallel.ep={parallel.ep} does not divide "
+            f"shard={shard}; "
+            f"choose a divisor",
+        )
         layout = cls(world_size, parallel.replicate, shard, parallel.ep)
         if parallel.ep > 1:
             routed = [model.routed_in_layer(layer) for layer in range(model.num_layers)]
             fewest = min((n for n in routed if n), default=0)
             # ceil(N / ep) experts a rank, as torch.chunk: the last ranks must not end up with none.
-            _require(fewest > 0 and -(-fewest // parallel.ep) * (parallel.ep - 1) < fewest, f"parallel.ep={parallel.ep} leaves ranks without any "
-                     f"of the {fewest} routed experts of a layer; lower parallel.ep")
-            _require(model.experts.hidden % layout.expert_dp == 0, f"model.experts.hidden={model.experts.hidden} is not a multiple of "
-                     f"expert_dp={layout.expert_dp} (shard / ep), over which each expert is cut; change parallel.ep or parallel.shard")
-        _require(config.training.global_batch % (config.training.micro_batch * world_size) == 0,
-                 f"training.global_batch={config.training.global_batch} is not a multiple of training.micro_batch="
-                 f"{config.training.micro_batch} x {world_size} processes; change one of them")
+            _require(
+                fewest > 0 and -(-fewest // parallel.ep) * (parallel.ep - 1) < fewest,
+                f"parallel.ep={parallel.ep} leaves ranks without any "
+                f"of the {fewest} routed experts of a layer; lower parallel.ep",
+            )
+            _require(
+                model.experts.hidden % layout.expert_dp == 0,
+                f"model.experts.hidden={model.experts.hidden} is not a multiple of "
+                f"expert_dp={layout.expert_dp} (shard / ep), over which each expert is cut; change "
+                f"parallel.ep or parallel.shard",
+            )
+        _require(
+            config.training.global_batch % (config.training.micro_batch * world_size) == 0,
+            f"training.global_batch={config.training.global_batch} is not a multiple of "
+            f"training.micro_batch="
+            f"{config.training.micro_batch} x {world_size} processes; change one of them",
+        )
         return layout
 
 
@@ -70,7 +89,8 @@ class Meshes:
 
     layout: Layout
     dense: DeviceMesh
-    """Axes (replicate, shard), or shard alone with one copy: everything but routed experts is spread over `shard` and copied over `replicate`."""
+    """Axes (replicate, shard), or shard alone with one copy: everything but routed experts is
+    spread over `shard` and copied over `replicate`."""
     experts: DeviceMesh
     """Axes (replicate, expert_dp), or expert_dp alone: the same for this rank's routed experts."""
     ep: DeviceMesh | None
@@ -78,7 +98,8 @@ class Meshes:
 
 
 def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = None) -> Meshes:
-    """Process groups of a layout, with a limit on each of their collectives. Every process of the default group must call this."""
+    """Process groups of a layout, with a limit on each of their collectives. Every process of
+    the default group must call this."""
     from torch.distributed.device_mesh import init_device_mesh
 
     copies = {"replicate": layout.replicate} if layout.replicate > 1 else {}

@@ -1,8 +1,10 @@
-"""What a piece of PyTorch code does to one device: memory by kind, kernels by part of the model, collectives by axis.
+"""What a piece of PyTorch code does to one device: memory by kind, kernels by part of the model,
+collectives by axis.
 
-A `Meter` sees every operator that runs inside it, in forward, backward and optimizer, on real tensors or on fake ones that have
-no data. It follows storages from their allocation to their end; torch's own MemTracker does so too, but refuses a model that is called
-several times a step, which is what gradient accumulation does.
+A `Meter` sees every operator that runs inside it, in forward, backward and optimizer, on real
+tensors or on fake ones that have no data. It follows storages from their allocation to their end;
+torch's own MemTracker does so too, but refuses a model that is called several times a step, which
+is what gradient accumulation does.
 """
 
 from __future__ import annotations
@@ -30,12 +32,36 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-COLLECTIVES = {"allgather": "all_gather", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce",
-               "all_reduce": "all_reduce", "alltoall": "all_to_all", "all_to_all": "all_to_all", "broadcast": "broadcast"}
-"""Start of an operator's name in torch's collective namespaces, without underscores in front -> kind."""
+COLLECTIVES = {
+    "allgather": "all_gather",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "allreduce": "all_reduce",
+    "all_reduce": "all_reduce",
+    "alltoall": "all_to_all",
+    "all_to_all": "all_to_all",
+    "broadcast": "broadcast",
+}
+"""Start of an operator's name in torch's collective namespaces, without underscores in front ->
+kind."""
 
-MOVES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted", "wait_tensor", "set_",
-                 "resize_", "_local_scalar_dense", "is_same_size", "lift_fresh", "_unsafe_view", "_reshape_alias", "barrier"}
+MOVES_NOTHING = {
+    "empty",
+    "empty_like",
+    "new_empty",
+    "empty_strided",
+    "new_empty_strided",
+    "empty_permuted",
+    "wait_tensor",
+    "set_",
+    "resize_",
+    "_local_scalar_dense",
+    "is_same_size",
+    "lift_fresh",
+    "_unsafe_view",
+    "_reshape_alias",
+    "barrier",
+}
 """Operators that start no kernel; views are recognised by themselves."""
 READS_ROWS = {"embedding", "index_select", "gather", "index"}
 """Operators that read as many elements of their source as they write."""
@@ -43,7 +69,8 @@ READS_ROWS = {"embedding", "index_select", "gather", "index"}
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch: what it computes and moves. Bytes are those of its operands, each counted once."""
+    """One launch: what it computes and moves. Bytes are those of its operands, each counted
+    once."""
 
     name: str
     part: str
@@ -55,7 +82,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective. Bytes are those of the whole result of a gather, the whole input of a reduction or exchange."""
+    """One collective. Bytes are those of the whole result of a gather, the whole input of a
+    reduction or exchange."""
 
     kind: str
     axis: str
@@ -78,12 +106,18 @@ class Meter(TorchDispatchMode):
     """Measures what runs inside `with meter:`.
 
     Args:
-        parts: part of the model by class name of a module; a module without an entry belongs to the part around it.
+        parts: part of the model by class name of a module; a module without an entry belongs to the
+            part around it.
         axes: axis by name of a process group.
         granularity: allocations are rounded up to this many bytes (512 for the CUDA allocator).
     """
 
-    def __init__(self, parts: Mapping[str, str] | None = None, axes: Mapping[str, str] | None = None, granularity: int = 1):
+    def __init__(
+        self,
+        parts: Mapping[str, str] | None = None,
+        axes: Mapping[str, str] | None = None,
+        granularity: int = 1,
+    ):
         super().__init__()
         self.parts, self.axes, self.granularity = parts or {}, axes or {}, granularity
         self.kernels: Counter[Kernel] = Counter()
@@ -94,7 +128,8 @@ class Meter(TorchDispatchMode):
         self._live: dict[int, tuple[weakref.ref, _Block]] = {}
         self._now = self._bytes = self.peak_bytes = self._peak_time = 0
         self._stack: list[str] = []
-        # Autograd numbers its nodes as they are made: the part of the model that made a node is that of the last entry not above it.
+        # Autograd numbers its nodes as they are made: the part of the model that made a node is
+        # that of the last entry not above it.
         self._part_from: list[tuple[int, str]] = [(0, "other")]
         self._exits = ExitStack()
 
@@ -106,11 +141,14 @@ class Meter(TorchDispatchMode):
             self._resized(storage)
             return result
 
-        # FSDP2 frees and brings back gathered parameters by resizing their storages, which is no operator.
+        # FSDP2 frees and brings back gathered parameters by resizing their storages, which is no
+        # operator.
         torch.UntypedStorage.resize_ = resize_
         self._exits.callback(setattr, torch.UntypedStorage, "resize_", original)
         self._exits.callback(register_module_forward_pre_hook(self._enter_module).remove)
-        self._exits.callback(register_module_forward_hook(self._leave_module, always_call=True).remove)
+        self._exits.callback(
+            register_module_forward_hook(self._leave_module, always_call=True).remove
+        )
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -129,7 +167,11 @@ class Meter(TorchDispatchMode):
             self.follow(tensor)
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, kwargs, outputs)
-        elif func.namespace != "prim" and not func.is_view and (name := func._opname) not in MOVES_NOTHING:
+        elif (
+            func.namespace != "prim"
+            and not func.is_view
+            and (name := func._opname) not in MOVES_NOTHING
+        ):
             self._kernel(func, name, args, kwargs, result, outputs)
         return result
 
@@ -145,14 +187,30 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         self._live[key] = (weakref.ref(storage, lambda ref, key=key: self._ended(key, ref)), block)
 
-    def record(self, name: str, dtype: torch.dtype, flops: float, size: float, part: str | None = None, launches: int = 1) -> None:
+    def record(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        flops: float,
+        size: float,
+        part: str | None = None,
+        launches: int = 1,
+    ) -> None:
         """Count kernels that no operator stands for."""
-        kernel = Kernel(name, part or self.part, self._current_phase(), dtype, int(flops / launches), int(size / launches))
+        kernel = Kernel(
+            name,
+            part or self.part,
+            self._current_phase(),
+            dtype,
+            int(flops / launches),
+            int(size / launches),
+        )
         self.kernels[kernel] += launches
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Name a phase other than forward, backward and recompute, which are told apart without help."""
+        """Name a phase other than forward, backward and recompute, which are told apart without
+        help."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -183,7 +241,9 @@ class Meter(TorchDispatchMode):
         return self._bytes
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        self._stack.append(self.parts.get(_class_name(module)) or (self._stack[-1] if self._stack else "other"))
+        self._stack.append(
+            self.parts.get(_class_name(module)) or (self._stack[-1] if self._stack else "other")
+        )
         self._mark()
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -193,7 +253,9 @@ class Meter(TorchDispatchMode):
 
     def _mark(self) -> None:
         if not _in_backward():
-            self._part_from.append((torch.autograd._get_sequence_nr(), self._stack[-1] if self._stack else "other"))
+            self._part_from.append(
+                (torch.autograd._get_sequence_nr(), self._stack[-1] if self._stack else "other")
+            )
 
     @property
     def part(self) -> str:
@@ -203,7 +265,10 @@ class Meter(TorchDispatchMode):
         node = torch._C._current_autograd_node()
         if node is None:
             return "other"
-        index = bisect.bisect_right(self._part_from, node._sequence_nr(), key=lambda entry: entry[0]) - 1
+        index = (
+            bisect.bisect_right(self._part_from, node._sequence_nr(), key=lambda entry: entry[0])
+            - 1
+        )
         return self._part_from[index][1]
 
     def _current_phase(self) -> str:
@@ -214,7 +279,9 @@ class Meter(TorchDispatchMode):
         return "recompute" if self._stack else "backward"
 
     def _kind(self) -> str:
-        return {"forward": "activations", "backward": "backward", "recompute": "recomputed"}.get(phase := self._current_phase(), phase)
+        return {"forward": "activations", "backward": "backward", "recompute": "recomputed"}.get(
+            phase := self._current_phase(), phase
+        )
 
     def _born(self, size: int, kind: str) -> _Block:
         size = -(-size // self.granularity) * self.granularity
@@ -245,42 +312,66 @@ class Meter(TorchDispatchMode):
             self._died(block)
             self._live[storage._cdata] = (ref, self._born(storage.nbytes(), block.kind))
 
-    def _kernel(self, func: Any, name: str, args: tuple, kwargs: dict, result: Any, outputs: list[Tensor]) -> None:
+    def _kernel(
+        self, func: Any, name: str, args: tuple, kwargs: dict, result: Any, outputs: list[Tensor]
+    ) -> None:
         inputs = _tensors((args, kwargs))
         if not inputs and not outputs:
             return
         part = "parameter copies" if func.namespace == "fsdp" else self.part
         written = sum(map(_nbytes, outputs))
-        read = written + sum(_nbytes(t) for t in inputs[1:]) if name in READS_ROWS else sum(map(_nbytes, inputs))
-        if name == "all_gather_copy_in":  # writes this rank's part of the buffer that it is given and returns
+        read = (
+            written + sum(_nbytes(t) for t in inputs[1:])
+            if name in READS_ROWS
+            else sum(map(_nbytes, inputs))
+        )
+        if (
+            name == "all_gather_copy_in"
+        ):  # writes this rank's part of the buffer that it is given and returns
             read = written = sum(_nbytes(t) for t in args[0])
         formula = self.formulas.get(name) or flop_registry.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
-        first = next((t for t in (*inputs, *outputs) if t.is_floating_point()), (inputs or outputs)[0])
-        self.kernels[Kernel(name, part, self._current_phase(), first.dtype, int(flops), read + written)] += 1
+        first = next(
+            (t for t in (*inputs, *outputs) if t.is_floating_point()), (inputs or outputs)[0]
+        )
+        self.kernels[
+            Kernel(name, part, self._current_phase(), first.dtype, int(flops), read + written)
+        ] += 1
 
     def _collective(self, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
         name = func._opname.lstrip("_")
         kind = next((kind for start, kind in COLLECTIVES.items() if name.startswith(start)), None)
         if kind is None:
             return
-        named = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        named = {
+            argument.name: value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+        } | kwargs
         if "process_group" in named:
             group = dist.ProcessGroup.unbox(named["process_group"])
         else:
             group = dist.distributed_c10d._resolve_process_group(named["group_name"])
         tensors = [*_tensors((args, kwargs)), *outputs]
-        payload = named["input"].nbytes if kind == "all_to_all" else max(_nbytes(t) for t in tensors)
+        payload = (
+            named["input"].nbytes if kind == "all_to_all" else max(_nbytes(t) for t in tensors)
+        )
         axis = self.axes.get(group.group_name, group.group_name)
         if axis == "world":  # An axis that spans all processes may share the default group.
-            axis = {"all_gather": "shard", "reduce_scatter": "shard", "all_to_all": "ep"}.get(kind, axis)
+            axis = {"all_gather": "shard", "reduce_scatter": "shard", "all_to_all": "ep"}.get(
+                kind, axis
+            )
         if kind in ("all_gather", "reduce_scatter"):
-            # The big side is a buffer of gathered parameters or of gradients on their way, the small one a part of this rank's own.
+            # The big side is a buffer of gathered parameters or of gradients on their way, the
+            # small one a part of this rank's own.
             big = max(tensors, key=_nbytes)
-            self.follow(big, "gathered parameters" if kind == "all_gather" else "gradients in reduction")
+            self.follow(
+                big, "gathered parameters" if kind == "all_gather" else "gradients in reduction"
+            )
             for tensor in _tensors(named.get("output_tensor")) if kind == "reduce_scatter" else ():
                 self.follow(tensor, "gradients")
-        self.collectives[Collective(kind, axis, self.part, self._current_phase(), group.size(), payload)] += 1
+        self.collectives[
+            Collective(kind, axis, self.part, self._current_phase(), group.size(), payload)
+        ] += 1
 
 
 def _in_backward() -> bool:
@@ -309,11 +400,14 @@ def _cpu_attention_flops(q: Tensor, k: Tensor, v: Tensor, *_args: Any, **_kwargs
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
-def _cpu_attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any, **_kwargs: Any) -> int:
+def _cpu_attention_backward_flops(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any, **_kwargs: Any
+) -> int:
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-FLOPS = {"_scaled_dot_product_flash_attention_for_cpu": _cpu_attention_flops,
-         "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward_flops}
+FLOPS = {
+    "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention_flops,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward_flops,
+}
 """Formulas that torch's own counter lacks."""
-

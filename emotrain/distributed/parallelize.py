@@ -1,5 +1,6 @@
-"""The parallel plan, applied to the plain model from outside, in one fixed order: expert parallelism, recomputation, compilation,
-FSDP2. Without process groups only the two in the middle apply."""
+"""The parallel plan, applied to the plain model from outside, in one fixed order: expert
+parallelism, recomputation, compilation, FSDP2. Without process groups only the two in the middle
+apply."""
 
 from __future__ import annotations
 
@@ -21,7 +22,11 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.kernels.backends import HAS_TRITON
 from emotrain.model.transformer import Transformer
 
-ROUTING_DECISIONS = {torch.ops.aten.topk.default, torch.ops.aten.sort.default, torch.ops.aten.sort.stable}
+ROUTING_DECISIONS = {
+    torch.ops.aten.topk.default,
+    torch.ops.aten.sort.default,
+    torch.ops.aten.sort.stable,
+}
 """Pools, choices and the order of slots."""
 
 
@@ -29,8 +34,9 @@ def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer
     """The model of a run, on its device, spread over the processes as configured.
 
     Args:
-        fresh: give it its initial values, the very same on every layout. They are drawn one after the other, minutes for billions of
-            parameters; what a checkpoint will overwrite is left as the memory was.
+        fresh: give it its initial values, the very same on every layout. They are drawn one after
+            the other, minutes for billions of parameters; what a checkpoint will overwrite is left
+            as the memory was.
 
     Raises:
         ValueError: a layout that cannot be; see `Layout.of`.
@@ -38,7 +44,11 @@ def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer
     layout = Layout.of(config, ranks.world_size)
     with torch.device("meta"):
         model = Transformer(config.model)
-    meshes = build_meshes(layout, ranks.device.type, config.training.collective_timeout_s) if ranks.world_size > 1 else None
+    meshes = (
+        build_meshes(layout, ranks.device.type, config.training.collective_timeout_s)
+        if ranks.world_size > 1
+        else None
+    )
     parallelize(model, config, meshes)
     return materialize(model, config.training.seed if fresh else None, ranks.device)
 
@@ -65,13 +75,18 @@ def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None
 
 
 def materialize(model: Transformer, seed: int | None, device: torch.device) -> Transformer:
-    """Allocate this process' part of a model on the meta device and, with a seed, fill it with its part of what one process would
-    start from."""
+    """Allocate this process' part of a model on the meta device and, with a seed, fill it with its
+    part of what one process would start from."""
     model.to_empty(device=device)
     with torch.no_grad():
         for parameter, values in model.initial_values(seed) if seed is not None else ():
             if isinstance(parameter, DTensor):
-                values = distribute_tensor(values.to(parameter.dtype), parameter.device_mesh, parameter.placements, src_data_rank=None)
+                values = distribute_tensor(
+                    values.to(parameter.dtype),
+                    parameter.device_mesh,
+                    parameter.placements,
+                    src_data_rank=None,
+                )
             local_part(parameter).copy_(local_part(values))
     return model
 
@@ -93,34 +108,56 @@ def num_copies(tensor: torch.Tensor) -> int:
     """How many processes hold each element of a tensor."""
     if not isinstance(tensor, DTensor):
         return 1
-    sizes = (tensor.device_mesh.size(axis) for axis, placement in enumerate(tensor.placements) if isinstance(placement, Replicate))
+    sizes = (
+        tensor.device_mesh.size(axis)
+        for axis, placement in enumerate(tensor.placements)
+        if isinstance(placement, Replicate)
+    )
     return torch.Size(sizes).numel()
 
 
 def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
-    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens to the others'."""
+    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens
+    to the others'."""
     for index, block in enumerate(model.blocks):
         if block.moe.experts is None:
             continue
         experts = block.moe.experts
         for name, parameter in experts.named_parameters():
-            spread = distribute_tensor(parameter.detach(), meshes.ep, [Shard(0)], src_data_rank=None)
+            spread = distribute_tensor(
+                parameter.detach(), meshes.ep, [Shard(0)], src_data_rank=None
+            )
             setattr(experts, name, nn.Parameter(spread))
         experts.local = local_part
-        block.moe.dispatcher = AllToAllDispatcher(meshes.ep.get_group(), config.model.routed_in_layer(index), config.model.experts.backend)
+        block.moe.dispatcher = AllToAllDispatcher(
+            meshes.ep.get_group(), config.model.routed_in_layer(index), config.model.experts.backend
+        )
 
 
 def _recompute(model: Transformer, scope: str) -> None:
-    """Have backward compute activations again: of the experts, which hold most of them, or of whole blocks."""
+    """Have backward compute activations again: of the experts, which hold most of them, or of
+    whole blocks."""
     for block in model.blocks:
-        parts = [block] if scope == "full" else [part for part in (block.moe.experts, block.moe.shared) if part is not None]
+        parts = (
+            [block]
+            if scope == "full"
+            else [part for part in (block.moe.experts, block.moe.shared) if part is not None]
+        )
         for part in parts:
-            # Nothing on the way draws random numbers, so that there is no generator's state to restore.
-            part.forward = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False, context_fn=_decided_once)
+            # Nothing on the way draws random numbers, so that there is no generator's state to
+            # restore.
+            part.forward = partial(
+                checkpoint,
+                part.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=_decided_once,
+            )
 
 
 def _decided_once() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Contexts of a forward pass and of its repetition, which takes over the routing decisions of the first."""
+    """Contexts of a forward pass and of its repetition, which takes over the routing decisions
+    of the first."""
     decisions: deque[Any] = deque()
     return _Decisions(decisions, replay=False), _Decisions(decisions, replay=True)
 
@@ -133,7 +170,9 @@ class _Decisions(TorchDispatchMode):
         self.decisions, self.replay = decisions, replay
         self.kinds = ROUTING_DECISIONS | _triton_decisions()
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if operation not in self.kinds:
             return operation(*args, **(kwargs or {}))
         if self.replay:
@@ -154,39 +193,73 @@ def _triton_decisions() -> set[Any]:
 
 
 def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
-    """FSDP2 over routed experts, blocks and the rest, in fp32 with gathers in bf16 where the run computes in bf16 (spec 1.5)."""
+    """FSDP2 over routed experts, blocks and the rest, in fp32 with gathers in bf16 where the run
+    computes in bf16 (spec 1.5)."""
     bfloat16 = config.training.uses_bfloat16(meshes.dense.device_type)
     # Rotary tables, masks and routing weights keep their own precision: inputs are not cast.
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bfloat16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if bfloat16
+        else MixedPrecisionPolicy()
+    )
     reshard = config.parallel.reshard_after_forward
     cut = partial(_cut, num_ranks=meshes.dense.size(-1))
     # Spread over ep, experts are cut along their hidden width, which expert_dp divides.
     cut_experts = (lambda _: Shard(1)) if meshes.ep is not None else cut
     for block in model.blocks:
         if block.moe.experts is not None:
-            fully_shard(block.moe.experts, mesh=meshes.experts, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut_experts)
-        fully_shard(block, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=cut)
-    # The root stays gathered between forward and backward: the loss reads the head outside of its forward pass.
-    fully_shard(model, mesh=meshes.dense, mp_policy=policy, reshard_after_forward=False, shard_placement_fn=cut)
+            fully_shard(
+                block.moe.experts,
+                mesh=meshes.experts,
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+                shard_placement_fn=cut_experts,
+            )
+        fully_shard(
+            block,
+            mesh=meshes.dense,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=cut,
+        )
+    # The root stays gathered between forward and backward: the loss reads the head outside of its
+    # forward pass.
+    fully_shard(
+        model,
+        mesh=meshes.dense,
+        mp_policy=policy,
+        reshard_after_forward=False,
+        shard_placement_fn=cut,
+    )
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # Losses are divided by counts of the whole global batch, so gradients are summed, not averaged.
+            # Losses are divided by counts of the whole global batch, so gradients are summed, not
+            # averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     _order_prefetches(model)
 
 
 def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
-    """Along which axis a parameter is cut. FSDP pads the first axis to a multiple of the ranks, in every gather and reduction and in the
-    memory of the first ranks: one shared expert over 128 ranks would weigh as much as 128. It cuts any other axis without padding."""
+    """Along which axis a parameter is cut. FSDP pads the first axis to a multiple of the ranks, in
+    every gather and reduction and in the memory of the first ranks: one shared expert over 128
+    ranks would weigh as much as 128. It cuts any other axis without padding."""
     padded = -(-parameter.shape[0] // num_ranks) * num_ranks
     if padded <= 1.05 * parameter.shape[0]:
         return Shard(0)
-    return next((Shard(axis) for axis in range(1, parameter.ndim) if parameter.shape[axis] % num_ranks == 0), Shard(0))
+    return next(
+        (
+            Shard(axis)
+            for axis in range(1, parameter.ndim)
+            if parameter.shape[axis] % num_ranks == 0
+        ),
+        Shard(0),
+    )
 
 
 def _order_prefetches(model: Transformer) -> None:
-    """Gather the next parameters while the present ones are in use, also where the host waits for split sizes."""
+    """Gather the next parameters while the present ones are in use, also where the host waits
+    for split sizes."""
     groups = []
     for block in model.blocks:
         groups += [block] if block.moe.experts is None else [block, block.moe.experts]

@@ -1,8 +1,10 @@
-"""`emotrain plan`: what a run will need and how fast it will be on a cluster, from a dry run on any machine.
+"""`emotrain plan`: what a run will need and how fast it will be on a cluster, from a dry run on any
+machine.
 
-The plan that training would use is built on a fake process group and one optimizer step runs through it on tensors without data
-(`dry_run.py`); memory, FLOPs and bytes are counted there. Seconds come from a model of the hardware (`cost.py`), whose assumptions are
-printed with them. docs/plan.md says how either was checked.
+The plan that training would use is built on a fake process group and one optimizer step runs
+through it on tensors without data (`dry_run.py`); memory, FLOPs and bytes are counted there.
+Seconds come from a model of the hardware (`cost.py`), whose assumptions are printed with them.
+docs/plan.md says how either was checked.
 """
 
 from __future__ import annotations
@@ -20,8 +22,16 @@ from emotrain.distributed.hardware import GPUS, RATES, Cluster, Reserve, find_gp
 from emotrain.distributed.mesh import Layout
 from emotrain.training.metrics import flops_per_token
 
-KINDS = {"parameters": "parameters", "optimizer state": "optimizer", "gradients": "gradients", "gathered parameters": "gathered",
-         "gradients in reduction": "reduction", "activations": "activations", "backward": "backward", "recomputed": "recomputed"}
+KINDS = {
+    "parameters": "parameters",
+    "optimizer state": "optimizer",
+    "gradients": "gradients",
+    "gathered parameters": "gathered",
+    "gradients in reduction": "reduction",
+    "activations": "activations",
+    "backward": "backward",
+    "recomputed": "recomputed",
+}
 """Kind of memory at the peak, as the meter and as the result call it."""
 
 
@@ -53,42 +63,96 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """FLOPs of the model, not of what is computed again, over the peak (`training.metrics.flops_per_token`)."""
+        """FLOPs of the model, not of what is computed again, over the peak
+        (`training.metrics.flops_per_token`)."""
         return self.tokens_per_second * flops_per_token(self.config) / self.cluster.gpu.bf16_flops
 
     def as_dict(self) -> dict[str, Any]:
         measured, expected = self.measured, self.times["expected"]
-        memory = {f"{name}_gib": measured.at_peak.get(kind, 0) / 2**30 for kind, name in KINDS.items()}
+        memory = {
+            f"{name}_gib": measured.at_peak.get(kind, 0) / 2**30 for kind, name in KINDS.items()
+        }
         other = sum(size for kind, size in measured.at_peak.items() if kind not in KINDS)
         layout = measured.layout
         return {
-            "gpu": self.cluster.gpu.name, "nodes": self.cluster.nodes, "gpus_per_node": self.cluster.gpus_per_node,
-            "layout": {"replicate": layout.replicate, "shard": layout.shard, "ep": layout.ep, "expert_dp": layout.expert_dp},
-            "fits": self.fits, "peak_gib": self.peak_gib, "usable_gib": self.usable_gib, "memory_gib": self.cluster.gpu.memory_gib,
-            **memory, "other_gib": other / 2**30,
+            "gpu": self.cluster.gpu.name,
+            "nodes": self.cluster.nodes,
+            "gpus_per_node": self.cluster.gpus_per_node,
+            "layout": {
+                "replicate": layout.replicate,
+                "shard": layout.shard,
+                "ep": layout.ep,
+                "expert_dp": layout.expert_dp,
+            },
+            "fits": self.fits,
+            "peak_gib": self.peak_gib,
+            "usable_gib": self.usable_gib,
+            "memory_gib": self.cluster.gpu.memory_gib,
+            **memory,
+            "other_gib": other / 2**30,
             "state_gib": {name: size / 2**30 for name, size in measured.state_bytes.items()},
             "tokens_per_second_per_gpu": self.tokens_per_second,
-            "tokens_per_second_per_gpu_range": [self.times[view].tokens_per_second for view in ("pessimistic", "optimistic")],
-            "mfu": self.mfu, "step_seconds": expected.step, "step_parts_seconds": expected.parts,
-            "compute_seconds": expected.compute, "communication_seconds": expected.communication,
-            "communication_bytes": measured.bytes_by_kind_and_axis(), "communication_counts": measured.counts_by_kind_and_axis(),
-            "flops": measured.flops_by_part(), "model_flops": flops_per_token(self.config) * measured.tokens,
-            "micro_batches": measured.micro_batches, "tokens_per_gpu": measured.tokens, "documents_per_micro_batch": measured.documents,
-            "dry_run_seconds": measured.seconds, "assumptions": assumptions(self)}
+            "tokens_per_second_per_gpu_range": [
+                self.times[view].tokens_per_second for view in ("pessimistic", "optimistic")
+            ],
+            "mfu": self.mfu,
+            "step_seconds": expected.step,
+            "step_parts_seconds": expected.parts,
+            "compute_seconds": expected.compute,
+            "communication_seconds": expected.communication,
+            "communication_bytes": measured.bytes_by_kind_and_axis(),
+            "communication_counts": measured.counts_by_kind_and_axis(),
+            "flops": measured.flops_by_part(),
+            "model_flops": flops_per_token(self.config) * measured.tokens,
+            "micro_batches": measured.micro_batches,
+            "tokens_per_gpu": measured.tokens,
+            "documents_per_micro_batch": measured.documents,
+            "dry_run_seconds": measured.seconds,
+            "assumptions": assumptions(self),
+        }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml")
-    parser.add_argument("settings", metavar="key=value", nargs="*", help="settings that override the file's")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml"
+    )
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
+    )
     parser.add_argument("--nodes", type=_positive, default=1, help="servers (default: %(default)s)")
-    parser.add_argument("--gpus-per-node", type=_positive, default=8, help="GPUs of a server (default: %(default)s)")
-    parser.add_argument("--gpu", default="h100-80gb", metavar="NAME", help=f"one of {', '.join(GPUS)} (default: %(default)s)")
-    parser.add_argument("--search", action="store_true", help="try other layouts of the same model, batch and cluster, and rank them")
-    parser.add_argument("--reference", action="store_true", help="predict the published training run instead: its layout and its kernels")
-    parser.add_argument("--ranks-per-token", type=float, default=0.0, metavar="X",
-                        help="expert ranks a token goes to (default: what choices without preference reach)")
-    parser.add_argument("--imbalance", type=float, default=1.0, metavar="X",
-                        help="rows that the busiest expert rank receives over the mean (default: %(default)s)")
+    parser.add_argument(
+        "--gpus-per-node", type=_positive, default=8, help="GPUs of a server (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h100-80gb",
+        metavar="NAME",
+        help=f"one of {', '.join(GPUS)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--search",
+        action="store_true",
+        help="try other layouts of the same model, batch and cluster, and rank them",
+    )
+    parser.add_argument(
+        "--reference",
+        action="store_true",
+        help="predict the published training run instead: its layout and its kernels",
+    )
+    parser.add_argument(
+        "--ranks-per-token",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="expert ranks a token goes to (default: what choices without preference reach)",
+    )
+    parser.add_argument(
+        "--imbalance",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="rows that the busiest expert rank receives over the mean (default: %(default)s)",
+    )
     add_json(parser)
 
 
@@ -103,15 +167,30 @@ def run(args: argparse.Namespace) -> int:
     if args.search:
         found = search(config, cluster, routing)
         best = found[0].plan.as_dict() if found and found[0].plan else {"fits": False}
-        finish(args, best | {"layouts": [entry.as_dict() for entry in found]}, plan_text.search_table(config, cluster, found))
+        finish(
+            args,
+            best | {"layouts": [entry.as_dict() for entry in found]},
+            plan_text.search_table(config, cluster, found),
+        )
         return 0 if best["fits"] else 1
-    plan = reference_plan(config, cluster) if args.reference else make_plan(config, cluster, routing)
+    plan = (
+        reference_plan(config, cluster) if args.reference else make_plan(config, cluster, routing)
+    )
     changes = [] if plan.fits or args.reference else advice(config, cluster, routing)
-    finish(args, plan.as_dict() | {"changes": [change.as_dict() for change in changes]}, plan_text.describe(plan, changes))
+    finish(
+        args,
+        plan.as_dict() | {"changes": [change.as_dict() for change in changes]},
+        plan_text.describe(plan, changes),
+    )
     return 0
 
 
-def make_plan(config: Config, cluster: Cluster, routing: Routing | None = None, measured: Measured | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    cluster: Cluster,
+    routing: Routing | None = None,
+    measured: Measured | None = None,
+) -> Plan:
     """Plan a configuration on a cluster, or the step that was measured already.
 
     Raises:
@@ -131,7 +210,9 @@ def reference_plan(config: Config, cluster: Cluster) -> Plan:
     config = reference_config(config)
     Layout.of(config, cluster.world_size)
     measured = dry_run(config, cluster.world_size, cluster.gpu.target)
-    times = {view: step_time(reference_work(config, measured, view), cluster, view) for view in VIEWS}
+    times = {
+        view: step_time(reference_work(config, measured, view), cluster, view) for view in VIEWS
+    }
     return Plan(config, cluster, measured, times, _usable_gib(cluster, measured), Routing())
 
 
@@ -143,29 +224,52 @@ def _usable_gib(cluster: Cluster, measured: Measured) -> float:
 def assumptions(plan: Plan) -> list[str]:
     """Every assumption of a plan, a line each."""
     gpu, reserve, routing = plan.cluster.gpu, Reserve(), plan.routing
-    chip = (f"fact: {gpu.name}: {gpu.bf16_flops / 1e12:,.0f} TFLOP/s bf16, {gpu.memory_bytes_s / 1e12:.2f} TB/s, {gpu.memory_gib:.1f} GiB, "
-            f"NVLink {gpu.nvlink_bytes_s / 1e9:.0f} GB/s and one adapter of {gpu.network_bytes_s / 1e9:.0f} GB/s a GPU, each way "
-            f"({gpu.source})")
-    reserved = (f"typical: {reserve.context_gib} GiB for the CUDA context, {reserve.group_gib} GiB a process group for NCCL, "
-                f"{reserve.fragmentation:.0%} of the rest lost to fragmentation")
+    chip = (
+        f"fact: {gpu.name}: {gpu.bf16_flops / 1e12:,.0f} TFLOP/s bf16, "
+        f"{gpu.memory_bytes_s / 1e12:.2f} TB/s, {gpu.memory_gib:.1f} GiB, "
+        f"NVLink {gpu.nvlink_bytes_s / 1e9:.0f} GB/s and one adapter of "
+        f"{gpu.network_bytes_s / 1e9:.0f} GB/s a GPU, each way "
+        f"({gpu.source})"
+    )
+    reserved = (
+        f"typical: {reserve.context_gib} GiB for the CUDA context, {reserve.group_gib} GiB a "
+        f"process group for NCCL, "
+        f"{reserve.fragmentation:.0%} of the rest lost to fragmentation"
+    )
     documents = f"assumed: documents of {MEAN_DOCUMENT:,} tokens on average (OLMoE mix, arXiv 2409.02060), exponentially distributed"
     lines = [chip, reserved, documents]
-    lines += [f"{rate.kind}: {name} = {rate.value:g} ({rate.pessimistic:g} to {rate.optimistic:g}): {rate.meaning}"
-              for name, rate in RATES.items()]
-    lines.append(f"assumed: a token goes to {routing.ranks_per_token:g} expert ranks" if routing.ranks_per_token else
-                 "assumed: experts are chosen without preference, so that a token's k choices spread over expert ranks as chance has it")
+    lines += [
+        f"{rate.kind}: {name} = {rate.value:g} ({rate.pessimistic:g} to {rate.optimistic:g}): "
+        f"{rate.meaning}"
+        for name, rate in RATES.items()
+    ]
+    lines.append(
+        f"assumed: a token goes to {routing.ranks_per_token:g} expert ranks"
+        if routing.ranks_per_token
+        else "assumed: experts are chosen without preference, so that a token's k choices spread "
+        "over expert ranks as chance has it"
+    )
     lines.append(f"assumed: the busiest expert rank receives {routing.imbalance:g} times the mean")
-    lines.append("assumed: gathers and reductions of parameters run under kernels; tokens travel to experts under the shared expert, home "
-                 "under nothing; the optimizer runs alone")
+    lines.append(
+        "assumed: gathers and reductions of parameters run under kernels; tokens travel to experts "
+        "under the shared expert, home "
+        "under nothing; the optimizer runs alone"
+    )
     return lines
 
 
 def _routing(args: argparse.Namespace, config: Config) -> Routing:
     if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
-        raise ValueError(f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and parallel.ep={config.parallel.ep}")
+        raise ValueError(
+            f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "
+            f"parallel.ep={config.parallel.ep}"
+        )
     if not 1 <= args.imbalance <= max(config.parallel.ep, 1):
-        raise ValueError(f"--imbalance {args.imbalance:g} must be between 1 (balanced) and parallel.ep={config.parallel.ep} (one rank "
-                         f"gets all)")
+        raise ValueError(
+            f"--imbalance {args.imbalance:g} must be between 1 (balanced) and "
+            f"parallel.ep={config.parallel.ep} (one rank "
+            f"gets all)"
+        )
     return Routing(args.ranks_per_token, args.imbalance)
 
 

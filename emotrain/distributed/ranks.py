@@ -1,4 +1,5 @@
-"""The processes of a run, and the few collectives that data parallelism needs. One process needs none of them."""
+"""The processes of a run, and the few collectives that data parallelism needs. One process needs
+none of them."""
 
 from __future__ import annotations
 
@@ -14,12 +15,14 @@ from torch.distributed.rendezvous import rendezvous
 
 
 class CollectiveError(RuntimeError):
-    """A collective did not end, or its other side is gone. The process groups are of no use afterwards."""
+    """A collective did not end, or its other side is gone. The process groups are of no use
+    afterwards."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. A context manager: leaving it leaves the process group."""
+    """This process among those of the run. A context manager: leaving it leaves the process
+    group."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,7 +30,8 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str = "auto", timeout_s: float = 600.0) -> Ranks:
-        """Join the process group that torchrun's variables describe, if any, and pick this process' device.
+        """Join the process group that torchrun's variables describe, if any, and pick this process'
+        device.
 
         Args:
             device: `auto`, `cpu` or `cuda`.
@@ -36,25 +40,38 @@ class Ranks:
             ValueError: device=cuda without a usable GPU.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("training.device=cuda needs a GPU and a CUDA build of torch, none was found; use training.device=cpu")
+            raise ValueError(
+                "training.device=cuda needs a GPU and a CUDA build of torch, none was found; use "
+                "training.device=cpu"
+            )
         use_cuda = device != "cpu" and torch.cuda.is_available()
         chosen = torch.device("cpu")
         if use_cuda:
             # Some schedulers show each process its own GPU alone.
-            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0)
+            chosen = torch.device(
+                "cuda",
+                int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0,
+            )
             torch.cuda.set_device(chosen)
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if world_size > 1 and not dist.is_initialized():
             limit = timedelta(seconds=timeout_s)
             store, *_ = next(rendezvous("env://", timeout=limit))
-            # torchrun keeps its store when it starts processes again, with the addresses of the dead in it. Its count of starts may
-            # differ between nodes; there launch/torchrun.sh has it make a new store each time.
+            # torchrun keeps its store when it starts processes again, with the addresses of the
+            # dead in it. Its count of starts may differ between nodes; there launch/torchrun.sh has
+            # it make a new store each time.
             if os.environ.get("GROUP_WORLD_SIZE") == "1":
                 store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
             # torch's record of the last collectives: it is what an error names the one at fault by.
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=limit, store=store, rank=int(os.environ["RANK"]),
-                                    world_size=world_size, device_id=chosen if use_cuda else None)
+            dist.init_process_group(
+                "nccl" if use_cuda else "gloo",
+                timeout=limit,
+                store=store,
+                rank=int(os.environ["RANK"]),
+                world_size=world_size,
+                device_id=chosen if use_cuda else None,
+            )
         return cls(int(os.environ.get("RANK", "0")), world_size, chosen)
 
     @property

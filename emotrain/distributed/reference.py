@@ -1,8 +1,10 @@
-"""What the published training run did in a step, for calibration: its layout, its kernels, its known waits.
+"""What the published training run did in a step, for calibration: its layout, its kernels, its
+known waits.
 
-The plan of our own code on the reference's layout (plain FSDP2 over all GPUs, no expert parallelism) gives collectives, GEMMs,
-attention inside documents and element-wise passes. What the reference did otherwise is replaced here, item by item, from the record
-of its code (sections in brackets):
+The plan of our own code on the reference's layout (plain FSDP2 over all GPUs, no expert
+parallelism) gives collectives, GEMMs, attention inside documents and element-wise passes. What the
+reference did otherwise is replaced here, item by item, from the record of its code (sections in
+brackets):
 
     experts      rows copied into expert order, one grouped GEMM a matrix, rows copied back (3.2), by MegaBlocks' kernels
     blocks       compiled (5)
@@ -27,18 +29,32 @@ from emotrain.distributed.hardware import RATES
 from emotrain.distributed.meter import Collective, Kernel
 
 PUBLISHED_TOKENS_PER_SECOND = (17.6e3, 18.8e3)
-"""Of one of 128 H100, over a whole run of 130 billion tokens in 15 to 16 hours (arXiv 2605.06663)."""
+"""Of one of 128 H100, over a whole run of 130 billion tokens in 15 to 16 hours (arXiv
+2605.06663)."""
 OPERATORS_A_DOCUMENT = 20
-"""Operators that the loop issues for one document in one layer: counted in the record of the code (2.3 a to g)."""
+"""Operators that the loop issues for one document in one layer: counted in the record of the
+code (2.3 a to g)."""
 WAITS_A_LAYER = 3
 """Copies of single numbers to the host in one layer, besides one a sequence (2.12)."""
 ROUTING_KERNELS = ("score", "pool", "route", "plan", "combine")
 
 
 def reference_config(config: Config) -> Config:
-    """The reference's layout for a configuration: FSDP2 over everything, balance over each micro-batch (2.6, 5)."""
-    return replace(config, parallel=replace(config.parallel, replicate=1, shard=0, ep=1, recompute="none", reshard_after_forward=True),
-                   losses=replace(config.losses, balance_scope="data_parallel"), training=replace(config.training, micro_batch=4))
+    """The reference's layout for a configuration: FSDP2 over everything, balance over each
+    micro-batch (2.6, 5)."""
+    return replace(
+        config,
+        parallel=replace(
+            config.parallel,
+            replicate=1,
+            shard=0,
+            ep=1,
+            recompute="none",
+            reshard_after_forward=True,
+        ),
+        losses=replace(config.losses, balance_scope="data_parallel"),
+        training=replace(config.training, micro_batch=4),
+    )
 
 
 def reference_work(config: Config, measured: Measured, view: str = "expected") -> Work:
@@ -56,25 +72,51 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
     for kernel in _experts(config, measured):
         kernels[kernel] += passes
     collectives = Counter(measured.collectives)
-    sums = [collective for collective in collectives if collective.axis == "world" and collective.phase == "forward"]
+    sums = [
+        collective
+        for collective in collectives
+        if collective.axis == "world" and collective.phase == "forward"
+    ]
     for collective in sums:
         del collectives[collective]
-    balance = Collective("all_reduce", "world", "router", "forward", measured.layout.world_size, 8 * config.model.experts.count)
+    balance = Collective(
+        "all_reduce",
+        "world",
+        "router",
+        "forward",
+        measured.layout.world_size,
+        8 * config.model.experts.count,
+    )
     collectives[balance] = 2 * passes
     rows = config.training.micro_batch
     waits = passes * (WAITS_A_LAYER + rows)
     loops = passes * measured.documents * OPERATORS_A_DOCUMENT * RATES["host_s"].at(view)
-    return Work(kernels, collectives, measured.axes, measured.tokens, waits, fused=True, extra_s=loops, gathers_overlap=False)
+    return Work(
+        kernels,
+        collectives,
+        measured.axes,
+        measured.tokens,
+        waits,
+        fused=True,
+        extra_s=loops,
+        gathers_overlap=False,
+    )
 
 
 def _is_ours_alone(kernel: Kernel) -> bool:
-    return kernel.name in (*GROUPED, *ROUTING_KERNELS, "route_backward") and kernel.part in ("experts", "router", "dispatch")
+    return kernel.name in (*GROUPED, *ROUTING_KERNELS, "route_backward") and kernel.part in (
+        "experts",
+        "router",
+        "dispatch",
+    )
 
 
 def _experts(config: Config, measured: Measured) -> Iterator[Kernel]:
-    """The published design of one layer and micro-batch: copies, three grouped GEMMs, copies; and backwards. bfloat16."""
+    """The published design of one layer and micro-batch: copies, three grouped GEMMs, copies;
+    and backwards. bfloat16."""
     model, tokens = config.model, measured.tokens // measured.micro_batches
-    # The shared expert is one of the bank there: it is counted with its own GEMMs, by the plan of our code.
+    # The shared expert is one of the bank there: it is counted with its own GEMMs, by the plan of
+    # our code.
     slots = tokens * model.chosen_in_layer(0)
     rows, inner = 2 * slots * model.d_model, 2 * slots * model.experts.hidden
     bank = 2 * model.routed_in_layer(0) * model.d_model * model.experts.hidden
@@ -85,10 +127,21 @@ def _experts(config: Config, measured: Measured) -> Iterator[Kernel]:
 
     for _ in ("gate", "up", "down"):
         yield kernel("cutlass grouped gemm", "forward", rows + inner + bank, flops)
-    for name, size in (("gather", 2 * rows), ("swiglu", 3 * inner), ("scatter", 2 * rows), ("sum of choices", rows + whole)):
+    for name, size in (
+        ("gather", 2 * rows),
+        ("swiglu", 3 * inner),
+        ("scatter", 2 * rows),
+        ("sum of choices", rows + whole),
+    ):
         yield kernel(name, "forward", size)
     for _ in range(6):
         yield kernel("cutlass grouped gemm", "backward", rows + inner + bank, flops)
-    for name, size in (("scatter, dx", 2 * rows), ("scatter, dweights", 2 * rows), ("swiglu, dx", 5 * inner), ("gate dx + up dx", 3 * rows),
-                       ("gather, dx", 2 * rows), ("sum of choices, dx", rows + whole)):
+    for name, size in (
+        ("scatter, dx", 2 * rows),
+        ("scatter, dweights", 2 * rows),
+        ("swiglu, dx", 5 * inner),
+        ("gate dx + up dx", 3 * rows),
+        ("gather, dx", 2 * rows),
+        ("sum of choices, dx", rows + whole),
+    ):
         yield kernel(name, "backward", size)

@@ -1,7 +1,9 @@
-"""Other settings of the same model, global batch and cluster: the least change that makes a run fit, and the fastest layout.
+"""Other settings of the same model, global batch and cluster: the least change that makes a run
+fit, and the fastest layout.
 
-A first pass measures each candidate on two sizes of the model and of the step, a layer and a micro-batch apart, and extrapolates: what a
-step does is linear in both, and memory in those that it keeps. The best few are then measured whole.
+A first pass measures each candidate on two sizes of the model and of the step, a layer and a
+micro-batch apart, and extrapolates: what a step does is linear in both, and memory in those that it
+keeps. The best few are then measured whole.
 """
 
 from __future__ import annotations
@@ -44,12 +46,25 @@ class Change:
 
     @classmethod
     def of(cls, settings: Sequence[tuple[str, Any]], plan: Plan, whole: bool) -> Change:
-        return cls(tuple(settings), plan.fits, plan.peak_gib, plan.tokens_per_second, plan.times["expected"].step,
-                   plan.usable_gib - plan.peak_gib, plan if whole else None)
+        return cls(
+            tuple(settings),
+            plan.fits,
+            plan.peak_gib,
+            plan.tokens_per_second,
+            plan.times["expected"].step,
+            plan.usable_gib - plan.peak_gib,
+            plan if whole else None,
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        return {"settings": dict(self.settings), "fits": self.fits, "peak_gib": self.peak_gib, "step_seconds": self.step_seconds,
-                "tokens_per_second_per_gpu": self.tokens_per_second, "measured_whole": self.plan is not None}
+        return {
+            "settings": dict(self.settings),
+            "fits": self.fits,
+            "peak_gib": self.peak_gib,
+            "step_seconds": self.step_seconds,
+            "tokens_per_second_per_gpu": self.tokens_per_second,
+            "measured_whole": self.plan is not None,
+        }
 
 
 def with_settings(config: Config, settings: Sequence[tuple[str, Any]]) -> Config:
@@ -61,22 +76,38 @@ def with_settings(config: Config, settings: Sequence[tuple[str, Any]]) -> Config
 
 
 def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured:
-    """A step measured with 2 and 3 layers and with 1 and 2 micro-batches, extrapolated to those of the configuration."""
+    """A step measured with 2 and 3 layers and with 1 and 2 micro-batches, extrapolated to those
+    of the configuration."""
     layers = config.model.num_layers
-    micro_batches = config.training.global_batch // (config.training.micro_batch * cluster.world_size)
+    micro_batches = config.training.global_batch // (
+        config.training.micro_batch * cluster.world_size
+    )
     if layers <= 3 or config.model.experts.count_per_layer:
         return dry_run(config, cluster.world_size, cluster.gpu.target, routing)
 
     def small(num_layers: int, count: int) -> Measured:
-        training = replace(config.training, global_batch=count * config.training.micro_batch * cluster.world_size)
+        training = replace(
+            config.training, global_batch=count * config.training.micro_batch * cluster.world_size
+        )
         model = replace(config.model, num_layers=num_layers)
-        return dry_run(replace(config, model=model, training=training), cluster.world_size, cluster.gpu.target, routing)
+        return dry_run(
+            replace(config, model=model, training=training),
+            cluster.world_size,
+            cluster.gpu.target,
+            routing,
+        )
 
     more_layers, more_steps = layers - 2, micro_batches - 1
-    corners = {(a, b): small(2 + a, 1 + b) for a in (0, 1) for b in ((0, 1) if more_steps else (0,))}
-    keeps_all = config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch"
+    corners = {
+        (a, b): small(2 + a, 1 + b) for a in (0, 1) for b in ((0, 1) if more_steps else (0,))
+    }
+    keeps_all = (
+        config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch"
+    )
 
-    def blend(values: dict[tuple[int, int], dict[Any, int]], steps: int = more_steps) -> dict[Any, int]:
+    def blend(
+        values: dict[tuple[int, int], dict[Any, int]], steps: int = more_steps
+    ) -> dict[Any, int]:
         total: Counter[Any] = Counter()
         for (a, b), numbers in values.items():
             weight = (more_layers if a else 1 - more_layers) * (steps if b else 1 - steps)
@@ -85,16 +116,25 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
         return {key: number for key, number in total.items() if number}
 
     last = corners[max(corners)]
-    # Unless forward keeps every micro-batch, memory is at its most in the second one: its own activations, the gradients of the first.
-    at_peak = blend({corner: measured.at_peak for corner, measured in corners.items()}, more_steps if keeps_all else min(more_steps, 1))
+    # Unless forward keeps every micro-batch, memory is at its most in the second one: its own
+    # activations, the gradients of the first.
+    at_peak = blend(
+        {corner: measured.at_peak for corner, measured in corners.items()},
+        more_steps if keeps_all else min(more_steps, 1),
+    )
     waits = blend({corner: {"waits": measured.waits - 1} for corner, measured in corners.items()})
     return replace(
-        last, at_peak=at_peak, peak_bytes=sum(at_peak.values()),
+        last,
+        at_peak=at_peak,
+        peak_bytes=sum(at_peak.values()),
         state_bytes=blend({corner: measured.state_bytes for corner, measured in corners.items()}),
         kernels=blend({corner: measured.kernels for corner, measured in corners.items()}),
         collectives=blend({corner: measured.collectives for corner, measured in corners.items()}),
-        micro_batches=micro_batches, tokens=micro_batches * (last.tokens // last.micro_batches), waits=1 + waits.get("waits", 0),
-        seconds=sum(measured.seconds for measured in corners.values()))
+        micro_batches=micro_batches,
+        tokens=micro_batches * (last.tokens // last.micro_batches),
+        waits=1 + waits.get("waits", 0),
+        seconds=sum(measured.seconds for measured in corners.values()),
+    )
 
 
 def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
@@ -102,7 +142,9 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
     families = list(_families(config, cluster))
     found: list[Change] = []
     with _workers(len(families)) as workers, _progress("layouts", len(families)) as advance:
-        pending = [workers.submit(_best_of_family, config, cluster, routing, family) for family in families]
+        pending = [
+            workers.submit(_best_of_family, config, cluster, routing, family) for family in families
+        ]
         for done in as_completed(pending):
             found += [done.result()] if done.result() else []
             advance()
@@ -113,14 +155,23 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
             break
         changed = with_settings(config, change.settings)
         whole.append(Change.of(change.settings, make_plan(changed, cluster, routing), whole=True))
-    rest = found[len(whole):]
-    return sorted((change for change in whole if change.fits), key=lambda change: -change.tokens_per_second) + rest
+    rest = found[len(whole) :]
+    return (
+        sorted(
+            (change for change in whole if change.fits),
+            key=lambda change: -change.tokens_per_second,
+        )
+        + rest
+    )
 
 
 def advice(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
-    """Changes that make a configuration fit, the one that costs the least time first; each was planned."""
+    """Changes that make a configuration fit, the one that costs the least time first; each was
+    planned."""
     tried = [_change(config, cluster, routing, settings) for settings in _remedies(config, cluster)]
-    return sorted((change for change in tried if change.fits), key=lambda change: -change.tokens_per_second)
+    return sorted(
+        (change for change in tried if change.fits), key=lambda change: -change.tokens_per_second
+    )
 
 
 def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]]]:
@@ -131,7 +182,9 @@ def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
     if config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch":
         single.append(("losses.balance_schedule", "running"))
     kinds = ("none", "selective", "full")
-    single += [("parallel.recompute", kind) for kind in kinds[kinds.index(parallel.recompute) + 1:]]
+    single += [
+        ("parallel.recompute", kind) for kind in kinds[kinds.index(parallel.recompute) + 1 :]
+    ]
     if config.training.micro_batch % 2 == 0:
         single.append(("training.micro_batch", config.training.micro_batch // 2))
     if parallel.replicate > 1:
@@ -140,39 +193,72 @@ def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
         single.append(("parallel.ep", cluster.gpus_per_node))
     for size in (1, 2):
         for settings in itertools.combinations(single, size):
-            if len({key for key, _ in settings}) == size and _is_valid(with_settings(config, settings), cluster):
-                yield [*settings, *([("parallel.shard", 0)] if ("parallel.replicate", 1) in settings else [])]
+            if len({key for key, _ in settings}) == size and _is_valid(
+                with_settings(config, settings), cluster
+            ):
+                yield [
+                    *settings,
+                    *([("parallel.shard", 0)] if ("parallel.replicate", 1) in settings else []),
+                ]
 
 
 def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]]]:
-    """What decides a layout: expert parallelism inside a node, copies of the model, sequences of a micro-batch."""
+    """What decides a layout: expert parallelism inside a node, copies of the model, sequences of
+    a micro-batch."""
     a_rank = config.training.global_batch // cluster.world_size
     for ep in (n for n in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0):
         for replicate in sorted({1, cluster.nodes}):
             for micro_batch in (n for n in range(1, a_rank + 1) if a_rank % n == 0):
-                family = [("parallel.ep", ep), ("parallel.replicate", replicate), ("parallel.shard", 0),
-                          ("training.micro_batch", micro_batch)]
+                family = [
+                    ("parallel.ep", ep),
+                    ("parallel.replicate", replicate),
+                    ("parallel.shard", 0),
+                    ("training.micro_batch", micro_batch),
+                ]
                 if _is_valid(with_settings(config, family), cluster):
                     yield family
 
 
-def _best_of_family(config: Config, cluster: Cluster, routing: Routing, family: list[tuple[str, Any]]) -> Change | None:
-    """The fastest choice of the rest that fits. Recomputing more never makes a step faster, so that of each schedule the first that
-    fits is its best; keeping parameters gathered is tried where there is room for them."""
+def _best_of_family(
+    config: Config, cluster: Cluster, routing: Routing, family: list[tuple[str, Any]]
+) -> Change | None:
+    """The fastest choice of the rest that fits. Recomputing more never makes a step faster, so that
+    of each schedule the first that fits is its best; keeping parameters gathered is tried where
+    there is room for them."""
     changed = with_settings(config, family)
     several = config.training.global_batch > changed.training.micro_batch * cluster.world_size
-    schedules = ("joint", "running") if several and config.losses.balance_scope == "global_batch" else (config.losses.balance_schedule,)
+    schedules = (
+        ("joint", "running")
+        if several and config.losses.balance_scope == "global_batch"
+        else (config.losses.balance_schedule,)
+    )
     best = None
     for schedule in schedules:
         for recompute in ("none", "selective", "full"):
-            settings = [*family, ("losses.balance_schedule", schedule), ("parallel.recompute", recompute)]
-            change = _change(config, cluster, routing, [*settings, ("parallel.reshard_after_forward", True)])
+            settings = [
+                *family,
+                ("losses.balance_schedule", schedule),
+                ("parallel.recompute", recompute),
+            ]
+            change = _change(
+                config, cluster, routing, [*settings, ("parallel.reshard_after_forward", True)]
+            )
             if not change.fits:
                 continue
             if change.spare_gib > _gathered_gib(changed):
-                kept = _change(config, cluster, routing, [*settings, ("parallel.reshard_after_forward", False)])
-                change = kept if kept.fits and kept.tokens_per_second > 1.001 * change.tokens_per_second else change
-            best = change if best is None or change.tokens_per_second > 1.001 * best.tokens_per_second else best
+                kept = _change(
+                    config, cluster, routing, [*settings, ("parallel.reshard_after_forward", False)]
+                )
+                change = (
+                    kept
+                    if kept.fits and kept.tokens_per_second > 1.001 * change.tokens_per_second
+                    else change
+                )
+            best = (
+                change
+                if best is None or change.tokens_per_second > 1.001 * best.tokens_per_second
+                else best
+            )
             break
         if best is not None and dict(best.settings)["parallel.recompute"] == "none":
             break  # The exact schedule needs no recomputation: the approximate one has nothing to win.
@@ -182,13 +268,21 @@ def _best_of_family(config: Config, cluster: Cluster, routing: Routing, family: 
 def _gathered_gib(config: Config) -> float:
     """Memory of a rank's blocks, gathered whole in bfloat16."""
     counts = parameter_counts(config.model)
-    dense = counts["attention_parameters"] + counts["norms_parameters"] + counts["routers_parameters"]
+    dense = (
+        counts["attention_parameters"] + counts["norms_parameters"] + counts["routers_parameters"]
+    )
     return 2 * (dense + counts["experts_parameters"] / config.parallel.ep) / 2**30
 
 
-def _change(config: Config, cluster: Cluster, routing: Routing, settings: Sequence[tuple[str, Any]]) -> Change:
+def _change(
+    config: Config, cluster: Cluster, routing: Routing, settings: Sequence[tuple[str, Any]]
+) -> Change:
     changed = with_settings(config, settings)
-    return Change.of(settings, make_plan(changed, cluster, routing, extrapolated(changed, cluster, routing)), whole=False)
+    return Change.of(
+        settings,
+        make_plan(changed, cluster, routing, extrapolated(changed, cluster, routing)),
+        whole=False,
+    )
 
 
 def _is_valid(config: Config, cluster: Cluster) -> bool:
@@ -202,7 +296,9 @@ def _is_valid(config: Config, cluster: Cluster) -> bool:
 @contextlib.contextmanager
 def _workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
     """Processes for dry runs, which share nothing: a process has one process group."""
-    with ProcessPoolExecutor(max(1, min(tasks, os.cpu_count() or 1)), mp_context=get_context("spawn")) as workers:
+    with ProcessPoolExecutor(
+        max(1, min(tasks, os.cpu_count() or 1)), mp_context=get_context("spawn")
+    ) as workers:
         yield workers
 
 

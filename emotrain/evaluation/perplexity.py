@@ -1,8 +1,8 @@
 """The loss of every held-out document, with the experts its domain keeps.
 
-One pass over packed documents gives the loss of each of them; a domain's loss is a sum over its documents. Nothing a
-document sees depends on its neighbours in a row, so packing changes no number. U counts the documents of the whole pass,
-J their groups (see `emotrain.modular.select`).
+One pass over packed documents gives the loss of each of them; a domain's loss is a sum over its
+documents. Nothing a document sees depends on its neighbours in a row, so packing changes no number.
+U counts the documents of the whole pass, J their groups (see `emotrain.modular.select`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from emotrain.model.transformer import Transformer
 from emotrain.modular.select import Subsets, Track, group_of_documents, untracked
 
 BLOCK_TOKENS = 256
-"""Tokens whose logits exist at once: rows enough for a full-speed GEMM, 100 MB of fp32 at a vocabulary of 100k."""
+"""Tokens whose logits exist at once: rows enough for a full-speed GEMM, 100 MB of fp32 at a
+vocabulary of 100k."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,22 @@ class DocumentLosses:
     """For each layer with routed experts, float64 [U, N]: sum of the routing probabilities."""
 
 
-def pack(documents: Sequence[np.ndarray], row_length: int, rows_per_batch: int, document_mask: bool = True) -> list[PackedBatch]:
-    """Pack documents into rows and rows into batches. `document_ids_G` counts the documents as given, from 0.
+def pack(
+    documents: Sequence[np.ndarray],
+    row_length: int,
+    rows_per_batch: int,
+    document_mask: bool = True,
+) -> list[PackedBatch]:
+    """Pack documents into rows and rows into batches. `document_ids_G` counts the documents as
+    given, from 0.
 
-    A document longer than a row is cut into pieces, as in training, and loses the target at each cut.
+    A document longer than a row is cut into pieces, as in training, and loses the target at each
+    cut.
 
     Args:
         documents: token ids of each, ending in EOS.
-        document_mask: False for a model whose tokens see other documents of their row: each document then gets rows of
-            its own.
+        document_mask: False for a model whose tokens see other documents of their row: each
+            document then gets rows of its own.
     """
     ids = range(len(documents))
     if not document_mask:
@@ -60,14 +68,28 @@ def _split_rows(batch: PackedBatch, rows_per_batch: int) -> list[PackedBatch]:
         rows = slice(start, start + rows_per_batch)
         present_G, document_BS = torch.unique(batch.document_BS[rows], return_inverse=True)
         ids_G = batch.document_ids_G[present_G]
-        parts.append(PackedBatch(batch.tokens_BS[rows], batch.targets_BS[rows], document_BS, ids_G, bool((ids_G < 0).any())))
+        parts.append(
+            PackedBatch(
+                batch.tokens_BS[rows],
+                batch.targets_BS[rows],
+                document_BS,
+                ids_G,
+                bool((ids_G < 0).any()),
+            )
+        )
     return parts
 
 
 @torch.inference_mode()
-def document_losses(model: Transformer, batches: Sequence[PackedBatch], document_group_U: Tensor, subsets: Subsets | None = None,
-                    track: Track = untracked, description: str = "held-out documents",
-                    precision: torch.dtype | None = None) -> DocumentLosses:
+def document_losses(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    document_group_U: Tensor,
+    subsets: Subsets | None = None,
+    track: Track = untracked,
+    description: str = "held-out documents",
+    precision: torch.dtype | None = None,
+) -> DocumentLosses:
     """Loss and routing of every document, without a document pool, as at inference (spec 2.5).
 
     Args:
@@ -82,13 +104,20 @@ def document_losses(model: Transformer, batches: Sequence[PackedBatch], document
     subsets = None if subsets is None else tuple(mask_JN.to(device) for mask_JN in subsets)
     loss_U = torch.zeros(num_documents, dtype=torch.float64, device=device)
     targets_U = torch.zeros(num_documents, dtype=torch.int64, device=device)
-    routing = [torch.zeros(num_documents, model.config.routed_in_layer(layer), dtype=torch.float64, device=device)
-               for layer in range(model.config.num_layers) if model.config.routed_in_layer(layer)]
+    routing = [
+        torch.zeros(
+            num_documents, model.config.routed_in_layer(layer), dtype=torch.float64, device=device
+        )
+        for layer in range(model.config.num_layers)
+        if model.config.routed_in_layer(layer)
+    ]
     for batch in track(batches, description):
         batch = batch.to(device)
         group_G = group_of_documents(batch, document_group_U)
         with autocast(device, precision):
-            output = model(batch, kept=None if subsets is None else [mask_JN[group_G] for mask_JN in subsets])
+            output = model(
+                batch, kept=None if subsets is None else [mask_JN[group_G] for mask_JN in subsets]
+            )
             loss_T = token_losses(output.hidden_TD, model.head.weight, batch.targets_BS.reshape(-1))
         # Padding has no targets and no routing scores: adding it to document 0 adds zeros.
         document_G = batch.document_ids_G.clamp(min=0)
@@ -106,8 +135,14 @@ def token_losses(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tenso
     Logits are formed for `BLOCK_TOKENS` positions at a time.
     """
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    losses = [F.cross_entropy(F.linear(hidden_tD, head_VD).to(dtype), target_t, ignore_index=IGNORE, reduction="none")
-              for hidden_tD, target_t in zip(hidden_TD.split(BLOCK_TOKENS), targets_T.split(BLOCK_TOKENS), strict=True)]
+    losses = [
+        F.cross_entropy(
+            F.linear(hidden_tD, head_VD).to(dtype), target_t, ignore_index=IGNORE, reduction="none"
+        )
+        for hidden_tD, target_t in zip(
+            hidden_TD.split(BLOCK_TOKENS), targets_T.split(BLOCK_TOKENS), strict=True
+        )
+    ]
     return torch.cat(losses)
 
 

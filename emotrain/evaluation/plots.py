@@ -1,4 +1,5 @@
-"""The pictures of an evaluation and of a training run, as PNG bytes. Needs matplotlib (`pip install 'emotrain[report]'`)."""
+"""The pictures of an evaluation and of a training run, as PNG bytes. Needs matplotlib (`pip
+install 'emotrain[report]'`)."""
 
 from __future__ import annotations
 
@@ -16,22 +17,31 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C
 """Okabe and Ito's colours, told apart with any colour vision."""
 LINES = {"selected": "-", "random": ":", "cross_domain": "--"}
 MAX_NAMED_LINES = 12
-"""Of more domains than this only the worst and the best are named; the others are thin grey lines."""
+"""Of more domains than this only the worst and the best are named; the others are thin grey
+lines."""
 
 Evaluations = Sequence[tuple[str, Mapping[str, Any]]]
 """(label, result of `sweep`) pairs."""
 
 
 def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
-    """Loss increase against experts kept: every arm on the left; on the right the experts each domain chose itself, by
-    domain for one evaluation and by model (mean, with a band of the domains' range) for several."""
+    """Loss increase against experts kept: every arm on the left; on the right the experts each
+    domain chose itself, by domain for one evaluation and by model (mean, with a band of the
+    domains' range) for several."""
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
         for index, (label, result) in enumerate(evaluations):
             for arm_index, (arm, name) in enumerate(ARM_NAMES.items()):
                 color = COLORS[index if len(evaluations) > 1 else arm_index]
-                _increase_line(left, result["mean"], arm, color, LINES[arm], name if len(evaluations) == 1 else f"{label}: {name}")
+                _increase_line(
+                    left,
+                    result["mean"],
+                    arm,
+                    color,
+                    LINES[arm],
+                    name if len(evaluations) == 1 else f"{label}: {name}",
+                )
         left.set_title("by who chose the experts, mean over domains")
         right.set_title("chosen by the domain itself")
         if len(evaluations) == 1:
@@ -46,8 +56,11 @@ def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
     return _png(draw, (10, 4), dark)
 
 
-PANELS = (("cross_entropy", "training loss (nats/token)"), ("load_imbalance", "load, busiest expert / mean, by layer"),
-          ("tokens_per_second", "tokens / s"))
+PANELS = (
+    ("cross_entropy", "training loss (nats/token)"),
+    ("load_imbalance", "load, busiest expert / mean, by layer"),
+    ("tokens_per_second", "tokens / s"),
+)
 """Keys of metrics.jsonl that `training_figure` draws, and their titles."""
 
 
@@ -57,7 +70,8 @@ def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str
 
 
 def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
-    """Loss, load imbalance and speed over the steps of `metrics.jsonl`; panels without values are left out.
+    """Loss, load imbalance and speed over the steps of `metrics.jsonl`; panels without values are
+    left out.
 
     Args:
         metrics: lines with a `step` and at least one key of `PANELS`.
@@ -65,13 +79,23 @@ def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) ->
     panels = training_panels(metrics)
 
     def draw(figure: Figure) -> None:
-        for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            steps, values = zip(*((line["step"], line[key]) for line in metrics if line.get(key)), strict=True)
+        for axes, (key, title) in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            steps, values = zip(
+                *((line["step"], line[key]) for line in metrics if line.get(key)), strict=True
+            )
             if isinstance(values[0], list):
                 for layer, column in enumerate(zip(*values, strict=True)):
                     # From dark to light with depth: layers are an order, not kinds.
-                    axes.plot(steps, column, color=COLORS[0], alpha=1 - 0.75 * layer / len(values[0]), linewidth=1.2,
-                              label=f"layer {layer + 1}" if layer in (0, len(values[0]) - 1) else None)
+                    axes.plot(
+                        steps,
+                        column,
+                        color=COLORS[0],
+                        alpha=1 - 0.75 * layer / len(values[0]),
+                        linewidth=1.2,
+                        label=f"layer {layer + 1}" if layer in (0, len(values[0]) - 1) else None,
+                    )
                 axes.legend(fontsize="small", frameon=False)
             else:
                 axes.plot(steps, values, color=COLORS[0], linewidth=1.4)
@@ -82,50 +106,97 @@ def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) ->
     return _png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
 
 
-def _increase_line(axes: Axes, entry: Mapping[str, Any], arm: str, color: str, style: str, label: str) -> None:
+def _increase_line(
+    axes: Axes, entry: Mapping[str, Any], arm: str, color: str, style: str, label: str
+) -> None:
     """One curve with its standard errors; an arm without runs draws nothing."""
-    found = [(float(keep), by_arm[arm], entry["standard_error_nats"][keep][arm])
-             for keep, by_arm in entry["increase_nats"].items() if by_arm[arm] is not None]
+    found = [
+        (float(keep), by_arm[arm], entry["standard_error_nats"][keep][arm])
+        for keep, by_arm in entry["increase_nats"].items()
+        if by_arm[arm] is not None
+    ]
     if found:
         x, y, error = zip(*sorted(found), strict=True)
-        axes.errorbar(x, y, yerr=error, color=color, linestyle=style, label=label, marker="o", markersize=3.5, linewidth=1.6, capsize=2)
+        axes.errorbar(
+            x,
+            y,
+            yerr=error,
+            color=color,
+            linestyle=style,
+            label=label,
+            marker="o",
+            markersize=3.5,
+            linewidth=1.6,
+            capsize=2,
+        )
 
 
 def _domain_lines(axes: Axes, result: Mapping[str, Any]) -> None:
     domains, smallest = result["domains"], min(result["mean"]["increase_nats"], key=float)
-    ordered = sorted(domains, key=lambda name: domains[name]["increase_nats"][smallest]["selected"], reverse=True)
+    ordered = sorted(
+        domains, key=lambda name: domains[name]["increase_nats"][smallest]["selected"], reverse=True
+    )
     named = ordered if len(ordered) <= MAX_NAMED_LINES else [ordered[0], ordered[-1]]
     for name in ordered:
         if name not in named:
             increase = domains[name]["increase_nats"]
             keeps = sorted(increase, key=float)
-            axes.plot([float(keep) for keep in keeps], [increase[keep]["selected"] for keep in keeps], color="0.6", linewidth=0.8)
+            axes.plot(
+                [float(keep) for keep in keeps],
+                [increase[keep]["selected"] for keep in keeps],
+                color="0.6",
+                linewidth=0.8,
+            )
     for rank, name in enumerate(named):
         # Seven colours in two line styles tell up to twelve domains apart.
-        _increase_line(axes, domains[name], "selected", COLORS[rank % len(COLORS)], "--" if rank >= len(COLORS) else "-", name)
+        _increase_line(
+            axes,
+            domains[name],
+            "selected",
+            COLORS[rank % len(COLORS)],
+            "--" if rank >= len(COLORS) else "-",
+            name,
+        )
 
 
 def _domain_band(axes: Axes, result: Mapping[str, Any], color: str, label: str) -> None:
     keeps = sorted(result["mean"]["increase_nats"], key=float)
-    by_domain = [[domain["increase_nats"][keep]["selected"] for domain in result["domains"].values()] for keep in keeps]
-    axes.fill_between([float(keep) for keep in keeps], [min(row) for row in by_domain], [max(row) for row in by_domain],
-                      color=color, alpha=0.15, linewidth=0)
+    by_domain = [
+        [domain["increase_nats"][keep]["selected"] for domain in result["domains"].values()]
+        for keep in keeps
+    ]
+    axes.fill_between(
+        [float(keep) for keep in keeps],
+        [min(row) for row in by_domain],
+        [max(row) for row in by_domain],
+        color=color,
+        alpha=0.15,
+        linewidth=0,
+    )
     _increase_line(axes, result["mean"], "selected", color, "-", f"{label} (band: all domains)")
 
 
 def _keep_axis(axes: Axes, evaluations: Evaluations) -> None:
-    """Shares of experts on a log axis from all to few, named by their counts where all models agree."""
+    """Shares of experts on a log axis from all to few, named by their counts where all models
+    agree."""
     labels: dict[str, set[str]] = {}
     for _, result in evaluations:
         for keep in result["mean"]["increase_nats"]:
             labels.setdefault(keep, set()).add(kept_label(result, keep))
     axes.set_xscale("log", base=2)
-    axes.set_xticks([float(keep) for keep in labels],
-                    [next(iter(names)) if len(names) == 1 else f"{float(keep):.3g}" for keep, names in labels.items()])
+    axes.set_xticks(
+        [float(keep) for keep in labels],
+        [
+            next(iter(names)) if len(names) == 1 else f"{float(keep):.3g}"
+            for keep, names in labels.items()
+        ],
+    )
     axes.minorticks_off()
     axes.invert_xaxis()
     axes.axhline(0, color="0.5", linewidth=0.8)
-    axes.set(xlabel="experts kept in each layer, shared included", ylabel="loss increase (nats/token)")
+    axes.set(
+        xlabel="experts kept in each layer, shared included", ylabel="loss increase (nats/token)"
+    )
 
 
 def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) -> bytes:
@@ -139,11 +210,19 @@ def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) 
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError:
-        raise ModuleNotFoundError("plots need matplotlib, which is not installed; pip install 'emotrain[report]'") from None
+        raise ModuleNotFoundError(
+            "plots need matplotlib, which is not installed; pip install 'emotrain[report]'"
+        ) from None
     background = "#16181c" if dark else "white"
-    look = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": "medium", "axes.titlelocation": "left",
-            "axes.grid": True, "grid.alpha": 0.25,
-            **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background)}
+    look = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background),
+    }
     with style.context("dark_background" if dark else "default"), matplotlib.rc_context(look):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)

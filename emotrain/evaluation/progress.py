@@ -11,13 +11,28 @@ from emotrain.modular.select import Track
 
 @contextmanager
 def progress_bar() -> Iterator[Track]:
-    """A `Track` whose one bar shows the pass under way. Only a terminal shows it; it is gone afterwards."""
+    """A `Track` whose one bar shows the pass under way. Only a terminal shows it; it is gone
+    afterwards."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("batches"),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("loading")
 
         def track(batches: Sequence[PackedBatch], description: str) -> Iterable[PackedBatch]:

@@ -1,4 +1,5 @@
-"""One self-contained HTML page about a run: `emotrain report RUN_DIR`. Opens anywhere, loads nothing."""
+"""One self-contained HTML page about a run: `emotrain report RUN_DIR`. Opens anywhere, loads
+nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from typing import Any
 from emotrain.cli import add_json, finish
 from emotrain.config import Config, config_to_dict, flatten, load_config
 from emotrain.evaluation import plots
-from emotrain.evaluation.tables import Table, domain_table, keeps_everything, kept_label, mean_table, plain, routing_table
+from emotrain.evaluation.tables import (
+    Table,
+    domain_table,
+    keeps_everything,
+    kept_label,
+    mean_table,
+    plain,
+    routing_table,
+)
 from emotrain.files import write_whole
 
 STYLE = """
@@ -38,7 +47,8 @@ NOISE = 2.0
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write RUN_DIR/report.html from its config.yaml, metrics.jsonl and evaluation/evaluation.json; returns its path.
+    """Write RUN_DIR/report.html from its config.yaml, metrics.jsonl and evaluation/evaluation.json;
+    returns its path.
 
     A run without metrics or evaluation yet gets a page without that part.
 
@@ -48,16 +58,24 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(f"{run_dir}: no config.yaml here; give the training.run_dir of a training run")
+        raise FileNotFoundError(
+            f"{run_dir}: no config.yaml here; give the training.run_dir of a training run"
+        )
     config = load_config(run_dir / "config.yaml")
     metrics, dropped = _read_metrics(run_dir / "metrics.jsonl")
     evaluation = _read_evaluation(run_dir / "evaluation" / "evaluation.json")
     name = run_dir.resolve().name
-    parts = [f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(headline(config, metrics))}</p>',
-             *_evaluation_part(evaluation), *_training_part(metrics, dropped), _config_part(config)]
-    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{html.escape(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n")
+    parts = [
+        f'<h1>{html.escape(name)}</h1><p class="soft">{html.escape(headline(config, metrics))}</p>',
+        *_evaluation_part(evaluation),
+        *_training_part(metrics, dropped),
+        _config_part(config),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(name)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
     return write_whole(run_dir / "report.html", page.encode("utf-8"))
 
 
@@ -70,47 +88,81 @@ def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
     if all(model.routed_in_layer(layer) == 0 for layer in range(model.num_layers)):
         kind = "Dense model"
     else:
-        kind = {"none": "Standard Mixture of Experts (no document pool)", "fixed": f"EMO with a document pool of {pool.size} experts",
-                "uniform": f"EMO with document pools of {pool.min} to {pool.max} experts"}[pool.kind]
+        kind = {
+            "none": "Standard Mixture of Experts (no document pool)",
+            "fixed": f"EMO with a document pool of {pool.size} experts",
+            "uniform": f"EMO with document pools of {pool.min} to {pool.max} experts",
+        }[pool.kind]
     per_layer = {model.experts_in_layer(layer) for layer in range(model.num_layers)}
     count = "/".join(map(str, sorted(per_layer)))
-    done = f", trained on {metrics[-1]['tokens']:,} tokens" if metrics and "tokens" in metrics[-1] else ""
+    done = (
+        f", trained on {metrics[-1]['tokens']:,} tokens"
+        if metrics and "tokens" in metrics[-1]
+        else ""
+    )
     total, active = (counts[key] / 1e6 for key in ("total_parameters", "active_parameters"))
-    return (f"{kind}: {model.num_layers} layers of {count} experts ({experts.shared} shared, {experts.per_token} for a token), "
-            f"{total:,.1f} million parameters of which {active:,.1f} work on a token{done}.")
+    return (
+        f"{kind}: {model.num_layers} layers of {count} experts ({experts.shared} shared, "
+        f"{experts.per_token} for a token), "
+        f"{total:,.1f} million parameters of which {active:,.1f} work on a token{done}."
+    )
 
 
 def findings(result: Mapping[str, Any]) -> list[str]:
-    """What an evaluation says, one plain sentence a finding, from its numbers alone and whichever way they point."""
+    """What an evaluation says, one plain sentence a finding, from its numbers alone and
+    whichever way they point."""
     keeps = [keep for keep in result["mean"]["increase_nats"] if not keeps_everything(result, keep)]
     sentences = [_subset_sentence(result, keep) for keep in keeps]
     for keep in keeps[-1:]:
         sentences += [
-            _control_sentence(result, keep, "random", "experts drawn at random", "so it matters which experts stay",
-                              "it does not matter which experts stay"),
-            _control_sentence(result, keep, "cross_domain", "experts chosen by another domain",
-                              "so the subsets are special to their domains", "the subsets are not special to their domains")]
+            _control_sentence(
+                result,
+                keep,
+                "random",
+                "experts drawn at random",
+                "so it matters which experts stay",
+                "it does not matter which experts stay",
+            ),
+            _control_sentence(
+                result,
+                keep,
+                "cross_domain",
+                "experts chosen by another domain",
+                "so the subsets are special to their domains",
+                "the subsets are not special to their domains",
+            ),
+        ]
         if len(result["domains"]) > 1:
             sentences.append(_extremes_sentence(result, keep))
     cosine, effective = result["routing"]["domain_cosine"], result["routing"]["effective_experts"]
     if cosine is not None:
-        sentences.append(f"The mean routing of two domains has a cosine of {cosine:.2f} on average (1 would mean that they use the "
-                         f"same experts), and one document spreads over {effective:.1f} experts of a layer.")
+        sentences.append(
+            f"The mean routing of two domains has a cosine of {cosine:.2f} on average (1 would "
+            f"mean that they use the "
+            f"same experts), and one document spreads over {effective:.1f} experts of a layer."
+        )
     return [sentence for sentence in sentences if sentence]
 
 
 def _subset_sentence(result: Mapping[str, Any], keep: str) -> str:
-    increase, error = (result["mean"][key][keep]["selected"] for key in ("increase_nats", "standard_error_nats"))
+    increase, error = (
+        result["mean"][key][keep]["selected"] for key in ("increase_nats", "standard_error_nats")
+    )
     chosen_by = f"chosen by {result['settings']['calibration_documents']} of its documents"
     base = f"With {kept_label(result, keep)} experts, {chosen_by}, a domain's loss"
     if abs(increase) <= NOISE * error:
         return f"{base} stays what it was on average: the change of {increase:+.3f} nats/token is within {NOISE:g} standard errors."
     effect = "rises" if increase > 0 else "falls"
-    return (f"{base} {effect} by {abs(increase):.3f} nats/token on average: the perplexity is {math.exp(increase):.2f} times that of "
-            f"the full model.")
+    return (
+        f"{base} {effect} by {abs(increase):.3f} nats/token on average: the perplexity is "
+        f"{math.exp(increase):.2f} times that of "
+        f"the full model."
+    )
 
 
-def _control_sentence(result: Mapping[str, Any], keep: str, arm: str, words: str, if_worse: str, if_equal: str) -> str:
+def _control_sentence(
+    result: Mapping[str, Any], keep: str, arm: str, words: str, if_worse: str, if_equal: str
+) -> str:
     mean = result["mean"]
     own, other = (mean["increase_nats"][keep][key] for key in ("selected", arm))
     if other is None:
@@ -127,32 +179,63 @@ def _control_sentence(result: Mapping[str, Any], keep: str, arm: str, words: str
 
 
 def _extremes_sentence(result: Mapping[str, Any], keep: str) -> str:
-    cost = {name: domain["increase_nats"][keep]["selected"] for name, domain in result["domains"].items()}
+    cost = {
+        name: domain["increase_nats"][keep]["selected"]
+        for name, domain in result["domains"].items()
+    }
     best, worst = min(cost, key=cost.__getitem__), max(cost, key=cost.__getitem__)
     return f"{kept_label(result, keep)} experts serve {best} best ({cost[best]:+.3f} nats/token) and {worst} worst ({cost[worst]:+.3f})."
 
 
 def _evaluation_part(result: Mapping[str, Any] | None) -> list[str]:
     if result is None:
-        return ["<h2>Expert subsets</h2><p>Not evaluated yet: <code>emotrain evaluate RUN_DIR --data DIR</code>, then write this page "
-                "again.</p>"]
-    intro = (f"Step {result['step']:,}. Each domain chooses the experts it keeps with a few training documents; the loss is taken on "
-             f"held-out documents. A modular model loses little with the experts a domain chose, and much with others.")
+        return [
+            "<h2>Expert subsets</h2><p>Not evaluated yet: <code>emotrain evaluate RUN_DIR --data "
+            "DIR</code>, then write this page "
+            "again.</p>"
+        ]
+    intro = (
+        f"Step {result['step']:,}. Each domain chooses the experts it keeps with a few training "
+        f"documents; the loss is taken on "
+        f"held-out documents. A modular model loses little with the experts a domain chose, and "
+        f"much with others."
+    )
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(result))
     evaluations = [("", result)]
-    return [f"<h2>Expert subsets</h2><p>{html.escape(intro)}</p><ul>{items}</ul>",
-            _image(lambda dark: plots.subset_figure(evaluations, dark), "Loss increase against the number of experts kept"),
-            mean_table(evaluations).html(), domain_table(result).html(), routing_table(result).html()]
+    return [
+        f"<h2>Expert subsets</h2><p>{html.escape(intro)}</p><ul>{items}</ul>",
+        _image(
+            lambda dark: plots.subset_figure(evaluations, dark),
+            "Loss increase against the number of experts kept",
+        ),
+        mean_table(evaluations).html(),
+        domain_table(result).html(),
+        routing_table(result).html(),
+    ]
 
 
 def _training_part(metrics: Sequence[Mapping[str, Any]], dropped: int) -> list[str]:
     if not metrics:
         return ["<h2>Training</h2><p>No metrics yet.</p>"]
-    curves = _image(lambda dark: plots.training_figure(metrics, dark), "Training curves") if plots.training_panels(metrics) else ""
+    curves = (
+        _image(lambda dark: plots.training_figure(metrics, dark), "Training curves")
+        if plots.training_panels(metrics)
+        else ""
+    )
     last = metrics[-1]
-    shown = [("step", "step", 0), ("tokens", "tokens", 0), ("cross_entropy", "training loss, nats/token", 3),
-             ("tokens_per_second", "tokens/s", 0), ("memory_gib", "peak memory, GiB", 1), ("skipped_steps", "skipped updates", 0)]
-    rows = tuple((name, f"{last[key]:,.{digits}f}") for key, name, digits in shown if isinstance(last.get(key), (int, float)))
+    shown = [
+        ("step", "step", 0),
+        ("tokens", "tokens", 0),
+        ("cross_entropy", "training loss, nats/token", 3),
+        ("tokens_per_second", "tokens/s", 0),
+        ("memory_gib", "peak memory, GiB", 1),
+        ("skipped_steps", "skipped updates", 0),
+    ]
+    rows = tuple(
+        (name, f"{last[key]:,.{digits}f}")
+        for key, name, digits in shown
+        if isinstance(last.get(key), (int, float))
+    )
     imbalance = last.get("load_imbalance")
     if imbalance:
         rows += (("load of the busiest expert / mean, worst layer", plain(max(imbalance), 2)),)
@@ -165,19 +248,25 @@ def _config_part(config: Config) -> str:
     changed = {key: value for key, value in flatten(config) if defaults[key] != value}
     lines = "\n".join(f"{key}: {value}" for key, value in changed.items())
     full = json.dumps(config_to_dict(config), indent=2)
-    return (f"<h2>Settings</h2><p>Those that differ from the defaults:</p><pre>{html.escape(lines)}</pre>"
-            f"<details><summary>All settings</summary><pre>{html.escape(full)}</pre></details>")
+    return (
+        f"<h2>Settings</h2><p>Those that differ from the "
+        f"defaults:</p><pre>{html.escape(lines)}</pre>"
+        f"<details><summary>All settings</summary><pre>{html.escape(full)}</pre></details>"
+    )
 
 
 def _image(draw: Callable[[bool], bytes], text: str) -> str:
     """A picture in both colour schemes, inside the page itself."""
     light, dark = (base64.b64encode(draw(is_dark)).decode("ascii") for is_dark in (False, True))
-    return (f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
-            f'<img alt="{html.escape(text)}" src="data:image/png;base64,{light}"></picture>')
+    return (
+        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<img alt="{html.escape(text)}" src="data:image/png;base64,{light}"></picture>'
+    )
 
 
 def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a metrics file, and how many lines were none (a run killed in the middle of a line leaves one)."""
+    """The records of a metrics file, and how many lines were none (a run killed in the middle of
+    a line leaves one)."""
     if not path.is_file():
         return [], 0
     records, dropped = [], 0
@@ -199,12 +288,18 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
         if result["format"] != 1:
             raise ValueError(f"format {result['format']!r}, not 1")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a result of `emotrain evaluate` ({error}); run it again") from None
+        raise ValueError(
+            f"{path}: not a result of `emotrain evaluate` ({error}); run it again"
+        ) from None
     return result
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="training.run_dir of a run; the page is written there as report.html")
+    parser.add_argument(
+        "run_dir",
+        metavar="RUN_DIR",
+        help="training.run_dir of a run; the page is written there as report.html",
+    )
     add_json(parser)
     parser.epilog = "example:\n  emotrain evaluate runs/quickstart --data data/sample\n  emotrain report runs/quickstart"
 

@@ -1,12 +1,14 @@
 """How much a domain loses when it keeps only some of the experts: `emotrain evaluate`.
 
-Three arms at every share of kept experts, all against the full model on the same held-out documents:
+Three arms at every share of kept experts, all against the full model on the same held-out
+documents:
 
     selected      the experts that a few training documents of the domain chose (`emotrain.modular.select`)
     random        as many experts drawn at random: what any subset costs
     cross_domain  the experts that another domain chose: what the wrong subset costs
 
-A modular model loses little with `selected` and much with the other two: the more alike the three, the less modular.
+A modular model loses little with `selected` and much with the other two: the more alike the three,
+the less modular.
 """
 
 from __future__ import annotations
@@ -31,10 +33,18 @@ from emotrain.data.formats import Dataset
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.progress import progress_bar
-from emotrain.files import write_whole
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
+from emotrain.files import write_whole
 from emotrain.model.transformer import Transformer
-from emotrain.modular.select import Subsets, Track, cross_domain, experts_kept, greedy_select, random_select, untracked
+from emotrain.modular.select import (
+    Subsets,
+    Track,
+    cross_domain,
+    experts_kept,
+    greedy_select,
+    random_select,
+    untracked,
+)
 from emotrain.training.checkpoint import find, load_model, load_state
 
 log = logging.getLogger("emotrain")
@@ -43,7 +53,8 @@ ARMS = tuple(ARM_NAMES)
 """Keys of the three subsets compared at every share of kept experts."""
 
 Losses = dict[str, dict[str, Tensor | None]]
-"""float64 [U] by share kept and arm: sum of each document's losses, the mean over the runs of an arm; None without runs."""
+"""float64 [U] by share kept and arm: sum of each document's losses, the mean over the runs of an
+arm; None without runs."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +72,30 @@ class SweepSettings:
     random_seeds: int = 1
     """Random subsets at each share; their losses are averaged. 0 leaves the control out."""
     cross_domain: str = "next"
-    """Whose experts the cross-domain control uses: of the `next` domain by name, or of `all` others in turn (averaged)."""
+    """Whose experts the cross-domain control uses: of the `next` domain by name, or of `all`
+    others in turn (averaged)."""
 
     def __post_init__(self) -> None:
         if not self.keep:
             raise ValueError("keep is empty; give at least one share of experts, for example 0.25")
         if self.calibration_documents < 1:
-            raise ValueError(f"calibration_documents={self.calibration_documents} leaves nothing to choose experts by; give at least 1")
+            raise ValueError(
+                f"calibration_documents={self.calibration_documents} leaves nothing to choose "
+                f"experts by; give at least 1"
+            )
         if self.documents < 2:
-            raise ValueError(f"documents={self.documents} gives no standard error; give at least 2 a domain")
+            raise ValueError(
+                f"documents={self.documents} gives no standard error; give at least 2 a domain"
+            )
         if self.random_seeds < 0:
-            raise ValueError(f"random_seeds={self.random_seeds} must be at least 0; 0 leaves the random control out")
+            raise ValueError(
+                f"random_seeds={self.random_seeds} must be at least 0; 0 leaves the random control "
+                f"out"
+            )
         if self.cross_domain not in ("next", "all"):
-            raise ValueError(f"cross_domain={self.cross_domain} is not known; choose one of next, all")
+            raise ValueError(
+                f"cross_domain={self.cross_domain} is not known; choose one of next, all"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,9 +108,17 @@ class DomainDocuments:
     """Measure the loss."""
 
 
-def evaluate(checkpoint: str | Path, data: str | Path, settings: SweepSettings | None = None, *, device: str = "auto",
-             micro_batch: int = 0, track: Track = untracked) -> dict[str, Any]:
-    """Evaluate a checkpoint on the held-out documents of a prepared data set; the result is ready for JSON.
+def evaluate(
+    checkpoint: str | Path,
+    data: str | Path,
+    settings: SweepSettings | None = None,
+    *,
+    device: str = "auto",
+    micro_batch: int = 0,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Evaluate a checkpoint on the held-out documents of a prepared data set; the result is ready
+    for JSON.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (then its newest).
@@ -96,26 +126,50 @@ def evaluate(checkpoint: str | Path, data: str | Path, settings: SweepSettings |
         device: `cpu`, `cuda` or `auto`.
         micro_batch: rows of one forward pass; 0 means as in training.
     Raises:
-        ValueError: settings, checkpoint or data that cannot be used; FileNotFoundError: one of them is not there.
+        ValueError: settings, checkpoint or data that cannot be used; FileNotFoundError: one of them
+            is not there.
     """
     settings = settings or SweepSettings()
     if micro_batch < 0:
-        raise ValueError(f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of training")
+        raise ValueError(
+            f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of "
+            f"training"
+        )
     target = _device(device)
     folder = find(checkpoint)
     config, model = load_model(folder, target)
     for fraction in settings.keep:
         experts_kept(config.model, fraction)  # refuses what cannot be kept before any data is read
     domains = read_domains(data, config, folder, settings)
-    result = sweep(model, domains, settings, config.data.sequence_length, micro_batch or config.training.micro_batch,
-                   _precision(config, target), track)
-    return {"format": 1, "checkpoint": str(folder), "step": load_state(folder).step, "data": str(data),
-            "sequence_length": config.data.sequence_length, **result}
+    result = sweep(
+        model,
+        domains,
+        settings,
+        config.data.sequence_length,
+        micro_batch or config.training.micro_batch,
+        _precision(config, target),
+        track,
+    )
+    return {
+        "format": 1,
+        "checkpoint": str(folder),
+        "step": load_state(folder).step,
+        "data": str(data),
+        "sequence_length": config.data.sequence_length,
+        **result,
+    }
 
 
 @torch.no_grad()
-def sweep(model: Transformer, domains: Mapping[str, DomainDocuments], settings: SweepSettings, row_length: int, rows_per_batch: int,
-          precision: torch.dtype | None = None, track: Track = untracked) -> dict[str, Any]:
+def sweep(
+    model: Transformer,
+    domains: Mapping[str, DomainDocuments],
+    settings: SweepSettings,
+    row_length: int,
+    rows_per_batch: int,
+    precision: torch.dtype | None = None,
+    track: Track = untracked,
+) -> dict[str, Any]:
     """Select experts for all domains at once and measure every arm; see `evaluate`."""
     names = sorted(domains)
     document_mask = model.config.attention.document_mask
@@ -123,80 +177,135 @@ def sweep(model: Transformer, domains: Mapping[str, DomainDocuments], settings: 
     held_out, group_U = _together([domains[name].held_out for name in names])
     calibration_batches = pack(calibration, row_length, rows_per_batch, document_mask)
     batches = pack(held_out, row_length, rows_per_batch, document_mask)
-    counts = {str(float(fraction)): experts_kept(model.config, fraction) for fraction in sorted(set(settings.keep), reverse=True)}
+    counts = {
+        str(float(fraction)): experts_kept(model.config, fraction)
+        for fraction in sorted(set(settings.keep), reverse=True)
+    }
 
     def losses(subsets: Subsets | None, description: str) -> DocumentLosses:
         return document_losses(model, batches, group_U, subsets, track, description, precision)
 
     def select(keep: str) -> Subsets:
         with autocast(model.head.weight.device, precision):
-            return greedy_select(model, calibration_batches, calibration_group_U, len(names), counts[keep], track)
+            return greedy_select(
+                model, calibration_batches, calibration_group_U, len(names), counts[keep], track
+            )
 
     full = losses(None, "full model")
     arms: Losses = {}
     for keep, kept in counts.items():
-        if kept == tuple(model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)):
+        if kept == tuple(
+            model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
+        ):
             # Nothing is left out: every arm is the full model, by definition and bit for bit.
-            arms[keep] = {arm: full.loss_U if _has_arm(arm, settings, len(names)) else None for arm in ARMS}
+            arms[keep] = {
+                arm: full.loss_U if _has_arm(arm, settings, len(names)) else None for arm in ARMS
+            }
             continue
         selected = select(keep)
-        shifts = range(1, len(names))[:1 if settings.cross_domain == "next" else None]
+        shifts = range(1, len(names))[: 1 if settings.cross_domain == "next" else None]
         subsets_of = {
             "selected": [selected],
-            "random": [random_select(model.config, len(names), kept, settings.seed + run) for run in range(settings.random_seeds)],
-            "cross_domain": [cross_domain(selected, shift) for shift in shifts]}
-        arms[keep] = {arm: _mean([losses(subsets, f"keep {keep}, {arm}").loss_U for subsets in subsets_of[arm]]) for arm in ARMS}
-    experts = {"per_layer": [model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)],
-               "shared": model.config.experts.shared, "per_token": model.config.experts.per_token,
-               "kept_per_layer": {keep: list(kept) for keep, kept in counts.items()}}
-    return {"settings": {**dataclasses.asdict(settings), "keep": [float(keep) for keep in counts]}, "experts": experts,
-            **_summary(names, domains, full, arms, group_U), "routing": routing_summary(full, group_U, len(names))}
+            "random": [
+                random_select(model.config, len(names), kept, settings.seed + run)
+                for run in range(settings.random_seeds)
+            ],
+            "cross_domain": [cross_domain(selected, shift) for shift in shifts],
+        }
+        arms[keep] = {
+            arm: _mean(
+                [losses(subsets, f"keep {keep}, {arm}").loss_U for subsets in subsets_of[arm]]
+            )
+            for arm in ARMS
+        }
+    experts = {
+        "per_layer": [
+            model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
+        ],
+        "shared": model.config.experts.shared,
+        "per_token": model.config.experts.per_token,
+        "kept_per_layer": {keep: list(kept) for keep, kept in counts.items()},
+    }
+    return {
+        "settings": {**dataclasses.asdict(settings), "keep": [float(keep) for keep in counts]},
+        "experts": experts,
+        **_summary(names, domains, full, arms, group_U),
+        "routing": routing_summary(full, group_U, len(names)),
+    }
 
 
-def _summary(names: Sequence[str], domains: Mapping[str, DomainDocuments], full: DocumentLosses, arms: Losses,
-             group_U: Tensor) -> dict[str, Any]:
+def _summary(
+    names: Sequence[str],
+    domains: Mapping[str, DomainDocuments],
+    full: DocumentLosses,
+    arms: Losses,
+    group_U: Tensor,
+) -> dict[str, Any]:
     """Losses of each domain, and their unweighted mean over domains."""
     targets_J = _by_group(full.targets_U.double(), group_U)
     loss_J = _by_group(full.loss_U, group_U) / targets_J
-    increase = {keep: {arm: None if loss_U is None else mean_increase(loss_U - full.loss_U, full.targets_U, group_U)
-                       for arm, loss_U in by_arm.items()} for keep, by_arm in arms.items()}
+    increase = {
+        keep: {
+            arm: None
+            if loss_U is None
+            else mean_increase(loss_U - full.loss_U, full.targets_U, group_U)
+            for arm, loss_U in by_arm.items()
+        }
+        for keep, by_arm in arms.items()
+    }
 
     def table(value: Any) -> dict[str, dict[str, float | None]]:
-        return {keep: {arm: None if pair is None else float(value(*pair)) for arm, pair in by_arm.items()}
-                for keep, by_arm in increase.items()}
+        return {
+            keep: {
+                arm: None if pair is None else float(value(*pair)) for arm, pair in by_arm.items()
+            }
+            for keep, by_arm in increase.items()
+        }
 
     by_domain = {
-        name: {"loss_nats": float(loss_J[j]),
-               "subset_loss_nats": table(lambda inc_J, _, j=j: loss_J[j] + inc_J[j]),
-               "increase_nats": table(lambda inc_J, _, j=j: inc_J[j]),
-               "standard_error_nats": table(lambda _, error_J, j=j: error_J[j]),
-               "documents": len(domains[name].held_out), "targets": int(targets_J[j]),
-               "calibration_documents": len(domains[name].calibration)}
-        for j, name in enumerate(names)}
-    mean = {"loss_nats": float(loss_J.mean()),
-            "subset_loss_nats": table(lambda inc_J, _: (loss_J + inc_J).mean()),
-            "increase_nats": table(lambda inc_J, _: inc_J.mean()),
-            # Domains hold different documents, so their errors are independent.
-            "standard_error_nats": table(lambda _, error_J: error_J.square().sum().sqrt() / len(error_J))}
+        name: {
+            "loss_nats": float(loss_J[j]),
+            "subset_loss_nats": table(lambda inc_J, _, j=j: loss_J[j] + inc_J[j]),
+            "increase_nats": table(lambda inc_J, _, j=j: inc_J[j]),
+            "standard_error_nats": table(lambda _, error_J, j=j: error_J[j]),
+            "documents": len(domains[name].held_out),
+            "targets": int(targets_J[j]),
+            "calibration_documents": len(domains[name].calibration),
+        }
+        for j, name in enumerate(names)
+    }
+    mean = {
+        "loss_nats": float(loss_J.mean()),
+        "subset_loss_nats": table(lambda inc_J, _: (loss_J + inc_J).mean()),
+        "increase_nats": table(lambda inc_J, _: inc_J.mean()),
+        # Domains hold different documents, so their errors are independent.
+        "standard_error_nats": table(
+            lambda _, error_J: error_J.square().sum().sqrt() / len(error_J)
+        ),
+    }
     return {"domains": by_domain, "mean": mean}
 
 
 def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple[Tensor, Tensor]:
-    """Each group's increase in nats a token, and its standard error over documents, both float64 [J].
+    """Each group's increase in nats a token, and its standard error over documents, both float64
+    [J].
 
-    Documents, not tokens, are the independent draws. The increase is a ratio of two sums over them, whose error follows
-    from the documents' residuals (the linearised ratio estimator).
+    Documents, not tokens, are the independent draws. The increase is a ratio of two sums over them,
+    whose error follows from the documents' residuals (the linearised ratio estimator).
     """
     targets_J = _by_group(targets_U.double(), group_U)
     documents_J = _by_group(torch.ones_like(change_U), group_U)
     increase_J = _by_group(change_U, group_U) / targets_J
     residual_U = change_U - increase_J[group_U] * targets_U
-    error_J = (_by_group(residual_U.square(), group_U) * documents_J / (documents_J - 1)).sqrt() / targets_J
+    error_J = (
+        _by_group(residual_U.square(), group_U) * documents_J / (documents_J - 1)
+    ).sqrt() / targets_J
     return increase_J, error_J
 
 
 def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> dict[str, Any]:
-    """How far the domains part ways: cosine of their mean routing, and experts that one document spreads over."""
+    """How far the domains part ways: cosine of their mean routing, and experts that one document
+    spreads over."""
     cosines, effective = [], []
     for scores_UN in full.routing:
         share_UN = scores_UN / scores_UN.sum(dim=1, keepdim=True).clamp(min=1e-30)
@@ -204,9 +313,15 @@ def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> d
         direction_JN = torch.nn.functional.normalize(_by_group(scores_UN, group_U), dim=1)
         pairs_JJ = direction_JN @ direction_JN.T
         if num_groups > 1:
-            cosines.append(float((pairs_JJ.sum() - pairs_JJ.trace()) / (num_groups * (num_groups - 1))))
-    return {"domain_cosine_per_layer": cosines, "domain_cosine": sum(cosines) / len(cosines) if cosines else None,
-            "effective_experts_per_layer": effective, "effective_experts": sum(effective) / len(effective) if effective else None}
+            cosines.append(
+                float((pairs_JJ.sum() - pairs_JJ.trace()) / (num_groups * (num_groups - 1)))
+            )
+    return {
+        "domain_cosine_per_layer": cosines,
+        "domain_cosine": sum(cosines) / len(cosines) if cosines else None,
+        "effective_experts_per_layer": effective,
+        "effective_experts": sum(effective) / len(effective) if effective else None,
+    }
 
 
 def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
@@ -217,7 +332,9 @@ def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
 
 def _together(documents: Sequence[Sequence[np.ndarray]]) -> tuple[list[np.ndarray], Tensor]:
     """All groups' documents in one list, and the group of each."""
-    group_U = torch.repeat_interleave(torch.arange(len(documents)), torch.tensor([len(group) for group in documents]))
+    group_U = torch.repeat_interleave(
+        torch.arange(len(documents)), torch.tensor([len(group) for group in documents])
+    )
     return [document for group in documents for document in group], group_U
 
 
@@ -226,12 +343,16 @@ def _mean(runs: Sequence[Tensor]) -> Tensor | None:
 
 
 def _has_arm(arm: str, settings: SweepSettings, num_groups: int) -> bool:
-    return {"selected": True, "random": settings.random_seeds > 0, "cross_domain": num_groups > 1}[arm]
+    return {"selected": True, "random": settings.random_seeds > 0, "cross_domain": num_groups > 1}[
+        arm
+    ]
 
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda needs a GPU and a CUDA build of torch, none was found; use --device cpu")
+        raise ValueError(
+            "device=cuda needs a GPU and a CUDA build of torch, none was found; use --device cpu"
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -240,11 +361,14 @@ def _precision(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if config.training.uses_bfloat16(device.type) else None
 
 
-def read_domains(data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings) -> dict[str, DomainDocuments]:
-    """Calibration documents (train split) and held-out documents (valid split) of every domain of the valid split.
+def read_domains(
+    data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings
+) -> dict[str, DomainDocuments]:
+    """Calibration documents (train split) and held-out documents (valid split) of every domain of
+    the valid split.
 
-    `prepare` stores documents in a shuffled order, so the first ones are a random sample of their domain. Documents
-    without anything to predict (EOS alone) are passed over.
+    `prepare` stores documents in a shuffled order, so the first ones are a random sample of their
+    domain. Documents without anything to predict (EOS alone) are passed over.
 
     Raises:
         ValueError: data of another vocabulary than the model's, or a domain with too few documents.
@@ -255,37 +379,71 @@ def read_domains(data: str | Path, config: Config, checkpoint: Path, settings: S
     def take(split: str, domain: str, count: int, least: int, option: str) -> list[np.ndarray]:
         found = []
         if domain in dataset.domains[split]:
-            found = list(islice((ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1), count))
+            found = list(
+                islice(
+                    (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1), count
+                )
+            )
         if len(found) < least:
-            raise ValueError(f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are needed; {option}")
+            raise ValueError(
+                f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are "
+                f"needed; {option}"
+            )
         return found
 
     names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
     if not names:
-        raise ValueError(f"{data}: its valid split has no documents to measure a loss on; prepare it again with a larger valid share")
+        raise ValueError(
+            f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
+            f"a larger valid share"
+        )
     wanted = settings.calibration_documents
-    return {name: DomainDocuments(take("train", name, wanted, wanted, "lower --calibration-documents or prepare more of them"),
-                                  take("valid", name, settings.documents, 2, "prepare the data again with a larger valid share"))
-            for name in names}
+    return {
+        name: DomainDocuments(
+            take(
+                "train",
+                name,
+                wanted,
+                wanted,
+                "lower --calibration-documents or prepare more of them",
+            ),
+            take(
+                "valid",
+                name,
+                settings.documents,
+                2,
+                "prepare the data again with a larger valid share",
+            ),
+        )
+        for name in names
+    }
 
 
 def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
     if vocab_size > config.model.vocab_size:
-        raise ValueError(f"{data} has a vocabulary of {vocab_size} tokens, the model has model.vocab_size={config.model.vocab_size}; "
-                         f"evaluate on data prepared with the tokenizer of the training data")
+        raise ValueError(
+            f"{data} has a vocabulary of {vocab_size} tokens, the model has "
+            f"model.vocab_size={config.model.vocab_size}; "
+            f"evaluate on data prepared with the tokenizer of the training data"
+        )
     files = data / "tokenizer.json", checkpoint / "tokenizer.json"
     if all(file.is_file() for file in files):
         own, trained = map(_tokenizer_identity, files)
         if own != trained:
-            raise ValueError(f"{files[0]} is not the tokenizer that the model was trained with; prepare the data with "
-                             f"--tokenizer {files[1]}")
+            raise ValueError(
+                f"{files[0]} is not the tokenizer that the model was trained with; prepare the "
+                f"data with "
+                f"--tokenizer {files[1]}"
+            )
 
 
 def _tokenizer_identity(file: Path) -> list[Any]:
     """What decides the ids of a text; the rest of the file may differ by version."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
-        return [settings.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")]
+        return [
+            settings.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")
+        ]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: not readable as a tokenizer ({error}); restore it") from None
 
@@ -298,10 +456,19 @@ def default_folder(checkpoint: Path) -> Path:
 
 
 def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
-    """Write evaluation.json, evaluation.md and, where matplotlib is installed, subsets.png; returns their paths."""
+    """Write evaluation.json, evaluation.md and, where matplotlib is installed, subsets.png;
+    returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [write_whole(folder / "evaluation.json", (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()),
-               write_whole(folder / "evaluation.md", "\n".join(table.markdown() for table in _tables(result)).encode())]
+    written = [
+        write_whole(
+            folder / "evaluation.json",
+            (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(),
+        ),
+        write_whole(
+            folder / "evaluation.md",
+            "\n".join(table.markdown() for table in _tables(result)).encode(),
+        ),
+    ]
     try:
         written.append(write_whole(folder / "subsets.png", subset_figure([("", result)])))
     except ModuleNotFoundError as error:
@@ -318,37 +485,117 @@ def _tables(result: dict[str, Any]) -> list[Table]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = SweepSettings()
     parser.description = (
-        "Measure what each domain loses when it keeps only some of the experts. A few training documents of a domain choose its\n"
-        "experts; the loss is taken on held-out documents, for every domain with its own subset. Two controls say whether the\n"
-        "choice matters: as many experts at random, and those that another domain chose. Training is not needed, nor is a GPU.")
-    parser.epilog = ("example:\n  emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 0.125\n\n"
-                     "Reading it: a modular model loses little with the experts a domain chose itself, and much with the other two.")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder written by `emotrain prepare`, with the model's tokenizer")
-    parser.add_argument("--keep", type=float, nargs="+", default=default.keep, metavar="SHARE",
-                        help=f"shares of each layer's experts to keep, shared ones counted (default: {' '.join(map(str, default.keep))})")
-    parser.add_argument("--calibration-documents", type=int, default=default.calibration_documents, metavar="N",
-                        help="training documents of a domain that choose its experts (default: %(default)s)")
-    parser.add_argument("--documents", type=int, default=default.documents, metavar="N",
-                        help="most held-out documents of a domain (default: %(default)s); more of them, smaller errors")
-    parser.add_argument("--random-seeds", type=int, default=default.random_seeds, metavar="N",
-                        help="random subsets to average at each share, 0 for none (default: %(default)s)")
-    parser.add_argument("--cross-domain", choices=("next", "all"), default=default.cross_domain,
-                        help="whose experts the control uses: the next domain's by name, or every other's in turn (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=default.seed, help="seed of the first random subset (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, default=0, metavar="ROWS", help="rows of one forward pass (default: as in training)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: %(default)s)")
-    parser.add_argument("--out", metavar="DIR",
-                        help="folder for evaluation.json, evaluation.md and subsets.png (default: RUN_DIR/evaluation)")
+        "Measure what each domain loses when it keeps only some of the experts. A few training "
+        "documents of a domain choose its\n"
+        "experts; the loss is taken on held-out documents, for every domain with its own subset. "
+        "Two controls say whether the\n"
+        "choice matters: as many experts at random, and those that another domain chose. Training "
+        "is not needed, nor is a GPU."
+    )
+    parser.epilog = (
+        "example:\n  emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 "
+        "0.125\n\n"
+        "Reading it: a modular model loses little with the experts a domain chose itself, and much "
+        "with the other two."
+    )
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder written by `emotrain prepare`, with the model's tokenizer",
+    )
+    parser.add_argument(
+        "--keep",
+        type=float,
+        nargs="+",
+        default=default.keep,
+        metavar="SHARE",
+        help=f"shares of each layer's experts to keep, shared ones counted (default: "
+        f"{' '.join(map(str, default.keep))})",
+    )
+    parser.add_argument(
+        "--calibration-documents",
+        type=int,
+        default=default.calibration_documents,
+        metavar="N",
+        help="training documents of a domain that choose its experts (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=default.documents,
+        metavar="N",
+        help="most held-out documents of a domain (default: %(default)s); more of them, smaller "
+        "errors",
+    )
+    parser.add_argument(
+        "--random-seeds",
+        type=int,
+        default=default.random_seeds,
+        metavar="N",
+        help="random subsets to average at each share, 0 for none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cross-domain",
+        choices=("next", "all"),
+        default=default.cross_domain,
+        help="whose experts the control uses: the next domain's by name, or every other's in turn "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=default.seed,
+        help="seed of the first random subset (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="rows of one forward pass (default: as in training)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for evaluation.json, evaluation.md and subsets.png (default: "
+        "RUN_DIR/evaluation)",
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    settings = SweepSettings(tuple(args.keep), args.calibration_documents, args.documents, args.seed, args.random_seeds,
-                             args.cross_domain)
+    settings = SweepSettings(
+        tuple(args.keep),
+        args.calibration_documents,
+        args.documents,
+        args.seed,
+        args.random_seeds,
+        args.cross_domain,
+    )
     with progress_bar() as track:
-        result = evaluate(args.checkpoint, args.data, settings, device=args.device, micro_batch=args.micro_batch, track=track)
-    written = write_results(result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"])))
+        result = evaluate(
+            args.checkpoint,
+            args.data,
+            settings,
+            device=args.device,
+            micro_batch=args.micro_batch,
+            track=track,
+        )
+    written = write_results(
+        result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"]))
+    )
     if args.json:
         print(json.dumps(result))
     else:

@@ -25,30 +25,51 @@ class Table:
     """How many first columns hold names."""
 
     def markdown(self) -> str:
-        lines = [self.header, tuple(":--" if i < self.names else "--:" for i in range(len(self.header))), *self.rows]
-        cells = (" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) for line in lines)
+        lines = [
+            self.header,
+            tuple(":--" if i < self.names else "--:" for i in range(len(self.header))),
+            *self.rows,
+        ]
+        cells = (
+            " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line)
+            for line in lines
+        )
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in cells), ""])
 
     def html(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:
             kinds = (' class="name"' if i < self.names else "" for i in range(len(cells)))
-            filled = "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True))
+            filled = "".join(
+                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+                for cell, kind in zip(cells, kinds, strict=True)
+            )
             return f"<tr>{filled}</tr>"
 
         head, body = line(self.header, "th"), "".join(line(row, "td") for row in self.rows)
-        return (f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
-                f"<thead>{head}</thead><tbody>{body}</tbody></table></div>")
+        return (
+            f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+        )
 
     def rich(self) -> rich.table.Table:
         from rich import box
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=escape(self.title), box=box.SIMPLE, title_justify="left", pad_edge=False, collapse_padding=True)
+        table = RichTable(
+            title=escape(self.title),
+            box=box.SIMPLE,
+            title_justify="left",
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for index, (name, *cells) in enumerate(zip(self.header, *self.rows, strict=True)):
-            # Cells and the words of the header stay whole, so that a narrow terminal folds headers and loses no name.
+            # Cells and the words of the header stay whole, so that a narrow terminal folds headers
+            # and loses no name.
             width = max(map(len, [*name.split(), *cells]), default=0)
-            table.add_column(escape(name), justify="left" if index < self.names else "right", min_width=width)
+            table.add_column(
+                escape(name), justify="left" if index < self.names else "right", min_width=width
+            )
         for row in self.rows:
             table.add_row(*map(escape, row))
         return table
@@ -65,35 +86,74 @@ def mean_table(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     for label, result in evaluations:
         mean = result["mean"]
         for keep in mean["increase_nats"]:
-            cells = [plus_minus(mean["increase_nats"][keep][arm], mean["standard_error_nats"][keep][arm]) for arm in ARM_NAMES]
+            cells = [
+                plus_minus(mean["increase_nats"][keep][arm], mean["standard_error_nats"][keep][arm])
+                for arm in ARM_NAMES
+            ]
             loss = f"{mean['subset_loss_nats'][keep]['selected']:.3f}"
             rows.append((*([label] if several else []), kept_label(result, keep), loss, *cells))
     header = (*(["model"] if several else []), "experts kept", "loss", *ARM_NAMES.values())
-    return Table("Loss with the experts a domain chose itself, and its increase over the full model by who chose them, in nats/token; "
-                 "mean over domains, unweighted; ± standard error over documents", header, tuple(rows), names=1 + several)
+    return Table(
+        "Loss with the experts a domain chose itself, and its increase over the full model by who "
+        "chose them, in nats/token; "
+        "mean over domains, unweighted; ± standard error over documents",
+        header,
+        tuple(rows),
+        names=1 + several,
+    )
 
 
 def domain_table(result: Mapping[str, Any]) -> Table:
     """Each domain's full loss, and the increase with the experts it chose itself."""
     keeps = [keep for keep in result["mean"]["increase_nats"] if not keeps_everything(result, keep)]
     rows = tuple(
-        (name, str(domain["documents"]), f"{domain['loss_nats']:.3f}",
-         *(plus_minus(domain["increase_nats"][keep]["selected"], domain["standard_error_nats"][keep]["selected"]) for keep in keeps))
-        for name, domain in result["domains"].items())
-    header = ("domain", "docs", "full loss", *(f"+ with {kept_label(result, keep)}" for keep in keeps))
-    return Table("Each domain with the experts it chose, in nats/token; ± standard error over documents", header, rows)
+        (
+            name,
+            str(domain["documents"]),
+            f"{domain['loss_nats']:.3f}",
+            *(
+                plus_minus(
+                    domain["increase_nats"][keep]["selected"],
+                    domain["standard_error_nats"][keep]["selected"],
+                )
+                for keep in keeps
+            ),
+        )
+        for name, domain in result["domains"].items()
+    )
+    header = (
+        "domain",
+        "docs",
+        "full loss",
+        *(f"+ with {kept_label(result, keep)}" for keep in keeps),
+    )
+    return Table(
+        "Each domain with the experts it chose, in nats/token; ± standard error over documents",
+        header,
+        rows,
+    )
 
 
 def routing_table(result: Mapping[str, Any]) -> Table:
-    """Per layer with routed experts: likeness of the domains' routing, and the spread of one document."""
+    """Per layer with routed experts: likeness of the domains' routing, and the spread of one
+    document."""
     routing = result["routing"]
     effective = routing["effective_experts_per_layer"]
     cosines = routing["domain_cosine_per_layer"] or [None] * len(effective)
-    rows = [(str(layer), plain(cosine, 3), plain(experts, 1))
-            for layer, (cosine, experts) in enumerate(zip(cosines, effective, strict=True), 1)]
-    rows.append(("mean", plain(routing["domain_cosine"], 3), plain(routing["effective_experts"], 1)))
-    return Table("Routing: mean cosine between two domains (1: they use the same experts), and effective experts of one document "
-                 "(exp of the entropy of its mean routing)", ("MoE layer", "cosine of domains", "effective experts"), tuple(rows))
+    rows = [
+        (str(layer), plain(cosine, 3), plain(experts, 1))
+        for layer, (cosine, experts) in enumerate(zip(cosines, effective, strict=True), 1)
+    ]
+    rows.append(
+        ("mean", plain(routing["domain_cosine"], 3), plain(routing["effective_experts"], 1))
+    )
+    return Table(
+        "Routing: mean cosine between two domains (1: they use the same experts), and effective "
+        "experts of one document "
+        "(exp of the entropy of its mean routing)",
+        ("MoE layer", "cosine of domains", "effective experts"),
+        tuple(rows),
+    )
 
 
 def keeps_everything(result: Mapping[str, Any], keep: str) -> bool:
@@ -104,7 +164,11 @@ def keeps_everything(result: Mapping[str, Any], keep: str) -> bool:
 def kept_label(result: Mapping[str, Any], keep: str) -> str:
     """`8 of 32`, or the share where layers differ in size."""
     kept, of = set(result["experts"]["kept_per_layer"][keep]), set(result["experts"]["per_layer"])
-    return f"{kept.pop()} of {of.pop()}" if len(kept) == len(of) == 1 else f"{float(keep):.3g} of each layer"
+    return (
+        f"{kept.pop()} of {of.pop()}"
+        if len(kept) == len(of) == 1
+        else f"{float(keep):.3g} of each layer"
+    )
 
 
 def plus_minus(increase: float | None, error: float | None) -> str:

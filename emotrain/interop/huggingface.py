@@ -1,9 +1,10 @@
-"""Read a model in the published Hugging Face format (spec 10.1, 10.2): `config.json` and `model.safetensors`, or shards
-with `model.safetensors.index.json`.
+"""Read a model in the published Hugging Face format (spec 10.1, 10.2): `config.json` and
+`model.safetensors`, or shards with `model.safetensors.index.json`.
 
-Every published tensor is a *view* of one of our parameters (`published_views`): q, k and v are row ranges of one matrix,
-gate and up those of an expert's slice, down a slice transposed. Reading is therefore one copy of each tensor into its view;
-at no time is more than the model and one tensor in memory.
+Every published tensor is a *view* of one of our parameters (`published_views`): q, k and v are row
+ranges of one matrix, gate and up those of an expert's slice, down a slice transposed. Reading is
+therefore one copy of each tensor into its view; at no time is more than the model and one tensor in
+memory.
 """
 
 from __future__ import annotations
@@ -36,12 +37,27 @@ REFUSED = {
     "sliding_window": ((None,), "attention over the whole document"),
     "quantization_config": ((None,), "weights in floating point"),
 }
-"""Settings that change what a model computes and are supported at some values only: those, and what is supported."""
+"""Settings that change what a model computes and are supported at some values only: those, and
+what is supported."""
 
 WITHOUT_EFFECT = {
-    "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dense_intermediate_size", "dtype",
-    "eos_token_id", "initializer_range", "max_position_embeddings", "num_local_experts", "output_router_logits", "pad_token_id",
-    "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "dense_intermediate_size",
+    "dtype",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "num_local_experts",
+    "output_router_logits",
+    "pad_token_id",
+    "router_aux_loss_coef",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
 }
 """Settings that do not change the logits of a forward pass."""
 
@@ -52,19 +68,26 @@ FLOATING = {"F64", "F32", "F16", "BF16"}
 """Types that a weight may have on disk."""
 
 
-def load_huggingface(folder: str | Path, dtype: torch.dtype = torch.float32) -> tuple[ModelConfig, Transformer]:
-    """Read a published checkpoint. A row of tokens is one document to it: use `PackedBatch.from_rows`, without pools.
+def load_huggingface(
+    folder: str | Path, dtype: torch.dtype = torch.float32
+) -> tuple[ModelConfig, Transformer]:
+    """Read a published checkpoint. A row of tokens is one document to it: use
+    `PackedBatch.from_rows`, without pools.
 
     Args:
-        folder: holds config.json and the weights. Nothing in it is trusted: names, shapes and types are checked before
-            memory is taken, and nothing outside the folder's own files is opened.
+        folder: holds config.json and the weights. Nothing in it is trusted: names, shapes and types
+            are checked before memory is taken, and nothing outside the folder's own files is
+            opened.
         dtype: of the parameters; what is on disk is converted.
     Raises:
-        ValueError: a setting or a tensor that is missing, unexpected or unsupported. FileNotFoundError: no such files.
+        ValueError: a setting or a tensor that is missing, unexpected or unsupported.
+            FileNotFoundError: no such files.
     """
     folder = Path(folder)
     files = _find_tensors(folder)
-    config = _model_config(_read_json(folder / "config.json"), folder / "config.json", num_tensors=len(files))
+    config = _model_config(
+        _read_json(folder / "config.json"), folder / "config.json", num_tensors=len(files)
+    )
     with torch.device("meta"):
         model = Transformer(config)
     _check_tensors(folder, files, published_views(model))
@@ -75,11 +98,17 @@ def load_huggingface(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
 
 @torch.no_grad()
 def published_views(model: Transformer) -> dict[str, Tensor]:
-    """Each tensor of the published format (spec 10.2), in its shape, as a view of the model's parameters."""
-    views = {"model.embed_tokens.weight": model.embedding.weight, "model.norm.weight": model.norm.weight,
-             "lm_head.weight": model.head.weight}
+    """Each tensor of the published format (spec 10.2), in its shape, as a view of the model's
+    parameters."""
+    views = {
+        "model.embed_tokens.weight": model.embedding.weight,
+        "model.norm.weight": model.norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
     config = model.config
-    rows = [heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)]
+    rows = [
+        heads * config.head_dim for heads in (config.num_heads, config.kv_heads, config.kv_heads)
+    ]
     for layer, block in enumerate(model.blocks):
         prefix = f"model.layers.{layer}"
         views[f"{prefix}.pre_attention_layernorm.weight"] = block.attention_norm.weight
@@ -113,26 +142,49 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
     if (folder / WEIGHTS).is_file():
         return _headers(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging Face "
+            f"checkpoint"
+        )
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX}: weight_map must name the file of each tensor")
     for tensor, shard in weight_map.items():
-        # A shard is a plain name: with a separator, a drive or a leading dot it could lead out of the folder.
-        if not isinstance(shard, str) or not shard.endswith(".safetensors") or shard.startswith(".") or set(shard) & set("/\\:\0"):
-            raise ValueError(f"{folder / INDEX}: {tensor} is said to be in {shard!r}; it must be a .safetensors file of this folder")
+        # A shard is a plain name: with a separator, a drive or a leading dot it could lead out of
+        # the folder.
+        if (
+            not isinstance(shard, str)
+            or not shard.endswith(".safetensors")
+            or shard.startswith(".")
+            or set(shard) & set("/\\:\0")
+        ):
+            raise ValueError(
+                f"{folder / INDEX}: {tensor} is said to be in {shard!r}; it must be a .safetensors "
+                f"file of this folder"
+            )
     shards = {shard: _headers(folder / shard) for shard in sorted(set(weight_map.values()))}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
-    unlisted = [name for shard, headers in shards.items() for name in headers if weight_map.get(name) != shard]
+    unlisted = [
+        name
+        for shard, headers in shards.items()
+        for name in headers
+        if weight_map.get(name) != shard
+    ]
     if absent or unlisted:
-        raise ValueError(f"{folder / INDEX} and its files disagree about {_some(absent + unlisted)}; download them again")
+        raise ValueError(
+            f"{folder / INDEX} and its files disagree about {_some(absent + unlisted)}; download "
+            f"them again"
+        )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
 def _headers(file: Path) -> dict[str, _Header]:
     with _open(file) as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}
-        return {name: _Header(file, tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+        return {
+            name: _Header(file, tuple(part.get_shape()), part.get_dtype())
+            for name, part in slices.items()
+        }
 
 
 def _open(file: Path) -> Any:
@@ -143,12 +195,16 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not readable as safetensors ({error}); download it again") from None
+        raise ValueError(
+            f"{file}: not readable as safetensors ({error}); download it again"
+        ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; give the folder of a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"{file}: no such file; give the folder of a Hugging Face checkpoint"
+        )
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -159,51 +215,91 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> ModelConfig:
-    """Our settings for a published config.json; `num_tensors` bounds the counts before anything is built from them."""
+    """Our settings for a published config.json; `num_tensors` bounds the counts before anything
+    is built from them."""
     settings = dict(published)
     for key, (allowed, supported) in REFUSED.items():
         value = settings.pop(key, allowed[0])
         if value not in allowed:
-            raise ValueError(f"{file}: {key}={value!r} is not supported, only {supported}; convert the model to that")
+            raise ValueError(
+                f"{file}: {key}={value!r} is not supported, only {supported}; convert the model to "
+                f"that"
+            )
 
     def take(key: str, *default: int) -> int:
         value = settings.pop(key, None)
         value = default[0] if value is None and default else value
         if type(value) is not int or not 0 <= value <= LARGEST_SIZE:
-            raise ValueError(f"{file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct it")
+            raise ValueError(
+                f"{file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct it"
+            )
         return value
 
-    layers, heads, width = take("num_hidden_layers"), take("num_attention_heads"), take("hidden_size")
+    layers, heads, width = (
+        take("num_hidden_layers"),
+        take("num_attention_heads"),
+        take("hidden_size"),
+    )
     shared, experts = take("num_shared_experts", 0), take("num_experts")
     per_layer = _per_layer(settings.pop("num_experts_per_layer", None), layers, file)
     if max(layers, *(per_layer or [experts])) > num_tensors:
-        raise ValueError(f"{file}: {layers} layers of {max(per_layer or [experts])} experts need more than the {num_tensors} tensors "
-                         f"of the weights; config.json belongs to another checkpoint")
+        raise ValueError(
+            f"{file}: {layers} layers of {max(per_layer or [experts])} experts need more than the "
+            f"{num_tensors} tensors "
+            f"of the weights; config.json belongs to another checkpoint"
+        )
     shared_per_layer = settings.pop("num_shared_experts_per_layer", None)
     if shared_per_layer not in (None, [shared] * layers):
-        raise ValueError(f"{file}: num_shared_experts_per_layer={shared_per_layer!r} is not supported, only num_shared_experts="
-                         f"{shared} in every layer; convert the model to that")
+        raise ValueError(
+            f"{file}: num_shared_experts_per_layer={shared_per_layer!r} is not supported, only "
+            f"num_shared_experts="
+            f"{shared} in every layer; convert the model to that"
+        )
     normalize = settings.pop("norm_topk_prob", None) or False
     if normalize and shared:
-        raise ValueError(f"{file}: norm_topk_prob={normalize!r} is not supported with num_shared_experts={shared}; set one to 0")
+        raise ValueError(
+            f"{file}: norm_topk_prob={normalize!r} is not supported with "
+            f"num_shared_experts={shared}; set one to 0"
+        )
     model = {
-        "vocab_size": take("vocab_size"), "d_model": width, "num_layers": layers, "num_heads": heads,
-        "num_kv_heads": take("num_key_value_heads", heads), "rope_theta": _rope_theta(settings, file),
+        "vocab_size": take("vocab_size"),
+        "d_model": width,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": take("num_key_value_heads", heads),
+        "rope_theta": _rope_theta(settings, file),
         "norm_eps": settings.pop("rms_norm_eps", 1e-6),
-        "experts": {"count": experts, "shared": shared, "per_token": take("num_experts_per_tok"),
-                    "hidden": take("intermediate_size"), "count_per_layer": per_layer},
-        "router": {"normalize_weights": normalize, "shared_weight": "softmax" if shared > 1 else "one", "pool": {"kind": "none"}},
+        "experts": {
+            "count": experts,
+            "shared": shared,
+            "per_token": take("num_experts_per_tok"),
+            "hidden": take("intermediate_size"),
+            "count_per_layer": per_layer,
+        },
+        "router": {
+            "normalize_weights": normalize,
+            "shared_weight": "softmax" if shared > 1 else "one",
+            "pool": {"kind": "none"},
+        },
     }
     if heads and (head_dim := settings.pop("head_dim", None)) not in (None, width // heads):
-        raise ValueError(f"{file}: head_dim={head_dim!r} is not supported, only hidden_size / num_attention_heads = {width // heads}")
+        raise ValueError(
+            f"{file}: head_dim={head_dim!r} is not supported, only hidden_size / "
+            f"num_attention_heads = {width // heads}"
+        )
     if unknown := sorted(settings.keys() - WITHOUT_EFFECT):
-        warnings.warn(f"{file}: not used, and not known to have no effect: {_some(unknown)}", stacklevel=3)
+        warnings.warn(
+            f"{file}: not used, and not known to have no effect: {_some(unknown)}", stacklevel=3
+        )
     try:
         config = config_from_dict({"model": model}).model
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
     if config.experts.per_token == shared:
-        raise ValueError(f"{file}: num_experts_per_tok={shared} are all shared experts; the published format needs a routed one")
+        raise ValueError(
+            f"{file}: num_experts_per_tok={shared} are all shared experts; the published format "
+            f"needs a routed one"
+        )
     return config
 
 
@@ -211,10 +307,20 @@ def _per_layer(value: Any, num_layers: int, file: Path) -> list[int]:
     """Experts of each layer where they differ; empty where they do not."""
     if value is None:
         return []
-    if not isinstance(value, list) or len(value) != num_layers or any(type(count) is not int for count in value):
-        raise ValueError(f"{file}: num_experts_per_layer={value!r} must hold one whole number for each of {num_layers} layers; correct it")
+    if (
+        not isinstance(value, list)
+        or len(value) != num_layers
+        or any(type(count) is not int for count in value)
+    ):
+        raise ValueError(
+            f"{file}: num_experts_per_layer={value!r} must hold one whole number for each of "
+            f"{num_layers} layers; correct it"
+        )
     if 0 in value:
-        raise ValueError(f"{file}: num_experts_per_layer={value!r} is not supported: 0 means a dense layer; every layer needs experts")
+        raise ValueError(
+            f"{file}: num_experts_per_layer={value!r} is not supported: 0 means a dense layer; "
+            f"every layer needs experts"
+        )
     return value
 
 
@@ -223,7 +329,10 @@ def _rope_theta(settings: dict[str, Any], file: Path) -> float:
     theta, rope = settings.pop("rope_theta", None), settings.pop("rope_parameters", None)
     if isinstance(rope, dict):
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(f"{file}: rope_parameters={rope!r} is not supported, only plain rotary positions; convert the model to that")
+            raise ValueError(
+                f"{file}: rope_parameters={rope!r} is not supported, only plain rotary positions; "
+                f"convert the model to that"
+            )
         theta = rope.get("rope_theta", theta)
     return 500000.0 if theta is None else theta
 
@@ -231,17 +340,28 @@ def _rope_theta(settings: dict[str, Any], file: Path) -> float:
 def _check_tensors(folder: Path, files: dict[str, _Header], views: dict[str, Tensor]) -> None:
     """Names, shapes and types of the tensors on disk are those of the model."""
     if missing := [name for name in views if name not in files]:
-        raise ValueError(f"{folder}: missing {_some(missing)}; config.json belongs to another checkpoint, or a file is missing")
+        raise ValueError(
+            f"{folder}: missing {_some(missing)}; config.json belongs to another checkpoint, or a "
+            f"file is missing"
+        )
     if unexpected := [name for name in files if name not in views]:
-        raise ValueError(f"{folder}: unexpected {_some(unexpected)}; config.json belongs to another checkpoint")
+        raise ValueError(
+            f"{folder}: unexpected {_some(unexpected)}; config.json belongs to another checkpoint"
+        )
     for name, view in views.items():
         header = files[name]
         if header.shape != tuple(view.shape):
-            raise ValueError(f"{header.file}: {name} has shape {list(header.shape)}, config.json says {list(view.shape)}; "
-                             f"they belong to different checkpoints")
+            raise ValueError(
+                f"{header.file}: {name} has shape {list(header.shape)}, config.json says "
+                f"{list(view.shape)}; "
+                f"they belong to different checkpoints"
+            )
         if header.dtype not in FLOATING:
-            raise ValueError(f"{header.file}: {name} has type {header.dtype}, weights must be one of {', '.join(sorted(FLOATING))}; "
-                             f"convert the model")
+            raise ValueError(
+                f"{header.file}: {name} has type {header.dtype}, weights must be one of "
+                f"{', '.join(sorted(FLOATING))}; "
+                f"convert the model"
+            )
 
 
 @torch.no_grad()

@@ -14,34 +14,69 @@ from emotrain.config import ModelConfig
 
 
 class Attention(nn.Module):
-    """Multi-head attention, no biases. Positions are those of the sequence and do not restart at documents."""
+    """Multi-head attention, no biases. Positions are those of the sequence and do not restart at
+    documents."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.d_model, (self.num_heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.num_heads, self.kv_heads, self.head_dim = (
+            config.num_heads,
+            config.kv_heads,
+            config.head_dim,
+        )
+        self.qkv = nn.Linear(
+            config.d_model, (self.num_heads + 2 * self.kv_heads) * self.head_dim, bias=False
+        )
         self.out = nn.Linear(self.num_heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], documents: DocumentMask | DocumentEnds | None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        documents: DocumentMask | DocumentEnds | None,
+    ) -> Tensor:
         """`documents`: see `documents_of`; None means plain causal attention."""
         heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk_BASC, v_BASC = heads.split((self.num_heads + self.kv_heads, self.kv_heads), dim=1)
         q_BASC, k_BASC = rotate(qk_BASC, *rotary).split((self.num_heads, self.kv_heads), dim=1)
         grouped = self.num_heads != self.kv_heads
         if isinstance(documents, DocumentEnds):
-            q_TAC, k_TAC, v_TAC = (part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC))
+            q_TAC, k_TAC, v_TAC = (
+                part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC)
+            )
             ends_G1, length = documents.ends_G1, x_BSD.shape[1]
             # The row length bounds that of its documents, which the host does not know.
-            y_TAC = varlen_attn(q_TAC, k_TAC, v_TAC, ends_G1, ends_G1, length, length, window_size=(-1, 0), enable_gqa=grouped)
+            y_TAC = varlen_attn(
+                q_TAC,
+                k_TAC,
+                v_TAC,
+                ends_G1,
+                ends_G1,
+                length,
+                length,
+                window_size=(-1, 0),
+                enable_gqa=grouped,
+            )
             return self.out(y_TAC.flatten(1).view_as(x_BSD))
         mask_B1SS = None if documents is None else documents.mask_B1SS
-        y_BASC = F.scaled_dot_product_attention(q_BASC, k_BASC, v_BASC, attn_mask=mask_B1SS, is_causal=mask_B1SS is None, enable_gqa=grouped)
+        y_BASC = F.scaled_dot_product_attention(
+            q_BASC,
+            k_BASC,
+            v_BASC,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
+            enable_gqa=grouped,
+        )
         return self.out(y_BASC.transpose(1, 2).flatten(2))
 
 
-def rotary_table(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    length: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """cos and sin of position * frequency, fp32 [S, C / 2]: one column for each pair of a head."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    )
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
 
@@ -53,7 +88,8 @@ def rotate(x_BASC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: nothing is kept but the angles, and half the passes of autograd's."""
+    """The gradient of a rotation is the rotation back: nothing is kept but the angles, and half
+    the passes of autograd's."""
 
     @staticmethod
     def forward(ctx, x_BASC, cos, sin):
@@ -85,25 +121,37 @@ class DocumentMask:
 
 @dataclass(frozen=True)
 class DocumentEnds:
-    """What each token sees, as the places where documents end: all that flash attention needs, and 4 bytes a document."""
+    """What each token sees, as the places where documents end: all that flash attention needs,
+    and 4 bytes a document."""
 
     ends_G1: Tensor
     """int32: 0, then one past the last token of each document in the flattened rows."""
 
 
 def documents_of(batch: PackedBatch) -> DocumentMask | DocumentEnds:
-    """A token sees itself and the earlier tokens of its own document: for flash attention where it runs (CUDA, bf16)."""
-    flash = batch.tokens_BS.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    """A token sees itself and the earlier tokens of its own document: for flash attention where
+    it runs (CUDA, bf16)."""
+    flash = (
+        batch.tokens_BS.is_cuda
+        and torch.is_autocast_enabled("cuda")
+        and torch.get_autocast_dtype("cuda") == torch.bfloat16
+    )
     return document_ends(batch) if flash else document_mask(batch)
 
 
 def document_mask(batch: PackedBatch) -> DocumentMask:
     length = batch.document_BS.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=batch.document_BS.device).tril_()
-    return DocumentMask(((batch.document_BS[:, :, None] == batch.document_BS[:, None, :]) & causal_SS)[:, None])
+    causal_SS = torch.ones(
+        length, length, dtype=torch.bool, device=batch.document_BS.device
+    ).tril_()
+    return DocumentMask(
+        ((batch.document_BS[:, :, None] == batch.document_BS[:, None, :]) & causal_SS)[:, None]
+    )
 
 
 def document_ends(batch: PackedBatch) -> DocumentEnds:
     tokens_G1 = batch.document_T.new_zeros(batch.num_documents + 1, dtype=torch.int32)
-    tokens_G1.scatter_add_(0, batch.document_T + 1, torch.ones_like(batch.document_T, dtype=torch.int32))
+    tokens_G1.scatter_add_(
+        0, batch.document_T + 1, torch.ones_like(batch.document_T, dtype=torch.int32)
+    )
     return DocumentEnds(tokens_G1.cumsum(0, dtype=torch.int32))

@@ -13,7 +13,8 @@ from emotrain.kernels import SortedSlots, grouped_mlp
 
 
 class RoutedExperts(nn.Module):
-    """The N routed experts of a layer (spec 3.2); under expert parallelism, this rank's part of them."""
+    """The N routed experts of a layer (spec 3.2); under expert parallelism, this rank's part of
+    them."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -25,7 +26,9 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots) -> Tensor:
         """Weighted sum of each token's routed experts -> [T, D]."""
-        gate_up_NFD, down_NHD = (self.local(parameter).to(x_TD.dtype) for parameter in (self.gate_up_NFD, self.down_NHD))
+        gate_up_NFD, down_NHD = (
+            self.local(parameter).to(x_TD.dtype) for parameter in (self.gate_up_NFD, self.down_NHD)
+        )
         return grouped_mlp(x_TD, weights_TK, slots, gate_up_NFD, down_NHD, self.backend)
 
 
@@ -39,7 +42,8 @@ class SharedExperts(nn.Module):
         self.down_MHD = nn.Parameter(torch.empty(shared, hidden, width))
 
     def forward(self, x_TD: Tensor, weights_TM: Tensor | None = None) -> Tensor:
-        """Sum of the shared experts, each with weight 1 unless `weights_TM` says otherwise -> [T, D].
+        """Sum of the shared experts, each with weight 1 unless `weights_TM` says otherwise -> [T,
+        D].
 
         Side by side they are one wide expert, so this is two GEMMs whatever their number.
         """

@@ -1,5 +1,5 @@
-"""The EMO layer: router, dispatch, experts, combine. A standard MoE is this layer with the pool off, a dense model
-this layer with one shared expert and no router."""
+"""The EMO layer: router, dispatch, experts, combine. A standard MoE is this layer with the pool
+off, a dense model this layer with one shared expert and no router."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ Result = TypeVar("Result")
 
 
 class LocalDispatcher:
-    """Takes each token to its experts where all experts are on this rank: a sort, no communication."""
+    """Takes each token to its experts where all experts are on this rank: a sort, no
+    communication."""
 
-    def __call__(self, x_TD: Tensor, routing: PoolRouting, experts: RoutedExperts, meanwhile: Callable[[], Result]) -> tuple[Tensor, Result]:
-        """Weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`, which is work that needs no
-        token to have arrived."""
+    def __call__(
+        self,
+        x_TD: Tensor,
+        routing: PoolRouting,
+        experts: RoutedExperts,
+        meanwhile: Callable[[], Result],
+    ) -> tuple[Tensor, Result]:
+        """Weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`,
+        which is work that needs no token to have arrived."""
         slots = sort_slots(routing.experts_TK, routing.counts_N)
         return experts(x_TD, routing.weights_TK, slots), meanwhile()
 
 
 class MoELayer(nn.Module):
-    """x -> sum of the token's routed experts, weighted, plus its shared experts; and the layer's routing."""
+    """x -> sum of the token's routed experts, weighted, plus its shared experts; and the layer's
+    routing."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -39,8 +47,14 @@ class MoELayer(nn.Module):
         self.shared = SharedExperts(config) if config.experts.shared else None
         self.dispatcher = LocalDispatcher()
 
-    def forward(self, x_TD: Tensor, batch: PackedBatch, pool_size_G: Tensor | None = None, kept_GN: Tensor | None = None,
-                z_logits: str = "pool") -> tuple[Tensor, LayerRouting | None]:
+    def forward(
+        self,
+        x_TD: Tensor,
+        batch: PackedBatch,
+        pool_size_G: Tensor | None = None,
+        kept_GN: Tensor | None = None,
+        z_logits: str = "pool",
+    ) -> tuple[Tensor, LayerRouting | None]:
         if torch.is_autocast_enabled(x_TD.device.type):
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if self.router is None:
@@ -49,7 +63,11 @@ class MoELayer(nn.Module):
 
         def while_tokens_travel() -> tuple[LayerRouting, Tensor | None]:
             report = self.router.statistics(routing, logits_TE, batch, pool_size_G, z_logits)
-            return report, None if self.shared is None else self.shared(x_TD, report.shared_weights_TM)
+            return report, None if self.shared is None else self.shared(
+                x_TD, report.shared_weights_TM
+            )
 
-        y_TD, (report, shared_TD) = self.dispatcher(x_TD, routing, self.experts, while_tokens_travel)
+        y_TD, (report, shared_TD) = self.dispatcher(
+            x_TD, routing, self.experts, while_tokens_travel
+        )
         return y_TD if shared_TD is None else y_TD + shared_TD, report

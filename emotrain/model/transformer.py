@@ -1,4 +1,5 @@
-"""The language model: embedding, pre-norm blocks of attention and experts, final norm, untied head (spec 1.2)."""
+"""The language model: embedding, pre-norm blocks of attention and experts, final norm, untied
+head (spec 1.2)."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
-from emotrain.model.attention import Attention, DocumentEnds, DocumentMask, documents_of, rotary_table
+from emotrain.model.attention import (
+    Attention,
+    DocumentEnds,
+    DocumentMask,
+    documents_of,
+    rotary_table,
+)
 from emotrain.model.moe import MoELayer
 from emotrain.model.router import LayerRouting, RoutingReport, document_scores
 
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What a forward pass returns. Logits are not among it: losses form them block by block (`Transformer.logits`)."""
+    """What a forward pass returns. Logits are not among it: losses form them block by block
+    (`Transformer.logits`)."""
 
     hidden_TD: Tensor
     """Normed final hidden states."""
@@ -37,8 +45,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         wide, weight = x.to(dtype), self.weight.to(dtype)
-        # On a CPU torch's own falls apart into fifteen passes over x; ours saves 6 % of a training step at d_model 128.
-        y = F.rms_norm(wide, x.shape[-1:], weight, self.eps) if x.is_cuda else _RMSNormOnCPU.apply(wide, weight, self.eps)
+        # On a CPU torch's own falls apart into fifteen passes over x; ours saves 6 % of a training
+        # step at d_model 128.
+        y = (
+            F.rms_norm(wide, x.shape[-1:], weight, self.eps)
+            if x.is_cuda
+            else _RMSNormOnCPU.apply(wide, weight, self.eps)
+        )
         return y.to(x.dtype)
 
 
@@ -47,7 +60,13 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        r = (
+            torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            .square_()
+            .div_(x.shape[-1])
+            .add_(eps)
+            .rsqrt_()
+        )
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
@@ -57,7 +76,8 @@ class _RMSNormOnCPU(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         grad_x = grad * x
         grad_weight = grad_x.flatten(0, -2).t() @ r.flatten()
-        # dr / dx = -r^3 x / width, so that grad_x = r weight grad - x r^3 sum(weight grad x) / width
+        # dr / dx = -r^3 x / width, so that grad_x = r weight grad - x r^3 sum(weight grad x) /
+        # width
         from_r = (grad_x @ weight)[..., None].mul_(r.pow(3)).div_(-x.shape[-1])
         return (grad * weight).mul_(r).addcmul_(x, from_r), grad_weight, None
 
@@ -72,10 +92,20 @@ class Block(nn.Module):
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
         self.moe = MoELayer(config, layer)
 
-    def forward(self, x_BSD: Tensor, batch: PackedBatch, rotary: tuple[Tensor, Tensor], documents: DocumentMask | DocumentEnds | None,
-                pool_size_G: Tensor | None, kept_GN: Tensor | None, z_logits: str) -> tuple[Tensor, LayerRouting | None]:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        batch: PackedBatch,
+        rotary: tuple[Tensor, Tensor],
+        documents: DocumentMask | DocumentEnds | None,
+        pool_size_G: Tensor | None,
+        kept_GN: Tensor | None,
+        z_logits: str,
+    ) -> tuple[Tensor, LayerRouting | None]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents)
-        y_TD, routing = self.moe(self.moe_norm(x_BSD).flatten(0, 1), batch, pool_size_G, kept_GN, z_logits)
+        y_TD, routing = self.moe(
+            self.moe_norm(x_BSD).flatten(0, 1), batch, pool_size_G, kept_GN, z_logits
+        )
         return x_BSD + y_TD.view_as(x_BSD), routing
 
 
@@ -85,25 +115,39 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        # Without nn.Embedding's own random start, which `initialize` replaces and which on the meta device costs a second.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.d_model), freeze=False)
+        # Without nn.Embedding's own random start, which `initialize` replaces and which on the meta
+        # device costs a second.
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.d_model), freeze=False
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(self, batch: PackedBatch, pool_sizes_LG: Tensor | None = None, kept: Sequence[Tensor] | None = None,
-                z_logits: str = "pool", num_layers: int | None = None) -> ModelOutput:
-        """Run the model. It is a pure function of its arguments: nothing depends on train or eval mode.
+    def forward(
+        self,
+        batch: PackedBatch,
+        pool_sizes_LG: Tensor | None = None,
+        kept: Sequence[Tensor] | None = None,
+        z_logits: str = "pool",
+        num_layers: int | None = None,
+    ) -> ModelOutput:
+        """Run the model. It is a pure function of its arguments: nothing depends on train or eval
+        mode.
 
         Args:
-            pool_sizes_LG: pool size of each document in each layer (`draw_pool_sizes`); None means no pool, as at inference.
-            kept: for each layer, the experts that may be used at all: bool [N], or [G, N] for each document its own.
+            pool_sizes_LG: pool size of each document in each layer (`draw_pool_sizes`); None means
+                no pool, as at inference.
+            kept: for each layer, the experts that may be used at all: bool [N], or [G, N] for each
+                document its own.
             z_logits: logits under the router z-loss, those of the `pool` or `all`.
-            num_layers: stop after this many blocks (expert selection needs no more); the hidden states are then those of
-                the last block run.
+            num_layers: stop after this many blocks (expert selection needs no more); the hidden
+                states are then those of the last block run.
         """
         rows, length = batch.tokens_BS.shape
-        rotary = rotary_table(length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device)
+        rotary = rotary_table(
+            length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device
+        )
         documents = documents_of(batch) if self.config.attention.document_mask else None
         x_BSD = self.embedding(batch.tokens_BS)
         if torch.is_autocast_enabled(x_BSD.device.type):
@@ -126,8 +170,12 @@ class Transformer(nn.Module):
         document_T, valid_T = batch.document_T, batch.valid_T
         ones_T1 = torch.ones_like(document_T)[:, None]
         num_tokens = ones_T1.sum() if valid_T is None else valid_T.sum()
-        return RoutingReport(tuple(layers), num_tokens, document_scores(ones_T1, document_T, batch.num_documents)[:, 0],
-                             batch.document_ids_G >= 0)
+        return RoutingReport(
+            tuple(layers),
+            num_tokens,
+            document_scores(ones_T1, document_T, batch.num_documents)[:, 0],
+            batch.document_ids_G >= 0,
+        )
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:
@@ -137,8 +185,8 @@ class Transformer(nn.Module):
         return self
 
     def initial_values(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with the values it starts from: every matrix from a normal distribution cut at three deviations, norms
-        one (spec 1.4).
+        """Each parameter with the values it starts from: every matrix from a normal distribution
+        cut at three deviations, norms one (spec 1.4).
 
         The generator lives on the CPU, so that a seed gives the same weights on every device.
         """
@@ -151,7 +199,8 @@ class Transformer(nn.Module):
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameter counts by part, in total, and active for one token (spec 1.6), without allocating the model.
+    """Parameter counts by part, in total, and active for one token (spec 1.6), without allocating
+    the model.
 
     Routers count as active with all their rows.
     """
@@ -159,11 +208,29 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         model = Transformer(config)
     counts = {"embedding": 0, "head": 0, "attention": 0, "norms": 0, "routers": 0, "experts": 0}
     for name, parameter in model.named_parameters():
-        part = next((part for part, key in (("routers", ".moe.router."), ("experts", ".moe."), ("attention", ".attention."),
-                     ("norms", "norm.weight"), ("embedding", "embedding."), ("head", "head.")) if key in name))
+        part = next(
+            (
+                part
+                for part, key in (
+                    ("routers", ".moe.router."),
+                    ("experts", ".moe."),
+                    ("attention", ".attention."),
+                    ("norms", "norm.weight"),
+                    ("embedding", "embedding."),
+                    ("head", "head."),
+                )
+                if key in name
+            )
+        )
         counts[part] += parameter.numel()
     one_expert = 3 * config.d_model * config.experts.hidden
-    idle = sum(max(0, config.experts_in_layer(layer) - config.experts.per_token) for layer in range(config.num_layers))
+    idle = sum(
+        max(0, config.experts_in_layer(layer) - config.experts.per_token)
+        for layer in range(config.num_layers)
+    )
     total = sum(counts.values())
-    return {**{f"{part}_parameters": count for part, count in counts.items()},
-            "total_parameters": total, "active_parameters": total - idle * one_expert}
+    return {
+        **{f"{part}_parameters": count for part, count in counts.items()},
+        "total_parameters": total,
+        "active_parameters": total - idle * one_expert,
+    }

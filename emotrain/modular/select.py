@@ -1,8 +1,9 @@
-"""Which experts a domain keeps: a few of its documents in, a subset of each layer's experts out (spec 7.3).
+"""Which experts a domain keeps: a few of its documents in, a subset of each layer's experts out
+(spec 7.3).
 
-A subset is a bool mask over routed experts, one a layer; shared experts always stay. Every function here works on all
-groups of documents (domains) at once: since `Transformer.forward` takes a mask for each document, one pass serves them
-all. Two letters besides those of the package:
+A subset is a bool mask over routed experts, one a layer; shared experts always stay. Every function
+here works on all groups of documents (domains) at once: since `Transformer.forward` takes a mask
+for each document, one pass serves them all. Two letters besides those of the package:
 
     U  documents of a data set, numbered by the `document_ids_G` of its batches
     J  groups of documents, here domains
@@ -24,7 +25,8 @@ Subsets = tuple[Tensor, ...]
 """For each layer, bool [J, N]: the routed experts that each group keeps."""
 
 Track = Callable[[Sequence[PackedBatch], str], Iterable[PackedBatch]]
-"""Passes batches through and shows how far one got: (batches, what is being done) -> the same batches."""
+"""Passes batches through and shows how far one got: (batches, what is being done) -> the same
+batches."""
 
 
 def untracked(batches: Sequence[PackedBatch], _description: str) -> Iterable[PackedBatch]:
@@ -33,29 +35,50 @@ def untracked(batches: Sequence[PackedBatch], _description: str) -> Iterable[Pac
 
 
 def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
-    """Experts that a layer keeps, for each layer, shared ones included: the fraction of its experts, rounded.
+    """Experts that a layer keeps, for each layer, shared ones included: the fraction of its
+    experts, rounded.
 
-    Never fewer than the shared experts and one routed one. Layers without routed experts stay as they are.
+    Never fewer than the shared experts and one routed one. Layers without routed experts stay as
+    they are.
 
     Raises:
         ValueError: a fraction outside (0, 1], or a dense model.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"keep={fraction:g} is not a share of the experts; give numbers above 0 and up to 1, for example 0.25")
-    shared, all_experts = config.experts.shared, [config.experts_in_layer(layer) for layer in range(config.num_layers)]
+        raise ValueError(
+            f"keep={fraction:g} is not a share of the experts; give numbers above 0 and up to 1, "
+            f"for example 0.25"
+        )
+    shared, all_experts = (
+        config.experts.shared,
+        [config.experts_in_layer(layer) for layer in range(config.num_layers)],
+    )
     if all(count == shared for count in all_experts):
-        raise ValueError("the model is dense: it has no routed experts to choose from; use a model with model.experts.count "
-                         "above model.experts.shared")
-    return tuple(count if count == shared else max(shared + 1, round(fraction * count)) for count in all_experts)
+        raise ValueError(
+            "the model is dense: it has no routed experts to choose from; use a model with "
+            "model.experts.count "
+            "above model.experts.shared"
+        )
+    return tuple(
+        count if count == shared else max(shared + 1, round(fraction * count))
+        for count in all_experts
+    )
 
 
 @torch.no_grad()
-def greedy_select(model: Transformer, batches: Sequence[PackedBatch], document_group_U: Tensor, num_groups: int,
-                  counts: Sequence[int], track: Track = untracked) -> Subsets:
-    """The published selection: layer by layer, keep the experts that a group's tokens give the most routing probability.
+def greedy_select(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    document_group_U: Tensor,
+    num_groups: int,
+    counts: Sequence[int],
+    track: Track = untracked,
+) -> Subsets:
+    """The published selection: layer by layer, keep the experts that a group's tokens give the most
+    routing probability.
 
-    While a layer is ranked, the layers below it already run with the experts that each group keeps, so that it is ranked
-    on the hidden states it will see. Ties go to the lower index.
+    While a layer is ranked, the layers below it already run with the experts that each group keeps,
+    so that it is ranked on the hidden states it will see. Ties go to the lower index.
 
     Args:
         batches: calibration documents; padding is left out of the scores.
@@ -69,18 +92,25 @@ def greedy_select(model: Transformer, batches: Sequence[PackedBatch], document_g
     device, shared = model.head.weight.device, model.config.experts.shared
     subsets: list[Tensor] = []
     for layer, count in enumerate(counts):
-        chosen_JN = torch.ones(num_groups, model.config.routed_in_layer(layer), dtype=torch.bool, device=device)
+        chosen_JN = torch.ones(
+            num_groups, model.config.routed_in_layer(layer), dtype=torch.bool, device=device
+        )
         if count < model.config.experts_in_layer(layer):
             tracked = track(batches, f"ranking experts of layer {layer + 1}/{len(counts)}")
             probability_JN = mean_routing(model, tracked, document_group_U, (*subsets, chosen_JN))
-            chosen_JN = select_pool(probability_JN, torch.full((num_groups,), count - shared, device=device))
+            chosen_JN = select_pool(
+                probability_JN, torch.full((num_groups,), count - shared, device=device)
+            )
         subsets.append(chosen_JN)
     return tuple(subsets)
 
 
 @torch.no_grad()
-def mean_routing(model: Transformer, batches: Iterable[PackedBatch], document_group_U: Tensor, subsets: Subsets) -> Tensor:
-    """Mean routing probability of each group's tokens in the layer of the last mask -> float64 [J, N].
+def mean_routing(
+    model: Transformer, batches: Iterable[PackedBatch], document_group_U: Tensor, subsets: Subsets
+) -> Tensor:
+    """Mean routing probability of each group's tokens in the layer of the last mask -> float64 [J,
+    N].
 
     Only as many layers run as there are masks.
 
@@ -94,19 +124,28 @@ def mean_routing(model: Transformer, batches: Iterable[PackedBatch], document_gr
     for batch in batches:
         batch = batch.to(device)
         group_G = group_of_documents(batch, document_group_U)
-        routing = model(batch, kept=[mask_JN[group_G] for mask_JN in subsets], num_layers=len(subsets)).routing
+        routing = model(
+            batch, kept=[mask_JN[group_G] for mask_JN in subsets], num_layers=len(subsets)
+        ).routing
         # Padding scores nothing already; its tokens must not count either.
         tokens_G1 = (routing.document_tokens_G * routing.real_G)[:, None].double()
-        score_JN += document_scores(routing.layers[-1].document_scores_GN.double(), group_G, len(score_JN))
+        score_JN += document_scores(
+            routing.layers[-1].document_scores_GN.double(), group_G, len(score_JN)
+        )
         tokens_J1 += document_scores(tokens_G1, group_G, len(score_JN))
     empty = (tokens_J1[:, 0] == 0).nonzero()[:, 0].tolist()
     if empty:
-        raise ValueError(f"group {empty[0]} has no calibration tokens; give at least one document of each group")
+        raise ValueError(
+            f"group {empty[0]} has no calibration tokens; give at least one document of each group"
+        )
     return score_JN / tokens_J1
 
 
-def random_select(config: ModelConfig, num_groups: int, counts: Sequence[int], seed: int) -> Subsets:
-    """Control: for each group and layer a subset drawn uniformly, on the CPU. Of one seed, the smaller lies in the larger.
+def random_select(
+    config: ModelConfig, num_groups: int, counts: Sequence[int], seed: int
+) -> Subsets:
+    """Control: for each group and layer a subset drawn uniformly, on the CPU. Of one seed, the
+    smaller lies in the larger.
 
     Raises:
         ValueError: counts that the model cannot keep.
@@ -114,36 +153,49 @@ def random_select(config: ModelConfig, num_groups: int, counts: Sequence[int], s
     check_counts(config, counts)
     generator = torch.Generator().manual_seed(seed)
     return tuple(
-        select_pool(torch.rand(num_groups, config.routed_in_layer(layer), generator=generator),
-                    torch.full((num_groups,), count - config.experts.shared))
-        for layer, count in enumerate(counts))
+        select_pool(
+            torch.rand(num_groups, config.routed_in_layer(layer), generator=generator),
+            torch.full((num_groups,), count - config.experts.shared),
+        )
+        for layer, count in enumerate(counts)
+    )
 
 
 def cross_domain(subsets: Subsets, shift: int = 1) -> Subsets:
-    """Control: each group gets the experts chosen for the group `shift` places after it, round the end.
+    """Control: each group gets the experts chosen for the group `shift` places after it, round the
+    end.
 
     Raises:
         ValueError: a shift that gives groups their own experts.
     """
     num_groups = len(subsets[0])
     if shift % num_groups == 0:
-        raise ValueError(f"shift={shift} gives each of {num_groups} groups its own experts; use 1 to {num_groups - 1}, with two groups "
-                         f"or more")
+        raise ValueError(
+            f"shift={shift} gives each of {num_groups} groups its own experts; use 1 to "
+            f"{num_groups - 1}, with two groups "
+            f"or more"
+        )
     return tuple(mask_JN.roll(-shift, 0) for mask_JN in subsets)
 
 
 def group_of_documents(batch: PackedBatch, document_group_U: Tensor) -> Tensor:
-    """int64 [G]: the group of each document of a batch. Padding, which scores nothing, counts to that of document 0."""
+    """int64 [G]: the group of each document of a batch. Padding, which scores nothing, counts to
+    that of document 0."""
     return document_group_U[batch.document_ids_G.clamp(min=0)]
 
 
 def check_counts(config: ModelConfig, counts: Sequence[int]) -> None:
     """Refuse counts of kept experts (shared ones included) that the model cannot have."""
     if len(counts) != config.num_layers:
-        raise ValueError(f"{len(counts)} counts of kept experts for {config.num_layers} layers; give one a layer")
+        raise ValueError(
+            f"{len(counts)} counts of kept experts for {config.num_layers} layers; give one a layer"
+        )
     for layer, count in enumerate(counts):
         most = config.experts_in_layer(layer)
         least = min(most, config.experts.shared + 1)
         if not least <= count <= most:
-            raise ValueError(f"layer {layer} cannot keep {count} of its {most} experts; keep {least} to {most}, which counts "
-                             f"{config.experts.shared} shared")
+            raise ValueError(
+                f"layer {layer} cannot keep {count} of its {most} experts; keep {least} to {most}, "
+                f"which counts "
+                f"{config.experts.shared} shared"
+            )

@@ -9,9 +9,10 @@
         tokenizer.json                    of the training data, where it has one
         manifest.json                     size and sha256 of each of the above, written last
 
-Every rank writes its own files into a hidden staging folder beside the others and flushes them to disk; the first rank adds the
-rest and renames the folder. Whoever dies at whatever moment leaves either a whole checkpoint or one that no reader looks at.
-No file is a pickle. Several nodes must share the file system that RUN_DIR is on.
+Every rank writes its own files into a hidden staging folder beside the others and flushes them to
+disk; the first rank adds the rest and renames the folder. Whoever dies at whatever moment leaves
+either a whole checkpoint or one that no reader looks at. No file is a pickle. Several nodes must
+share the file system that RUN_DIR is on.
 """
 
 from __future__ import annotations
@@ -40,8 +41,16 @@ from torch import Tensor
 from emotrain.config import Config, load_config, save_config
 from emotrain.files import flush_to_disk, sha256_of
 from emotrain.model.transformer import Transformer
-from emotrain.training.tensor_files import (INDEX, StoredTensors, TensorFilesWriter, TensorPart, WrittenFile, load_parts, read_index,
-                                            save_parts)
+from emotrain.training.tensor_files import (
+    INDEX,
+    StoredTensors,
+    TensorFilesWriter,
+    TensorPart,
+    WrittenFile,
+    load_parts,
+    read_index,
+    save_parts,
+)
 
 log = logging.getLogger("emotrain")
 
@@ -64,7 +73,8 @@ class TrainingState:
     tokens: int
     """Tokens seen."""
     data_fingerprint: str
-    """Of the data set and its sequence length: a checkpoint goes on only with the data it was trained on."""
+    """Of the data set and its sequence length: a checkpoint goes on only with the data it was
+    trained on."""
     seed: int
     """Seed of data order and pool sizes."""
     global_batch: int
@@ -86,7 +96,8 @@ class Written:
     path: Path
     step: int
     snapshot_s: float
-    """Seconds for which training stood still: the copy to host memory, or the whole write where it is not asynchronous."""
+    """Seconds for which training stood still: the copy to host memory, or the whole write where
+    it is not asynchronous."""
     write_s: float
     """Seconds from then until the folder had its name; of this rank, which waits for the others."""
     bytes: int
@@ -94,51 +105,85 @@ class Written:
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, one at a time. A context manager: leaving it waits for the last one.
+    """Writes the checkpoints of a run, one at a time. A context manager: leaving it waits for the
+    last one.
 
-    All ranks construct it and call it alike. While it is asynchronous, `save` returns after the copy of this rank's parts to host
-    memory (kept for the next one), and a thread does the rest; its collectives have a process group of their own.
+    All ranks construct it and call it alike. While it is asynchronous, `save` returns after the
+    copy of this rank's parts to host memory (kept for the next one), and a thread does the rest;
+    its collectives have a process group of their own.
     """
 
-    def __init__(self, run_dir: Path, keep: int = 0, asynchronous: bool = False, on_error: str = "stop", timeout_s: float = 1800,
-                 alone: bool = False):
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int = 0,
+        asynchronous: bool = False,
+        on_error: str = "stop",
+        timeout_s: float = 1800,
+        alone: bool = False,
+    ):
         """
         Args:
             keep: how many of the newest checkpoints stay; 0 keeps all.
-            on_error: what a full disk or an unwritable folder does: `stop` raises OSError on every rank, from the next `save`
-                or `wait`; `warn` logs one line.
+            on_error: what a full disk or an unwritable folder does: `stop` raises OSError on every
+                rank, from the next `save` or `wait`; `warn` logs one line.
             timeout_s: how long a rank waits for the files of the others before it raises.
             alone: whether only this process of several writes, because it holds the whole model.
         """
-        self.run_dir, self.keep, self.asynchronous, self.on_error = Path(run_dir), keep, asynchronous, on_error
+        self.run_dir, self.keep, self.asynchronous, self.on_error = (
+            Path(run_dir),
+            keep,
+            asynchronous,
+            on_error,
+        )
         self.last: Written | None = None
         """The newest checkpoint that this writer has finished."""
         self._group = None
         if not alone and dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="checkpoints")
+            self._group = dist.new_group(
+                backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="checkpoints"
+            )
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
-    def save(self, model: Transformer, optimizer: torch.optim.Optimizer, config: Config, state: TrainingState,
-             tokenizer: Path | None = None) -> None:
-        """Begin a checkpoint, after the one before is done; finish it too where the writer is not asynchronous.
+    def save(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        state: TrainingState,
+        tokenizer: Path | None = None,
+    ) -> None:
+        """Begin a checkpoint, after the one before is done; finish it too where the writer is not
+        asynchronous.
 
         Raises:
-            OSError: this one (or, asynchronous, the one before) could not be written; older ones are untouched.
+            OSError: this one (or, asynchronous, the one before) could not be written; older ones
+                are untouched.
         """
         self.save_parts(*_parts(model, optimizer), config, state, tokenizer)
 
-    def save_parts(self, parts: dict[str, TensorPart], num_updates: int, config: Config, state: TrainingState,
-                   tokenizer: Path | None = None) -> None:
-        """As `save`, of this rank's parts of parameters and moments, and AdamW's count of updates."""
+    def save_parts(
+        self,
+        parts: dict[str, TensorPart],
+        num_updates: int,
+        config: Config,
+        state: TrainingState,
+        tokenizer: Path | None = None,
+    ) -> None:
+        """As `save`, of this rank's parts of parameters and moments, and AdamW's count of
+        updates."""
         self.wait()
         started = time.perf_counter()
         if self.asynchronous:
             parts = self._copy_to_host(parts)
-        write = partial(self._write, parts, config, state, num_updates, tokenizer, time.perf_counter() - started)
+        write = partial(
+            self._write, parts, config, state, num_updates, tokenizer, time.perf_counter() - started
+        )
         if self.asynchronous:
-            # A daemon, so that a second Ctrl-C ends the process; `wait` is what lets a write finish.
+            # A daemon, so that a second Ctrl-C ends the process; `wait` is what lets a write
+            # finish.
             self._thread = threading.Thread(target=write, name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -162,7 +207,12 @@ class CheckpointWriter:
     def __enter__(self) -> typing.Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         try:
             self.wait()
         except Exception as own:
@@ -175,7 +225,9 @@ class CheckpointWriter:
         for name, part in parts.items():
             host = self._host.get(name)
             if host is None or host.shape != part.local.shape or host.dtype != part.local.dtype:
-                host = self._host[name] = torch.empty(part.local.shape, dtype=part.local.dtype, pin_memory=part.local.is_cuda)
+                host = self._host[name] = torch.empty(
+                    part.local.shape, dtype=part.local.dtype, pin_memory=part.local.is_cuda
+                )
             host.copy_(part.local, non_blocking=True)
             on_gpu |= part.local.is_cuda
             copies[name] = replace(part, local=host)
@@ -183,26 +235,48 @@ class CheckpointWriter:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, parts: Mapping[str, TensorPart], config: Config, state: TrainingState, num_updates: int, tokenizer: Path | None,
-               snapshot_s: float) -> None:
+    def _write(
+        self,
+        parts: Mapping[str, TensorPart],
+        config: Config,
+        state: TrainingState,
+        num_updates: int,
+        tokenizer: Path | None,
+        snapshot_s: float,
+    ) -> None:
         """Write one checkpoint; its outcome, the same on every rank, goes to `last` or `_error`."""
         started = time.perf_counter()
-        folder = _StagedFolder(self.run_dir / "checkpoints" / f"step-{state.step:08d}", config, state, num_updates, tokenizer, self.keep)
+        folder = _StagedFolder(
+            self.run_dir / "checkpoints" / f"step-{state.step:08d}",
+            config,
+            state,
+            num_updates,
+            tokenizer,
+            self.keep,
+        )
         is_first = self._group is None or dist.get_rank(self._group) == 0
         try:
-            save_parts(parts, TensorFilesWriter(folder.staging, folder.begin, folder.commit), self._group)
+            save_parts(
+                parts, TensorFilesWriter(folder.staging, folder.begin, folder.commit), self._group
+            )
         except OSError as error:
             reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
             if is_first:
                 shutil.rmtree(folder.staging, ignore_errors=True)
             whole = list_checkpoints(self.run_dir)
-            last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
+            last = (
+                f"the last whole checkpoint is {whole[-1]}"
+                if whole
+                else "there is no earlier checkpoint"
+            )
             failure = f"{folder.target}: could not be written ({reason}); {last}"
             if self.on_error == "stop":
-                self._error = OSError(f"{failure}; free space or choose another training.run_dir, and start again")
+                self._error = OSError(
+                    f"{failure}; free space or choose another training.run_dir, and start again"
+                )
             elif is_first:
                 log.warning("%s; training goes on (training.on_checkpoint_error=warn)", failure)
-        except BaseException as error:  # noqa: BLE001 - a thread's error is raised by `wait`
+        except BaseException as error:
             if is_first:
                 shutil.rmtree(folder.staging, ignore_errors=True)
             self._error = error
@@ -212,13 +286,20 @@ class CheckpointWriter:
                 snapshot_s += write_s
             self.last = Written(folder.target, state.step, snapshot_s, write_s, folder.bytes)
             if is_first:
-                log.info("checkpoint %s: %.1f MB, training waited %.2f s, written in %.2f s (%.0f MB/s)", folder.target, folder.bytes / 1e6,
-                         snapshot_s, write_s, folder.bytes / 1e6 / max(write_s, 1e-9))
+                log.info(
+                    "checkpoint %s: %.1f MB, training waited %.2f s, written in %.2f s (%.0f MB/s)",
+                    folder.target,
+                    folder.bytes / 1e6,
+                    snapshot_s,
+                    write_s,
+                    folder.bytes / 1e6 / max(write_s, 1e-9),
+                )
 
 
 @dataclass
 class _StagedFolder:
-    """The folder of one checkpoint, on the first rank: what happens before and after all ranks have written their tensors."""
+    """The folder of one checkpoint, on the first rank: what happens before and after all ranks
+    have written their tensors."""
 
     target: Path
     config: Config
@@ -241,15 +322,24 @@ class _StagedFolder:
             shutil.rmtree(leftover)
         free = shutil.disk_usage(root).free
         if free < num_bytes:
-            raise OSError(errno.ENOSPC, f"it needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free")
+            raise OSError(
+                errno.ENOSPC,
+                f"it needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free",
+            )
         self.staging.mkdir()
 
     def commit(self, files: list[WrittenFile], index: dict[str, Any]) -> None:
         """Add what is not a tensor, and give the folder its name."""
         staging, manifest = self.staging, {}
         for file in files:
-            if not (staging / file.name).is_file() or (staging / file.name).stat().st_size != file.bytes:
-                raise OSError(f"{file.name}, which another process wrote, is not seen by the first one: all nodes must share this folder")
+            if (
+                not (staging / file.name).is_file()
+                or (staging / file.name).stat().st_size != file.bytes
+            ):
+                raise OSError(
+                    f"{file.name}, which another process wrote, is not seen by the first one: all "
+                    f"nodes must share this folder"
+                )
             manifest[file.name] = {"bytes": file.bytes, "sha256": file.sha256}
         (staging / INDEX).write_text(json.dumps(index, separators=(",", ":")), encoding="utf-8")
         save_config(self.config, staging / "config.yaml")
@@ -261,11 +351,14 @@ class _StagedFolder:
             if file.name not in manifest:
                 flush_to_disk(file)
                 manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        (staging / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1), encoding="utf-8")
+        (staging / MANIFEST).write_text(
+            json.dumps({"format": FORMAT, "files": manifest}, indent=1), encoding="utf-8"
+        )
         flush_to_disk(staging / MANIFEST)
         flush_to_disk(staging)
         if self.target.exists():
-            # Only a run that went back to an earlier checkpoint comes here a second time, and it still has the earlier one.
+            # Only a run that went back to an earlier checkpoint comes here a second time, and it
+            # still has the earlier one.
             _remove(self.target)
         os.rename(staging, self.target)
         flush_to_disk(self.target.parent)
@@ -273,17 +366,31 @@ class _StagedFolder:
 
     def _prune(self) -> None:
         """Remove checkpoints of earlier steps, now that this one is whole."""
-        older = [path for path in list_checkpoints(self.target.parents[1]) if path.name < self.target.name]
+        older = [
+            path
+            for path in list_checkpoints(self.target.parents[1])
+            if path.name < self.target.name
+        ]
         try:
-            for path in older[:max(0, len(older) + 1 - self.keep)] if self.keep else []:
+            for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
                 _remove(path)
         except OSError as error:
-            log.warning("%s: an old checkpoint could not be removed (%s)", path, error.strerror or error)
+            log.warning(
+                "%s: an old checkpoint could not be removed (%s)", path, error.strerror or error
+            )
 
 
-def save(run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer, config: Config, state: TrainingState,
-         tokenizer: Path | None = None, keep: int = 0) -> Path:
-    """Write a checkpoint of a model that this process holds alone; see `CheckpointWriter`. Returns its folder."""
+def save(
+    run_dir: Path,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    config: Config,
+    state: TrainingState,
+    tokenizer: Path | None = None,
+    keep: int = 0,
+) -> Path:
+    """Write a checkpoint of a model that this process holds alone; see `CheckpointWriter`.
+    Returns its folder."""
     writer = CheckpointWriter(run_dir, keep, alone=True)
     writer.save(model, optimizer, config, state, tokenizer)
     return writer.last.path
@@ -291,13 +398,21 @@ def save(run_dir: Path, model: Transformer, optimizer: torch.optim.Optimizer, co
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    found = [
+        path
+        for path in (Path(run_dir) / "checkpoints").glob("step-*")
+        if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
+    ]
     return sorted(found)
 
 
 def list_leftovers(run_dir: Path) -> list[Path]:
     """What killed processes have left among the checkpoints of a run. The next save removes it."""
-    return sorted(path for path in (Path(run_dir) / "checkpoints").glob(".step-*") if LEFTOVER.fullmatch(path.name))
+    return sorted(
+        path
+        for path in (Path(run_dir) / "checkpoints").glob(".step-*")
+        if LEFTOVER.fullmatch(path.name)
+    )
 
 
 def find(path: str | Path) -> Path:
@@ -311,8 +426,11 @@ def find(path: str | Path) -> Path:
         return path
     found = list_checkpoints(path)
     if not found:
-        raise FileNotFoundError(f"{path}: no checkpoint here; give a folder like RUN_DIR/checkpoints/step-00001000, or a RUN_DIR "
-                                f"that has one")
+        raise FileNotFoundError(
+            f"{path}: no checkpoint here; give a folder like RUN_DIR/checkpoints/step-00001000, or "
+            f"a RUN_DIR "
+            f"that has one"
+        )
     return found[-1]
 
 
@@ -325,27 +443,37 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']!r} is not {FORMAT}, the one this version reads")
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+            raise ValueError(
+                f"format {manifest['format']!r} is not {FORMAT}, the one this version reads"
+            )
+        entries = {
+            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
+        }
         for name, (size, digest) in entries.items():
             if type(size) is not int or not isinstance(digest, str):
                 raise ValueError(f"size and checksum of {name!r} are {size!r} and {digest!r}")
             if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
                 raise ValueError(f"{name!r} is not the name of a file in it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: its {MANIFEST} is not readable ({error}); use another checkpoint") from None
+        raise ValueError(
+            f"{path}: its {MANIFEST} is not readable ({error}); use another checkpoint"
+        ) from None
     for name in (INDEX, "state.json", "config.yaml"):
         if name not in entries:
             raise ValueError(f"{path}: {name} is not in its {MANIFEST}; use another checkpoint")
     return entries
 
 
-def verify(path: Path, hashed: Callable[[list[str]], Iterable[str]] = lambda names: names,
-           track: Callable[[int], object] = lambda num_bytes: None) -> StoredTensors:
+def verify(
+    path: Path,
+    hashed: Callable[[list[str]], Iterable[str]] = lambda names: names,
+    track: Callable[[int], object] = lambda num_bytes: None,
+) -> StoredTensors:
     """Check every file of a checkpoint against its manifest. Returns where its tensors lie.
 
     Args:
-        hashed: picks those of the named files whose contents are read, all by default; sizes are checked of all.
+        hashed: picks those of the named files whose contents are read, all by default; sizes are
+            checked of all.
         track: told the bytes of each file that was read.
 
     Raises:
@@ -357,10 +485,16 @@ def verify(path: Path, hashed: Callable[[list[str]], Iterable[str]] = lambda nam
         if file.is_symlink() or not file.is_file():
             raise ValueError(f"{path}: {name} is missing; use another checkpoint")
         if file.stat().st_size != size:
-            raise ValueError(f"{file}: {file.stat().st_size} bytes where {size} were written; use another checkpoint")
+            raise ValueError(
+                f"{file}: {file.stat().st_size} bytes where {size} were written; use another "
+                f"checkpoint"
+            )
     for name in hashed(sorted(entries)):
         if sha256_of(path / name) != entries[name][1]:
-            raise ValueError(f"{path / name}: contents differ from the checksum in {MANIFEST}; use another checkpoint")
+            raise ValueError(
+                f"{path / name}: contents differ from the checksum in {MANIFEST}; use another "
+                f"checkpoint"
+            )
         track(entries[name][0])
     return read_index(path, entries)
 
@@ -371,13 +505,16 @@ def load_state(path: Path) -> TrainingState:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Config, Transformer]:
-    """Configuration and model of a checkpoint of any layout, in this process alone. Files of the optimizer are not read.
+    """Configuration and model of a checkpoint of any layout, in this process alone. Files of the
+    optimizer are not read.
 
     Args:
         path: a checkpoint folder, or a run folder (then its newest checkpoint).
     """
     folder = find(path)
-    stored = verify(folder, lambda names: [name for name in names if not name.startswith("optimizer-")])
+    stored = verify(
+        folder, lambda names: [name for name in names if not name.startswith("optimizer-")]
+    )
     config = load_config(folder / "config.yaml")
     with torch.device("meta"):
         model = Transformer(config.model)
@@ -389,20 +526,28 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Co
 
 
 def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
-    """Load a checkpoint of any layout into a model and its optimizer of any layout, in place and bit for bit.
+    """Load a checkpoint of any layout into a model and its optimizer of any layout, in place and
+    bit for bit.
 
-    With a process group of several ranks all of them must call this; each checks the checksums of a share of the files.
+    With a process group of several ranks all of them must call this; each checks the checksums of a
+    share of the files.
 
     Raises:
-        ValueError: damaged, or of another shape than the model; names the first parameter that differs. On all ranks alike.
+        ValueError: damaged, or of another shape than the model; names the first parameter that
+            differs. On all ranks alike.
     """
     moments: dict[str, Tensor] = {}
 
     def wanted(num_updates: int) -> dict[str, TensorPart]:
         if num_updates:
             for name, parameter in model.named_parameters():
-                moments.update({f"{moment}.{name}": torch.zeros_like(parameter) for moment in MOMENTS})
-        return {name: TensorPart.of(tensor) for name, tensor in [*model.named_parameters(), *moments.items()]}
+                moments.update(
+                    {f"{moment}.{name}": torch.zeros_like(parameter) for moment in MOMENTS}
+                )
+        return {
+            name: TensorPart.of(tensor)
+            for name, tensor in [*model.named_parameters(), *moments.items()]
+        }
 
     state, num_updates = restore_parts(path, wanted)
     for name, parameter in model.named_parameters():
@@ -410,13 +555,18 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
         if num_updates:
             # AdamW keeps its step counts where the fused kernel reads them: beside the parameter.
             step = torch.tensor(float(num_updates), device=parameter.device)
-            optimizer.state[parameter] = {"step": step, **{moment: moments[f"{moment}.{name}"] for moment in MOMENTS}}
+            optimizer.state[parameter] = {
+                "step": step,
+                **{moment: moments[f"{moment}.{name}"] for moment in MOMENTS},
+            }
     return state
 
 
-def restore_parts(path: Path, wanted: Callable[[int], dict[str, TensorPart]]) -> tuple[TrainingState, int]:
-    """Fill the parts that `wanted` names for AdamW's count of updates: parameters, and moments where it is not 0; see `restore`.
-    Returns the training state and that count."""
+def restore_parts(
+    path: Path, wanted: Callable[[int], dict[str, TensorPart]]
+) -> tuple[TrainingState, int]:
+    """Fill the parts that `wanted` names for AdamW's count of updates: parameters, and moments
+    where it is not 0; see `restore`. Returns the training state and that count."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
 
@@ -432,8 +582,11 @@ def restore_parts(path: Path, wanted: Callable[[int], dict[str, TensorPart]]) ->
     return state, num_updates
 
 
-def _parts(model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[dict[str, TensorPart], int]:
-    """This rank's parts of parameters and moments, and how often AdamW has updated them: as often each, or never."""
+def _parts(
+    model: Transformer, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, TensorPart], int]:
+    """This rank's parts of parameters and moments, and how often AdamW has updated them: as
+    often each, or never."""
     parameters = dict(model.named_parameters())
     parts = {name: TensorPart.of(parameter) for name, parameter in parameters.items()}
     if not any(optimizer.state.get(parameter) for parameter in parameters.values()):
@@ -442,17 +595,24 @@ def _parts(model: Transformer, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
-            raise ValueError(f"{name} has never been updated though others have: give it a gradient, if of zeros, or freeze no parameter")
+            raise ValueError(
+                f"{name} has never been updated though others have: give it a gradient, if of "
+                f"zeros, or freeze no parameter"
+            )
         parts.update({f"{moment}.{name}": TensorPart.of(state[moment]) for moment in MOMENTS})
         steps.append(state["step"])
     counts = torch.stack(steps).unique().tolist()
     if len(counts) > 1:
-        raise ValueError(f"parameters have been updated {counts} times: all must be updated at every step to be saved")
+        raise ValueError(
+            f"parameters have been updated {counts} times: all must be updated at every step to be "
+            f"saved"
+        )
     return parts, int(counts[0])
 
 
 def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
-    """The result of `check`, unless it failed on any rank: then all raise what the first of them met."""
+    """The result of `check`, unless it failed on any rank: then all raise what the first of them
+    met."""
     result, failure = None, None
     try:
         result = check()
@@ -469,7 +629,9 @@ def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
 
 def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
     if difference := stored.mismatch(parts):
-        raise ValueError(f"{path}: {difference}; use the configuration the checkpoint was written with")
+        raise ValueError(
+            f"{path}: {difference}; use the configuration the checkpoint was written with"
+        )
 
 
 def _read_state(path: Path) -> tuple[TrainingState, int]:
@@ -483,7 +645,9 @@ def _read_state(path: Path) -> tuple[TrainingState, int]:
                 raise ValueError(f"{name}={value!r} is not of type {kind.__name__}")
         return TrainingState(**values), num_updates
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}/state.json is not readable ({error}); use another checkpoint") from None
+        raise ValueError(
+            f"{path}/state.json is not readable ({error}); use another checkpoint"
+        ) from None
 
 
 def _remove(checkpoint: Path) -> None:

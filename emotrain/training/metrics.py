@@ -1,4 +1,5 @@
-"""What a run reports: one JSON object a line in RUN_DIR/metrics.jsonl, the same to TensorBoard, and a progress bar."""
+"""What a run reports: one JSON object a line in RUN_DIR/metrics.jsonl, the same to TensorBoard,
+and a progress bar."""
 
 from __future__ import annotations
 
@@ -26,10 +27,12 @@ PEAK_TFLOPS_BF16 = {"H100 PCIe": 756.0, "H100": 989.4, "H200": 989.4, "A100": 31
 
 @torch.no_grad()
 def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str, Any]:
-    """Routing statistics of one step over all its micro-batches and ranks (a reader of `RoutingReport`, spec 6.2).
+    """Routing statistics of one step over all its micro-batches and ranks (a reader of
+    `RoutingReport`, spec 6.2).
 
-    Per layer: `load_imbalance` = max / mean load, `dead_experts` without a single slot, `token_entropy_nats`,
-    `effective_experts` = exp(entropy of a document's mean routing), mean over documents, and pool sizes.
+    Per layer: `load_imbalance` = max / mean load, `dead_experts` without a single slot,
+    `token_entropy_nats`, `effective_experts` = exp(entropy of a document's mean routing), mean over
+    documents, and pool sizes.
     """
     num_layers = len(reports[0].layers)
     if not num_layers:
@@ -49,16 +52,35 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
             if part.pool_size_G is not None:
                 size_G = part.pool_size_G.clamp(max=scores_GN.shape[1]).double()
                 document_sums[2] += torch.where(real_G, size_G, 0).sum()
-                spread = torch.stack([torch.where(real_G, -size_G, -torch.inf).max(), torch.where(real_G, size_G, -torch.inf).max()])
+                spread = torch.stack(
+                    [
+                        torch.where(real_G, -size_G, -torch.inf).max(),
+                        torch.where(real_G, size_G, -torch.inf).max(),
+                    ]
+                )
                 extremes = torch.maximum(extremes, spread)
         entropy = sum(part.entropy_sum.double() for part in parts)[None]
         tokens = sum(report.num_tokens.double() for report in reports)[None]
-        sums.append(torch.cat([sum(part.counts_N for part in parts).double(), entropy, tokens, document_sums]))
+        sums.append(
+            torch.cat(
+                [sum(part.counts_N for part in parts).double(), entropy, tokens, document_sums]
+            )
+        )
         lows_highs.append(extremes)
     flat = ranks.sum(torch.cat(sums)).cpu()
     extremes_L2 = ranks.maximum(torch.stack(lows_highs)).cpu()
-    metrics: dict[str, Any] = {key: [] for key in ("load_imbalance", "dead_experts", "token_entropy_nats", "effective_experts",
-                                                   "pool_size_mean", "pool_size_min", "pool_size_max")}
+    metrics: dict[str, Any] = {
+        key: []
+        for key in (
+            "load_imbalance",
+            "dead_experts",
+            "token_entropy_nats",
+            "effective_experts",
+            "pool_size_mean",
+            "pool_size_min",
+            "pool_size_max",
+        )
+    }
     for layer, values in enumerate(flat.split([len(s) for s in sums])):
         counts_N, (entropy, tokens, effective, documents, pool) = values[:-5], values[-5:].tolist()
         metrics["load_imbalance"].append((counts_N.max() / counts_N.mean().clamp(min=1e-30)).item())
@@ -73,11 +95,15 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
 
 
 def flops_per_token(config: Config) -> float:
-    """FLOPs of forward and backward for one token: 6 per active parameter outside the input embedding, and
-    12 * L * D * S / 2 for causal attention over a whole sequence (documents cut it shorter; not subtracted)."""
+    """FLOPs of forward and backward for one token: 6 per active parameter outside the input
+    embedding, and 12 * L * D * S / 2 for causal attention over a whole sequence (documents cut
+    it shorter; not subtracted)."""
     counts = parameter_counts(config.model)
     matmul = counts["active_parameters"] - counts["embedding_parameters"]
-    return 6.0 * matmul + 6.0 * config.model.num_layers * config.model.d_model * config.data.sequence_length
+    return (
+        6.0 * matmul
+        + 6.0 * config.model.num_layers * config.model.d_model * config.data.sequence_length
+    )
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:
@@ -103,7 +129,8 @@ def peak_memory_gib(device: torch.device) -> float:
 class MetricsWriter:
     """Appends metrics to RUN_DIR/metrics.jsonl and TensorBoard. Only the first rank writes.
 
-    A resumed run goes on from the checkpoint's step: lines after it are removed, so that each step stands once.
+    A resumed run goes on from the checkpoint's step: lines after it are removed, so that each step
+    stands once.
     """
 
     def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
@@ -115,7 +142,9 @@ class MetricsWriter:
                     if json.loads(line)["step"] <= start_step:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
-                    log.warning("%s: dropped a line that is not a metrics record: %.60s", self.path, line)
+                    log.warning(
+                        "%s: dropped a line that is not a metrics record: %.60s", self.path, line
+                    )
         write_whole(self.path, "".join(kept).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = self._open_board(run_dir, start_step) if tensorboard else None
@@ -125,7 +154,10 @@ class MetricsWriter:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            log.warning("TensorBoard is not installed, metrics go to metrics.jsonl alone; pip install 'emotrain[tensorboard]'")
+            log.warning(
+                "TensorBoard is not installed, metrics go to metrics.jsonl alone; pip install "
+                "'emotrain[tensorboard]'"
+            )
             return None
         return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
@@ -135,7 +167,11 @@ class MetricsWriter:
         if self._board is None:
             return
         for key, value in metrics.items():
-            values = {f"{key}/layer_{i:02d}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+            values = (
+                {f"{key}/layer_{i:02d}": v for i, v in enumerate(value)}
+                if isinstance(value, list)
+                else {key: value}
+            )
             for name, number in values.items():
                 if isinstance(number, (int, float)) and key != "step":
                     self._board.add_scalar(name, number, metrics["step"])
@@ -154,12 +190,26 @@ class ProgressBar:
         self._shown = shown
         if shown and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
-            self._live = Progress(TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
-                                  TimeRemainingColumn(), console=Console(stderr=True))
+            self._live = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._live.start()
-            self._task = self._live.add_task("training", total=num_steps, completed=start_step, note="")
+            self._task = self._live.add_task(
+                "training", total=num_steps, completed=start_step, note=""
+            )
 
     def update(self, step: int, note: str, logged: bool) -> None:
         if self._live is not None:

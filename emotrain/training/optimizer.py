@@ -14,14 +14,24 @@ from emotrain.distributed.ranks import Ranks
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters. Only the input embedding is exempt from weight decay: norms, routers, experts and head decay."""
-    # A fused update takes the parameters of one mesh at a time, so that expert parallelism's have a group of their own.
+    """AdamW over all parameters. Only the input embedding is exempt from weight decay: norms,
+    routers, experts and head decay."""
+    # A fused update takes the parameters of one mesh at a time, so that expert parallelism's have a
+    # group of their own.
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         decay = 0.0 if name == "embedding.weight" else config.weight_decay
-        group = groups.setdefault((decay, getattr(parameter, "device_mesh", None)), {"params": [], "weight_decay": decay})
+        group = groups.setdefault(
+            (decay, getattr(parameter, "device_mesh", None)), {"params": [], "weight_decay": decay}
+        )
         group["params"].append(parameter)
-    return torch.optim.AdamW(groups.values(), lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        groups.values(),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True,
+    )
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -40,15 +50,20 @@ def anneal_learning_rate(start_lr: float, start_step: int, step: int, num_steps:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> torch.Tensor:
-    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them). Returns the norm before.
+    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them).
+    Returns the norm before.
 
-    One norm over all parameters, wherever their parts are: each rank adds the squares of what it holds, divided by how many
-    ranks hold the same.
+    One norm over all parameters, wherever their parts are: each rank adds the squares of what it
+    holds, divided by how many ranks hold the same.
     """
     gradients = [local_part(p.grad) for p in parameters]
     squares_P = torch.stack(torch._foreach_norm(gradients)).double().square()
-    copies_P = torch.tensor([num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device)
+    copies_P = torch.tensor(
+        [num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device
+    )
     norm = ranks.sum((squares_P / copies_P).sum()).sqrt()
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype))
+        torch._foreach_mul_(
+            gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
+        )
     return norm

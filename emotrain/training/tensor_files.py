@@ -1,13 +1,15 @@
-"""Tensors cut into parts over many ranks, as safetensors files and one index, behind torch.distributed.checkpoint (DCP).
+"""Tensors cut into parts over many ranks, as safetensors files and one index, behind
+torch.distributed.checkpoint (DCP).
 
     model-00000.safetensors      the parts of parameters that rank 0 wrote, each under the name of its tensor
     optimizer-00000.safetensors  likewise exp_avg.NAME and exp_avg_sq.NAME
     model-00001.safetensors ...
     tensors.json                 for each tensor its dtype, shape and parts: {"file", "offsets", "shape"} each
 
-DCP plans: who writes what (a part that several ranks hold is written once), and which stored parts overlap those that a rank
-wants, on whatever layout. Only the storage is ours. DCP's own keeps its metadata as a pickle, which runs what it says when it is
-read; its safetensors variant holds a file in memory a second time and loads a tensor with a part missing without a word.
+DCP plans: who writes what (a part that several ranks hold is written once), and which stored parts
+overlap those that a rank wants, on whatever layout. Only the storage is ours. DCP's own keeps its
+metadata as a pickle, which runs what it says when it is read; its safetensors variant holds a file
+in memory a second time and loads a tensor with a part missing without a word.
 """
 
 from __future__ import annotations
@@ -29,9 +31,22 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties,
-                                                   TensorStorageMetadata)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.distributed.tensor import DTensor
@@ -39,14 +54,22 @@ from torch.futures import Future
 
 INDEX = "tensors.json"
 OPTIMIZER_PREFIXES = ("exp_avg.", "exp_avg_sq.")
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
+DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
 """Element types that are stored, by their names in safetensors files."""
 PIECE_BYTES = 16 << 20
 """Written and hashed at a time."""
 
 T = TypeVar("T")
 # One process without a process group is a use that is meant; DCP warns of it at every call.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+warnings.filterwarnings(
+    "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+)
 
 
 @dataclass(frozen=True)
@@ -91,8 +114,8 @@ class StoredTensors:
     """File of each part, by tensor and offsets."""
 
     def mismatch(self, parts: Mapping[str, TensorPart]) -> str | None:
-        """The first difference in names, shapes or dtypes from `parts`, in words. Kinds of tensors (model, optimizer) that are not
-        asked for may be there."""
+        """The first difference in names, shapes or dtypes from `parts`, in words. Kinds of tensors
+        (model, optimizer) that are not asked for may be there."""
         stored = self.metadata.state_dict_metadata
         for name, part in parts.items():
             if name not in stored:
@@ -102,42 +125,71 @@ class StoredTensors:
             if stored[name].properties.dtype != part.local.dtype:
                 return f"{name} is {stored[name].properties.dtype} in the checkpoint and {part.local.dtype} in the model"
         stems = {_stem(name) for name in parts}
-        unknown = next((name for name in stored if name not in parts and _stem(name) in stems), None)
+        unknown = next(
+            (name for name in stored if name not in parts and _stem(name) in stems), None
+        )
         return None if unknown is None else f"{unknown} is not in the model"
 
 
-def save_parts(parts: Mapping[str, TensorPart], writer: TensorFilesWriter, group: dist.ProcessGroup | None = None) -> None:
-    """Write every rank's parts through `writer`. With a process group (one with CPU collectives) all its ranks must call this.
+def save_parts(
+    parts: Mapping[str, TensorPart],
+    writer: TensorFilesWriter,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write every rank's parts through `writer`. With a process group (one with CPU collectives)
+    all its ranks must call this.
 
     Raises:
-        OSError: what the first rank that failed met, on all ranks alike, with its number where there are several.
+        OSError: what the first rank that failed met, on all ranks alike, with its number where
+            there are several.
         ValueError: the ranks' parts do not make up the tensors.
     """
     partial = next((name for name, part in parts.items() if part.local.shape != part.shape), None)
     if group is None and partial is not None:
         raise ValueError(f"{partial} is spread over several processes: all of them must save it")
     with _one_failure(group is not None):
-        dcp.save(dict(parts), storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None)
+        dcp.save(
+            dict(parts),
+            storage_writer=writer,
+            planner=_SavePlanner(),
+            process_group=group,
+            no_dist=group is None,
+        )
 
 
-def load_parts(parts: Mapping[str, TensorPart], folder: Path, stored: StoredTensors, distributed: bool) -> None:
-    """Fill this rank's parts from the files, which may be cut otherwise. With `distributed` all ranks must call this.
+def load_parts(
+    parts: Mapping[str, TensorPart], folder: Path, stored: StoredTensors, distributed: bool
+) -> None:
+    """Fill this rank's parts from the files, which may be cut otherwise. With `distributed` all
+    ranks must call this.
 
     Raises:
         ValueError: a file contradicts the index or cannot be read; on all ranks alike.
     """
     with _one_failure(distributed):
-        dcp.load(dict(parts), storage_reader=_TensorFilesReader(folder, stored), planner=_LoadPlanner(), no_dist=not distributed)
+        dcp.load(
+            dict(parts),
+            storage_reader=_TensorFilesReader(folder, stored),
+            planner=_LoadPlanner(),
+            no_dist=not distributed,
+        )
 
 
 class TensorFilesWriter(StorageWriter):
-    """Writes each rank's parts into files of its own, then on the coordinator calls `begin` before and `commit` after.
+    """Writes each rank's parts into files of its own, then on the coordinator calls `begin` before
+    and `commit` after.
 
     Both run while the other ranks wait for the outcome: what they raise is raised on every rank.
     """
 
-    def __init__(self, folder: Path, begin: Callable[[int], None], commit: Callable[[list[WrittenFile], dict[str, Any]], None]):
-        """begin(bytes of all ranks' parts); commit(all ranks' files, the index to be written as tensors.json)."""
+    def __init__(
+        self,
+        folder: Path,
+        begin: Callable[[int], None],
+        commit: Callable[[list[WrittenFile], dict[str, Any]], None],
+    ):
+        """begin(bytes of all ranks' parts); commit(all ranks' files, the index to be written as
+        tensors.json)."""
         self.folder, self._begin, self._commit = folder, begin, commit
         self._rank = 0
 
@@ -164,18 +216,31 @@ class TensorFilesWriter(StorageWriter):
             by_stem[_stem(item.index.fqn)].append(item)
         results = []
         for stem, items in by_stem.items():
-            file = _write_file(self.folder / f"{stem}-{self._rank:05d}.safetensors", items, planner.resolve_data)
-            results += [WriteResult(item.index, _item_bytes(item), (file, item.tensor_data.chunk.sizes)) for item in items]
+            file = _write_file(
+                self.folder / f"{stem}-{self._rank:05d}.safetensors", items, planner.resolve_data
+            )
+            results += [
+                WriteResult(item.index, _item_bytes(item), (file, item.tensor_data.chunk.sizes))
+                for item in items
+            ]
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        tensors = {name: {"dtype": DTYPES[tensor.properties.dtype], "shape": list(tensor.size), "parts": []}
-                   for name, tensor in metadata.state_dict_metadata.items()}
+        tensors = {
+            name: {
+                "dtype": DTYPES[tensor.properties.dtype],
+                "shape": list(tensor.size),
+                "parts": [],
+            }
+            for name, tensor in metadata.state_dict_metadata.items()
+        }
         files = {}
         for result in (result for of_rank in results for result in of_rank):
             file, shape = result.storage_data
             files[file.name] = file
-            tensors[result.index.fqn]["parts"].append({"file": file.name, "offsets": list(result.index.offset), "shape": list(shape)})
+            tensors[result.index.fqn]["parts"].append(
+                {"file": file.name, "offsets": list(result.index.offset), "shape": list(shape)}
+            )
         self._commit([files[name] for name in sorted(files)], {"tensors": tensors})
 
 
@@ -186,13 +251,16 @@ def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
         files: those that a part may lie in.
 
     Raises:
-        ValueError: not an index, or parts that do not tile their tensor; one line that names the tensor.
+        ValueError: not an index, or parts that do not tile their tensor; one line that names the
+            tensor.
     """
     dtypes, files = {name: dtype for dtype, name in DTYPES.items()}, set(files)
     try:
         tensors = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tensors"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{folder}: its {INDEX} is not readable ({error}); use another checkpoint") from None
+        raise ValueError(
+            f"{folder}: its {INDEX} is not readable ({error}); use another checkpoint"
+        ) from None
     metadata, where = {}, {}
     for name, entry in tensors:
         try:
@@ -200,34 +268,53 @@ def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
             for part in entry["parts"]:
                 boxes.append(ChunkStorageMetadata(_size(part["offsets"]), _size(part["shape"])))
                 if part["file"] not in files:
-                    raise ValueError(f"its part lies in {part['file']!r}, which is not a file of this checkpoint")
+                    raise ValueError(
+                        f"its part lies in {part['file']!r}, which is not a file of this checkpoint"
+                    )
                 where[MetadataIndex(name, boxes[-1].offsets)] = part["file"]
             if not _tile(shape, boxes):
                 raise ValueError("its parts do not tile it")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}/{INDEX}: {name} cannot be read ({error}); use another checkpoint") from None
+            raise ValueError(
+                f"{folder}/{INDEX}: {name} cannot be read ({error}); use another checkpoint"
+            ) from None
         metadata[name] = TensorStorageMetadata(TensorProperties(dtype), shape, boxes)
     return StoredTensors(Metadata(metadata), where)
 
 
 def _size(values: Any) -> torch.Size:
-    if not isinstance(values, list) or not all(type(value) is int and value >= 0 for value in values):
+    if not isinstance(values, list) or not all(
+        type(value) is int and value >= 0 for value in values
+    ):
         raise ValueError(f"{values!r} is not a list of sizes")
     return torch.Size(values)
 
 
 def _tile(shape: torch.Size, boxes: list[ChunkStorageMetadata]) -> bool:
     """Whether boxes fill the shape exactly once, as a grid: what sharding along any axes gives."""
-    if not boxes or any(len(box.offsets) != len(shape) or len(box.sizes) != len(shape) for box in boxes):
+    if not boxes or any(
+        len(box.offsets) != len(shape) or len(box.sizes) != len(shape) for box in boxes
+    ):
         return False
     starts = [sorted({box.offsets[dim] for box in boxes}) for dim in range(len(shape))]
-    ends = [dict(zip(of_dim, [*of_dim[1:], size], strict=True)) for of_dim, size in zip(starts, shape, strict=True)]
-    return (len(boxes) == len({box.offsets for box in boxes}) == prod(map(len, starts)) and all(of_dim[0] == 0 for of_dim in starts)
-            and all(start + size == end[start] for box in boxes for start, size, end in zip(box.offsets, box.sizes, ends, strict=True)))
+    ends = [
+        dict(zip(of_dim, [*of_dim[1:], size], strict=True))
+        for of_dim, size in zip(starts, shape, strict=True)
+    ]
+    return (
+        len(boxes) == len({box.offsets for box in boxes}) == prod(map(len, starts))
+        and all(of_dim[0] == 0 for of_dim in starts)
+        and all(
+            start + size == end[start]
+            for box in boxes
+            for start, size, end in zip(box.offsets, box.sizes, ends, strict=True)
+        )
+    )
 
 
 def _stem(name: str) -> str:
-    """The files that a tensor goes to: who only wants the model never opens those of the optimizer."""
+    """The files that a tensor goes to: who only wants the model never opens those of the
+    optimizer."""
     return "optimizer" if name.startswith(OPTIMIZER_PREFIXES) else "model"
 
 
@@ -235,31 +322,42 @@ def _item_bytes(item: WriteItem) -> int:
     return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
 
-def _write_file(path: Path, items: list[WriteItem], resolve: Callable[[WriteItem], Tensor]) -> WrittenFile:
-    """One safetensors file, written, hashed in the same pass, and flushed to disk. Tensors reach host memory one by one."""
+def _write_file(
+    path: Path, items: list[WriteItem], resolve: Callable[[WriteItem], Tensor]
+) -> WrittenFile:
+    """One safetensors file, written, hashed in the same pass, and flushed to disk. Tensors reach
+    host memory one by one."""
     # Larger elements first keeps every tensor aligned to its own element size.
-    items = sorted(items, key=lambda item: (-item.tensor_data.properties.dtype.itemsize, item.index.fqn))
+    items = sorted(
+        items, key=lambda item: (-item.tensor_data.properties.dtype.itemsize, item.index.fqn)
+    )
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for item in items:
         start, end = end, end + _item_bytes(item)
-        header[item.index.fqn] = {"dtype": DTYPES[item.tensor_data.properties.dtype], "shape": list(item.tensor_data.chunk.sizes),
-                                  "data_offsets": [start, end]}
+        header[item.index.fqn] = {
+            "dtype": DTYPES[item.tensor_data.properties.dtype],
+            "shape": list(item.tensor_data.chunk.sizes),
+            "data_offsets": [start, end],
+        }
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     digest, size = sha256(), 0
     with open(path, "wb") as stream:
+
         def write(content: bytes | memoryview) -> None:
             nonlocal size
             for start in range(0, len(content), PIECE_BYTES):
-                piece = content[start:start + PIECE_BYTES]
+                piece = content[start : start + PIECE_BYTES]
                 stream.write(piece)
                 digest.update(piece)
             size += len(content)
 
         write(len(encoded).to_bytes(8, "little") + encoded)
         for item in items:
-            write(memoryview(resolve(item).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+            write(
+                memoryview(resolve(item).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            )
         stream.flush()
         os.fsync(stream.fileno())
     return WrittenFile(path.name, size, digest.hexdigest())
@@ -272,10 +370,19 @@ class _SavePlanner(dcp.DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan([
-            WriteItem(MetadataIndex(name, part.offsets), WriteItemType.SHARD,
-                      tensor_data=TensorWriteData(part.box, TensorProperties(part.local.dtype), part.shape))
-            for name, part in self.state_dict.items() if part.local.numel()])
+        self.plan = SavePlan(
+            [
+                WriteItem(
+                    MetadataIndex(name, part.offsets),
+                    WriteItemType.SHARD,
+                    tensor_data=TensorWriteData(
+                        part.box, TensorProperties(part.local.dtype), part.shape
+                    ),
+                )
+                for name, part in self.state_dict.items()
+                if part.local.numel()
+            ]
+        )
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
@@ -283,13 +390,24 @@ class _SavePlanner(dcp.DefaultSavePlanner):
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: dict[str, TensorPart], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+    def set_up_planner(
+        self,
+        state_dict: dict[str, TensorPart],
+        metadata: Metadata | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
         self.state_dict, self.metadata = state_dict, metadata
 
     def create_local_plan(self) -> LoadPlan:
         stored = self.metadata.state_dict_metadata
-        return LoadPlan([item for name, part in self.state_dict.items() if part.local.numel()
-                         for item in create_read_items_for_chunk_list(name, stored[name], [part.box])])
+        return LoadPlan(
+            [
+                item
+                for name, part in self.state_dict.items()
+                if part.local.numel()
+                for item in create_read_items_for_chunk_list(name, stored[name], [part.box])
+            ]
+        )
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         return self.state_dict[index.fqn].local
@@ -328,14 +446,22 @@ class _TensorFilesReader(StorageReader):
             try:
                 with safe_open(self.folder / file, framework="pt") as tensors:
                     for item in items:
-                        box = tuple(slice(at, at + length) for at, length in zip(item.storage_offsets, item.lengths, strict=True))
-                        values, target = tensors.get_slice(item.storage_index.fqn)[box], planner.resolve_tensor(item)
+                        box = tuple(
+                            slice(at, at + length)
+                            for at, length in zip(item.storage_offsets, item.lengths, strict=True)
+                        )
+                        values, target = (
+                            tensors.get_slice(item.storage_index.fqn)[box],
+                            planner.resolve_tensor(item),
+                        )
                         if values.shape != target.shape or values.dtype != target.dtype:
                             raise ValueError(f"{item.storage_index.fqn} is not what {INDEX} says")
                         target.copy_(values)
                         planner.commit_tensor(item, target)
             except (OSError, ValueError, SafetensorError) as error:
-                raise ValueError(f"{self.folder / file}: not readable ({error}); use another checkpoint") from None
+                raise ValueError(
+                    f"{self.folder / file}: not readable ({error}); use another checkpoint"
+                ) from None
         return _done(None)
 
 
@@ -355,5 +481,7 @@ def _one_failure(distributed: bool) -> Iterator[None]:
         if not distributed or not isinstance(error, (OSError, ValueError)):
             raise error from None
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror or error} (rank {rank})", error.filename) from None
+            raise OSError(
+                error.errno, f"{error.strerror or error} (rank {rank})", error.filename
+            ) from None
         raise ValueError(f"{error} (rank {rank})") from None
