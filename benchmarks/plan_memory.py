@@ -36,10 +36,10 @@ from _measure import machine, random_documents
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, config_from_dict
-from emotrain.distributed.dry_run import PARTS, dry_run, follow_state
-from emotrain.distributed.meter import Meter
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
+from emotrain.planning.dry_run import PARTS, dry_run, follow_state
+from emotrain.planning.meter import Meter
 from emotrain.training.loop import forward_backward
 from emotrain.training.optimizer import build_optimizer
 

@@ -192,11 +192,11 @@ def _plan_case(case: tuple[str, str, str, int, int, int]) -> dict[str, Any]:
     import warnings
 
     from emotrain.config import load_config
-    from emotrain.distributed.dry_run import Routing
-    from emotrain.distributed.hardware import Cluster, find_gpu
     from emotrain.distributed.mesh import Layout
-    from emotrain.distributed.plan import make_plan
-    from emotrain.distributed.search import extrapolated
+    from emotrain.planning.dry_run import Routing
+    from emotrain.planning.hardware import Cluster, find_gpu
+    from emotrain.planning.plan import make_plan
+    from emotrain.planning.search import extrapolated
 
     warnings.filterwarnings("ignore")
     config, gpu, batch, world_size, ep, global_batch = case

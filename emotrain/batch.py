@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emotrain.errors import UserError
+
 IGNORE = -100
 """Target value of a position without a loss."""
 
@@ -102,7 +104,7 @@ class PackedBatch:
                 or len(row_ids) != len(row_lengths)
                 or min(row_lengths) < 1
             ):
-                raise ValueError(
+                raise UserError(
                     f"row {row}: {len(row_ids)} documents of lengths {list(row_lengths)} do not "
                     f"fill "
                     f"{row_length} tokens; give positive lengths that sum to it and one id each"

@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "report": ("emotrain.evaluation.report", "write a run's curves and subsets as one HTML page"),
     "plan": (
-        "emotrain.distributed.plan",
+        "emotrain.planning.plan",
         "predict memory, traffic and speed of a run on a cluster without one",
     ),
     "verify": ("emotrain.verify", "check a checkpoint's files against its checksums"),

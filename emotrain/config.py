@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from emotrain.errors import MissingFileError, UserError
+
 
 @dataclass(frozen=True)
 class PoolConfig:
@@ -403,7 +405,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ValueError(
+            raise UserError(
                 f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3"
             )
         _set(settings, key.strip(), _parse_scalar(key, value))
@@ -436,12 +438,12 @@ def check(config: Config) -> None:
     rule and the fix."""
     for key, value in flatten(config):
         if key in CHOICES and value not in CHOICES[key]:
-            raise ValueError(f"{key}={value} is not known; choose one of {', '.join(CHOICES[key])}")
+            raise UserError(f"{key}={value} is not known; choose one of {', '.join(CHOICES[key])}")
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{key}={value} is not finite; give a finite number")
+                raise UserError(f"{key}={value} is not finite; give a finite number")
             if value < 0 or (value == 0 and key not in MAY_BE_ZERO):
-                raise ValueError(
+                raise UserError(
                     f"{key}={value} must be {'at least 0' if key in MAY_BE_ZERO else 'positive'}"
                 )
     model, experts, pool = config.model, config.model.experts, config.model.router.pool
@@ -532,7 +534,7 @@ def flatten(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
@@ -544,25 +546,23 @@ def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
     path = path.resolve()
     if path in seen:
-        raise ValueError(f"{path}: its base files lead back to it; break the circle")
+        raise UserError(f"{path}: its base files lead back to it; break the circle")
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no such configuration file; `ls configs` shows those that come with the "
             f"project"
         )
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
-        raise ValueError(
-            f"{path}: must hold `key: value` settings, not a {type(settings).__name__}"
-        )
+        raise UserError(f"{path}: must hold `key: value` settings, not a {type(settings).__name__}")
     base = settings.pop("base", None)
     if base is None:
         return settings
     if not isinstance(base, str):
-        raise ValueError(f"{path}: base={base!r} must be the name of one file")
+        raise UserError(f"{path}: base={base!r} must be the name of one file")
     merged = _read_yaml_chain(path.parent / base, (*seen, path))
     _merge(merged, settings)
     return merged
@@ -581,7 +581,7 @@ def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
     for parent in parents:
         child = settings.setdefault(parent, {})
         if not isinstance(child, dict):
-            raise ValueError(f"{dotted}: {parent} is a value, not a group of settings")
+            raise UserError(f"{dotted}: {parent} is a value, not a group of settings")
         settings = child
     settings[leaf] = value
 
@@ -594,20 +594,20 @@ def _parse_scalar(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{key}={text} is not readable: {' '.join(str(error).split())}") from None
+        raise UserError(f"{key}={text} is not readable: {' '.join(str(error).split())}") from None
 
 
 def _build(cls: type, settings: Any, prefix: str) -> Any:
     """An instance of a settings class from a dictionary, refusing unknown keys and wrong types."""
     if not isinstance(settings, dict):
-        raise ValueError(
+        raise UserError(
             f"{prefix.rstrip('.')}={settings!r} is a group of settings; give it as `name: value` "
             f"lines"
         )
     known = {item.name: item for item in dataclasses.fields(cls)}
     for name in settings:
         if name not in known:
-            raise ValueError(_unknown(f"{prefix}{name}"))
+            raise UserError(_unknown(f"{prefix}{name}"))
     types = typing.get_type_hints(cls)
     values = {}
     for name, value in settings.items():
@@ -682,4 +682,4 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         float: "a number",
         tuple[int, ...]: "a list of positive whole numbers",
     }
-    raise ValueError(f"{key}={value!r} must be {names[kind]}")
+    raise UserError(f"{key}={value!r} must be {names[kind]}")

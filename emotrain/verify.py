@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.cli import add_json, finish
+from emotrain.errors import MissingFileError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,7 +104,7 @@ def _checkpoints(path: Path) -> list[Path]:
         if NAME.fullmatch(folder.name) and folder.is_dir()
     )
     if not found:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no checkpoint here; give a run folder that has one, or one of its "
             f"RUN_DIR/checkpoints/step-…"
         )

@@ -14,6 +14,8 @@ import sys
 import torch
 from torch import Tensor
 
+from emotrain.errors import MissingPackageError, UserError
+
 BACKENDS = ("auto", "torch", "triton", "megablocks")
 
 MAX_EXPERTS = 256
@@ -37,12 +39,12 @@ def choose_backend(
         ModuleNotFoundError: a backend that is not installed.
     """
     if backend not in BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"experts.backend={backend} is not known; choose one of {', '.join(BACKENDS)}"
         )
     if backend == "megablocks" and has_megablocks:
         if not tensor.is_cuda:
-            raise ValueError(
+            raise UserError(
                 f"experts.backend=megablocks runs on NVIDIA GPUs, not on {tensor.device.type}; use "
                 f"auto or torch"
             )
@@ -68,13 +70,13 @@ def check_operands(operation: str, *tensors: Tensor) -> None:
     first = tensors[0]
     for tensor in tensors:
         if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise ValueError(
+            raise UserError(
                 f"{operation} got {first.dtype} on {first.device} with {tensor.dtype} on "
                 f"{tensor.device}; "
                 f"give one dtype (bfloat16 or float32) on one device"
             )
         if not tensor.is_contiguous():
-            raise ValueError(
+            raise UserError(
                 f"{operation} got strides {tuple(tensor.stride())} for shape "
                 f"{tuple(tensor.shape)}; only contiguous "
                 f"tensors are supported, call .contiguous() first"
@@ -83,30 +85,30 @@ def check_operands(operation: str, *tensors: Tensor) -> None:
 
 def require_triton() -> None:
     if not HAS_TRITON:
-        raise ModuleNotFoundError("the Triton kernels need Triton: pip install 'emotrain[kernels]'")
+        raise MissingPackageError("the Triton kernels need Triton: pip install 'emotrain[kernels]'")
 
 
 def _check_triton(tensor: Tensor, num_experts: int) -> None:
     require_triton()
     # meta tensors are compiled for and never run; the interpreter runs on a CPU.
     if not (tensor.is_cuda or tensor.is_meta or _interpreting()):
-        raise ValueError(
+        raise UserError(
             f"experts.backend=triton runs on NVIDIA GPUs, not on {tensor.device.type}; use auto or "
             f"torch"
         )
     if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-        raise ValueError(
+        raise UserError(
             f"experts.backend=triton needs compute capability 8.0 (A100) or newer, not "
             f"{'.'.join(map(str, torch.cuda.get_device_capability(tensor.device)))}; use torch"
         )
     if tensor.dtype not in TRITON_DTYPES:
-        raise ValueError(
+        raise UserError(
             f"experts.backend=triton supports bfloat16 and float32, not "
             f"{str(tensor.dtype).removeprefix('torch.')}; "
             f"convert, or use torch"
         )
     if not 1 <= num_experts <= MAX_EXPERTS:
-        raise ValueError(
+        raise UserError(
             f"experts.backend=triton supports 1 to {MAX_EXPERTS} routed experts, not "
             f"{num_experts}; use torch"
         )

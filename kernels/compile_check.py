@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from emotrain.cli import add_json, finish
+from emotrain.errors import UserError
 from emotrain.kernels.backends import require_triton
 from emotrain.kernels.grouped_mlp import SortedSlots
 from emotrain.kernels.tuning import SPACE
@@ -128,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     targets = [target.strip() for target in args.target.split(",")]
     if unknown := [target for target in targets if target not in DEVICES]:
-        raise ValueError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
+        raise UserError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
     rows = compile_all(targets, with_space=not args.defaults_only)
     failures = [line for row in rows for line in row.failures()]
     finish(args, summarize(rows, failures), table(rows))

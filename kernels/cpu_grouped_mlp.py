@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from emotrain.errors import MissingFileError
+
 log = logging.getLogger("emotrain")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -194,7 +196,7 @@ def _compiled() -> Path:
     """
     compiler = shutil.which("g++")
     if compiler is None:
-        raise FileNotFoundError("g++ is not installed")
+        raise MissingFileError("g++ is not installed")
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
     ).stdout

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emotrain.errors import MissingPackageError, UserError
 from emotrain.kernels.grouped_mlp import SortedSlots
 from emotrain.kernels.permute import permute, unpermute
 
@@ -30,7 +31,7 @@ def grouped_mlp_megablocks(
             dtype.
     """
     if x_TD.dtype != torch.bfloat16:
-        raise ValueError(
+        raise UserError(
             f"experts.backend=megablocks supports bfloat16, not "
             f"{str(x_TD.dtype).removeprefix('torch.')}; use auto"
         )
@@ -70,12 +71,12 @@ def _grouped_gemm() -> Callable[..., Tensor]:
             warnings.simplefilter("ignore")
             from megablocks import grouped_gemm_util
     except ImportError as error:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             f"experts.backend=megablocks needs MegaBlocks ({error}); docs/kernels.md tells how to "
             f"make its environment, or use auto"
         ) from None
     if grouped_gemm_util.ops is None:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "experts.backend=megablocks needs the package grouped_gemm beside MegaBlocks; "
             "docs/kernels.md "
             "tells how to make its environment, or use auto"

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emotrain.errors import UserError
 from emotrain.kernels.pool_routing import PoolRouting
 from emotrain.kernels.triton_launch import launch
 
@@ -40,16 +41,16 @@ def pool_routing_triton(
     """`pool_routing` in Triton: float32 logits with unit stride along the experts, softmax
     gating."""
     if gating != "softmax":
-        raise ValueError(
+        raise UserError(
             f"experts.backend=triton routes with gating=softmax, not {gating}; use auto or torch"
         )
     if logits_TN.dtype != torch.float32 or logits_TN.stride(1) != 1:
-        raise ValueError(
+        raise UserError(
             f"routing kernels support float32 logits of unit stride along the experts, not "
             f"{str(logits_TN.dtype).removeprefix('torch.')} of stride {logits_TN.stride(1)}"
         )
     if not 1 <= num_chosen <= logits_TN.shape[1]:
-        raise ValueError(
+        raise UserError(
             f"{num_chosen} experts a token of {logits_TN.shape[1]}; choose 1 to "
             f"{logits_TN.shape[1]}"
         )

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
     engine = {}
     if args.deepspeed:
-        from emotrain.distributed.deepspeed import DeepSpeedEngine
+        from emotrain.training.deepspeed import DeepSpeedEngine
 
         engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
     config = load_config(args.config, args.settings)

@@ -31,9 +31,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from emotrain.config import Config, config_from_dict, config_to_dict, save_config
-from emotrain.distributed.deepspeed import DeepSpeedEngine, read_options
 from emotrain.distributed.ranks import Ranks
 from emotrain.training import checkpoint, loop
+from emotrain.training.deepspeed import DeepSpeedEngine, read_options
 from emotrain.training.loop import Engine, forward_backward
 from tests import test_layout as layout
 from tests.conftest import ROOT, tiny_settings

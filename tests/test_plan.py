@@ -20,14 +20,14 @@ from conftest import ROOT, run_command
 from helpers import tiny_batch, tiny_config, tiny_model
 
 from emotrain.config import Config, load_config
-from emotrain.distributed import plan
-from emotrain.distributed.cost import VIEWS, Work, kernel_seconds, step_time
-from emotrain.distributed.dry_run import Measured, Routing, dry_run, synthetic_batch
-from emotrain.distributed.hardware import GPUS, RATES, Cluster, find_gpu
 from emotrain.distributed.mesh import Layout
-from emotrain.distributed.meter import Kernel, Meter
-from emotrain.distributed.plan import make_plan
-from emotrain.distributed.search import advice, extrapolated, search, with_settings
+from emotrain.planning import plan
+from emotrain.planning.cost import VIEWS, Work, kernel_seconds, step_time
+from emotrain.planning.dry_run import Measured, Routing, dry_run, synthetic_batch
+from emotrain.planning.hardware import GPUS, RATES, Cluster, find_gpu
+from emotrain.planning.meter import Kernel, Meter
+from emotrain.planning.plan import make_plan
+from emotrain.planning.search import advice, extrapolated, search, with_settings
 
 H100 = find_gpu("h100-80gb")
 
@@ -230,7 +230,7 @@ def test_a_machine_without_triton_plans_the_same() -> None:
         "    sys.modules['triton'] = None\n"
         "sys.path.insert(0, 'tests')\n"
         "from helpers import tiny_config\n"
-        "from emotrain.distributed.dry_run import dry_run\n"
+        "from emotrain.planning.dry_run import dry_run\n"
         "if sys.argv[1] == 'hidden': del sys.modules['triton']\n"
         "measured = dry_run(tiny_config(training__precision='bfloat16'), 2)\n"
         "print(json.dumps([measured.peak_bytes, measured.flops_by_part(), 'triton' in "

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emotrain.errors import MissingFileError, UserError
+
 EXTENSIONS = {
     ".jsonl": "lines",
     ".json": "lines",
@@ -92,7 +94,7 @@ class DocumentReader:
         try:
             yield from readers[EXTENSIONS[extension_of(path)]](path)
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path}: not readable to its end ({' '.join(str(error).split())}); restore the "
                 f"file or leave it "
                 f"out"
@@ -131,7 +133,7 @@ class DocumentReader:
         with pq.ParquetFile(path, memory_map=True) as file:
             names = [name for name in vars(self.fields).values() if name in file.schema_arrow.names]
             if self.fields.text not in names:
-                raise ValueError(
+                raise UserError(
                     f"{path}: has no column {self.fields.text!r}; its columns are "
                     f"{', '.join(file.schema_arrow.names)}, name the right one with --text-field"
                 )
@@ -207,7 +209,7 @@ class DocumentReader:
 
     def _skip(self, reason: str, path: Path, where: str, fault: str) -> None:
         if self.strict:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {where} {fault}; repair it, or run without --strict to skip and count "
                 f"such documents"
             )
@@ -250,18 +252,18 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
                 and not any(part.startswith(".") for part in path.relative_to(item).parts)
             )
             if not found:
-                raise ValueError(f"{item}: no document files in this folder; they end in {known}")
+                raise UserError(f"{item}: no document files in this folder; they end in {known}")
         elif not item.exists():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{item}: no such file or folder; `sample` names the embedded corpus"
             )
         elif extension_of(item) is None:
-            raise ValueError(f"{item}: unknown kind of file; documents are read from {known}")
+            raise UserError(f"{item}: unknown kind of file; documents are read from {known}")
         else:
             found = [item]
         for path in found:
             if path.resolve() in files:
-                raise ValueError(
+                raise UserError(
                     f"{path}: named twice, its documents would count double; give each file once"
                 )
             files[path.resolve()] = path
@@ -299,6 +301,6 @@ def _as_binary(column: Any, path: Path, name: str) -> Any:
         return column
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
         return column.cast(pa.large_binary())
-    raise ValueError(
+    raise UserError(
         f"{path}: column {name!r} holds {column.type}, not text; name another with --{name}-field"
     )

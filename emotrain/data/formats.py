@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from emotrain.errors import MissingFileError, UserError
 from emotrain.files import sha256_of
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ class Dataset:
         path = self.path / TOKENIZER
         tokenizer = load_tokenizer(path, self.eos_token)
         if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
-            raise ValueError(
+            raise UserError(
                 f"{path}: has {tokenizer.vocab_size} tokens and EOS {tokenizer.eos_id}, {MANIFEST} "
                 f"says "
                 f"{self.vocab_size} and {self.eos_id}; restore the tokenizer that the data set was "
@@ -304,7 +305,7 @@ class Dataset:
             if firsts[0] <= document_id < firsts[-1]:
                 index = bisect_right(firsts, document_id) - 1
                 return split, index, document_id - firsts[index]
-        raise ValueError(
+        raise UserError(
             f"document {document_id} is not in {self.path}; its ids are 0 to "
             f"{self.first_ids[SPLITS[-1]][-1] - 1}"
         )
@@ -334,7 +335,7 @@ class Dataset:
         """
         infos = self._infos(split)
         if domain is not None and domain not in self.domains[split]:
-            raise ValueError(
+            raise UserError(
                 f"domain {domain!r} has no {split} documents; choose one of "
                 f"{', '.join(self.domains[split])}"
             )
@@ -352,7 +353,7 @@ class Dataset:
 
     def _infos(self, split: str) -> list[ShardInfo]:
         if split not in SPLITS:
-            raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
+            raise UserError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
         return self.shards[split]
 
     def _mapped(self, split: str, index: int) -> Shard:
@@ -378,11 +379,11 @@ class Dataset:
                 except (FileNotFoundError, NotADirectoryError):
                     found = None
                 if found is None or not stat.S_ISREG(found.st_mode):
-                    raise FileNotFoundError(
+                    raise MissingFileError(
                         f"{path}: shard is missing; restore it or run `emotrain prepare` again"
                     )
                 if found.st_size != info.bytes:
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: has {found.st_size} bytes, {MANIFEST} says {info.bytes}; copy it "
                         f"again or run "
                         f"`emotrain prepare` again"
@@ -414,7 +415,7 @@ class Dataset:
         path = self.path / info.file
         found = sha256_of(path)
         if found != info.sha256:
-            raise ValueError(
+            raise UserError(
                 f"{path}: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; its bytes "
                 f"have "
                 f"changed, copy it again or run `emotrain prepare` again"
@@ -437,7 +438,7 @@ UNORDERED = "has document offsets that do not rise from 0 to its number of token
 
 
 def _refuse(path: Path, fault: str) -> NoReturn:
-    raise ValueError(f"{path}: {fault}; copy the shard again or run `emotrain prepare` again")
+    raise UserError(f"{path}: {fault}; copy the shard again or run `emotrain prepare` again")
 
 
 def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
@@ -508,7 +509,7 @@ def _check_contents(path: Path, shard: Shard) -> None:
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = int(tokens.max(initial=0))
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` "
             f"again"
         )
@@ -569,19 +570,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     errors."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: no such folder; make a data set with `emotrain prepare INPUT --out "
             f"{folder}`"
         )
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: has no {MANIFEST}, so it is no data set, or half of one; make one with "
             f"`emotrain prepare INPUT --out DIR`"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: is not JSON ({error}); restore it or run `emotrain prepare` again"
         ) from None
     check = _ManifestCheck(path)
@@ -641,7 +642,7 @@ class _ManifestCheck:
             self.refuse(fault)
 
     def refuse(self, fault: str) -> NoReturn:
-        raise ValueError(f"{self.path}: {fault}; restore it or run `emotrain prepare` again")
+        raise UserError(f"{self.path}: {fault}; restore it or run `emotrain prepare` again")
 
     def count(self, group: dict[str, Any], key: str, least: int) -> int:
         value = group.get(key)

@@ -49,6 +49,7 @@ from emotrain.data.filters import is_repetitive
 from emotrain.data.formats import Dataset
 from emotrain.data.order import keyed, permute
 from emotrain.data.packing import documents_in_window
+from emotrain.errors import UserError
 
 
 class Loader:
@@ -82,7 +83,7 @@ class Loader:
         split: str = "train",
     ):
         if sequence_length < 2 or seed < 0:
-            raise ValueError(
+            raise UserError(
                 f"sequence_length={sequence_length}, seed={seed}: a sequence has at least 2 "
                 f"tokens, and a seed is "
                 f"not negative"
@@ -109,7 +110,7 @@ class Loader:
         self.num_sequences = int(self._first_windows[-1])
         """Sequences of one epoch."""
         if not self.num_sequences:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no {split} shard holds a whole sequence of {sequence_length} tokens "
                 f"({self.num_tokens} "
                 f"in {len(self.dataset.shards[split])} shards); lower sequence_length or prepare "
@@ -136,7 +137,7 @@ class Loader:
         """The window at each position of the order: int64 [B] in [0, num_sequences)."""
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and positions.min() < 0:
-            raise ValueError(
+            raise UserError(
                 f"position {positions.min()} is before the start; positions are at least 0"
             )
         epochs, places = np.divmod(positions, self.num_sequences)
@@ -210,7 +211,7 @@ class Loader:
         """
         self._micro_batches(start_step, global_batch, micro_batch, rank, world_size)
         if num_steps < 0 or depth < 1:
-            raise ValueError(
+            raise UserError(
                 f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at "
                 f"least 1"
             )
@@ -230,13 +231,13 @@ class Loader:
     ) -> list[range]:
         """The positions of each micro-batch of a rank."""
         if step_index < 0 or micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
+            raise UserError(
                 f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps "
                 f"start at 0, a "
                 f"micro-batch holds a sequence, and ranks are 0 to world size - 1"
             )
         if global_batch < 1 or global_batch % (micro_batch * world_size):
-            raise ValueError(
+            raise UserError(
                 f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} times "
                 f"{world_size} "
                 f"ranks; make it a multiple of {micro_batch * world_size}, or change micro_batch"

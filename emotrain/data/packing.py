@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from emotrain.batch import PADDING_ID, PackedBatch
+from emotrain.errors import UserError
 
 
 def documents_in_window(offsets: np.ndarray, start: int, stop: int) -> tuple[int, np.ndarray]:
@@ -52,7 +53,7 @@ def pack_documents(
         or min(map(len, documents)) < 1
         or row_length < 1
     ):
-        raise ValueError(
+        raise UserError(
             f"{len(documents)} documents and {len(ids)} ids cannot be packed into rows of "
             f"{row_length}; give at "
             f"least one document, none empty, one id each, and a positive row length"

@@ -51,6 +51,7 @@ from emotrain.data.tokenizer import (
 from emotrain.data.tokenizer import (
     train_tokenizer as train_bpe,
 )
+from emotrain.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,7 +154,7 @@ def prepare(
         splits = spill.finish(show)
         if not splits["train"]["shards"]:
             skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
-            raise ValueError(
+            raise UserError(
                 f"no train documents in {len(files)} files (skipped: {skipped or 'none'}); check "
                 f"the inputs and "
                 f"the field names"
@@ -194,19 +195,19 @@ def _check_arguments(
     workers: int | None,
 ) -> None:
     if (tokenizer is None) != train_tokenizer:
-        raise ValueError(
+        raise UserError(
             f"{'no tokenizer' if tokenizer is None else 'two tokenizers'}; give either --tokenizer "
             f"FILE or "
             f"--train-tokenizer"
         )
     if shard_tokens < 1:
-        raise ValueError(f"shard_tokens={shard_tokens} must be positive")
+        raise UserError(f"shard_tokens={shard_tokens} must be positive")
     if not 0 <= valid_fraction < 1:
-        raise ValueError(f"valid_fraction={valid_fraction} must be at least 0 and below 1")
+        raise UserError(f"valid_fraction={valid_fraction} must be at least 0 and below 1")
     if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0")
+        raise UserError(f"seed={seed} must be at least 0")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1; leave it out for one a core")
+        raise UserError(f"workers={workers} must be at least 1; leave it out for one a core")
 
 
 def _expected_tokens(path: Path) -> int:

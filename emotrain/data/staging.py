@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from emotrain.data.formats import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from emotrain.errors import UserError
 from emotrain.files import flush_to_disk
 
 LOCK = ".lock"
@@ -85,11 +86,11 @@ class Staging:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"{out.parent}: not a folder; choose another --out") from None
+            raise UserError(f"{out.parent}: not a folder; choose another --out") from None
         if not out.exists() or (out.is_dir() and not any(out.iterdir())):
             return
         if not self.overwrite:
-            raise ValueError(f"{out}: exists; choose another --out, or replace it with --overwrite")
+            raise UserError(f"{out}: exists; choose another --out, or replace it with --overwrite")
         _check_replaceable(out)
 
     def _remove_leftovers(self) -> None:
@@ -111,7 +112,7 @@ def _check_replaceable(folder: Path) -> None:
     try:
         manifest = read_manifest(folder)
     except (ValueError, OSError):
-        raise ValueError(
+        raise UserError(
             f"{folder}: is not a prepared data set, and --overwrite replaces nothing else; choose "
             f"another "
             f"--out"
@@ -122,7 +123,7 @@ def _check_replaceable(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in known and not (name in SPLITS and path.is_dir()):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: holds {name}, which is not part of the data set; move it away before "
                 f"--overwrite"
             )

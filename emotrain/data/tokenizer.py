@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emotrain.errors import MissingFileError, UserError
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -38,7 +40,7 @@ class TextTokenizer:
                 for token in backend.get_added_tokens_decoder().values()
                 if token.special
             )
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has no token {eos_token!r} to end documents with; name one with "
                 f"--eos-token, "
                 f"its special tokens are {', '.join(special) or 'none'}"
@@ -75,14 +77,14 @@ def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> TextTokenize
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no such tokenizer file; give a tokenizer.json, or train one with "
             f"--train-tokenizer"
         )
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
-        raise ValueError(
+        raise UserError(
             f"{path}: not a tokenizer.json of the tokenizers library: "
             f"{' '.join(str(error).split())}"
         ) from None
@@ -103,7 +105,7 @@ def train_tokenizer(
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < BYTE_ALPHABET + 1:
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} cannot hold {BYTE_ALPHABET} bytes and {eos_token}; "
             f"make it at least {BYTE_ALPHABET + 1}"
         )

@@ -18,6 +18,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from emotrain.config import Config
+from emotrain.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -121,4 +122,4 @@ def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = Non
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise UserError(message)

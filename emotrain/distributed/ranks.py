@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from emotrain.errors import UserError
+
 
 class CollectiveError(RuntimeError):
     """A collective did not end, or its other side is gone. The process groups are of no use
@@ -40,7 +42,7 @@ class Ranks:
             ValueError: device=cuda without a usable GPU.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
+            raise UserError(
                 "training.device=cuda needs a GPU and a CUDA build of torch, none was found; use "
                 "training.device=cpu"
             )

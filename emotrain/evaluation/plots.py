@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from emotrain.errors import MissingPackageError
 from emotrain.evaluation.tables import ARM_NAMES, kept_label
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) 
         from matplotlib import style
         from matplotlib.figure import Figure
     except ImportError:
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             "plots need matplotlib, which is not installed; pip install 'emotrain[report]'"
         ) from None
     background = "#16181c" if dark else "white"

@@ -14,6 +14,7 @@ from typing import Any
 
 from emotrain.cli import add_json, finish
 from emotrain.config import Config, config_to_dict, flatten, load_config
+from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation import plots
 from emotrain.evaluation.tables import (
     Table,
@@ -58,7 +59,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{run_dir}: no config.yaml here; give the training.run_dir of a training run"
         )
     config = load_config(run_dir / "config.yaml")
@@ -286,9 +287,9 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         if result["format"] != 1:
-            raise ValueError(f"format {result['format']!r}, not 1")
+            raise UserError(f"format {result['format']!r}, not 1")
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a result of `emotrain evaluate` ({error}); run it again"
         ) from None
     return result

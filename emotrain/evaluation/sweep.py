@@ -30,6 +30,7 @@ from torch import Tensor
 from emotrain.cli import add_json
 from emotrain.config import Config
 from emotrain.data.formats import Dataset
+from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.progress import progress_bar
@@ -77,23 +78,23 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         if not self.keep:
-            raise ValueError("keep is empty; give at least one share of experts, for example 0.25")
+            raise UserError("keep is empty; give at least one share of experts, for example 0.25")
         if self.calibration_documents < 1:
-            raise ValueError(
+            raise UserError(
                 f"calibration_documents={self.calibration_documents} leaves nothing to choose "
                 f"experts by; give at least 1"
             )
         if self.documents < 2:
-            raise ValueError(
+            raise UserError(
                 f"documents={self.documents} gives no standard error; give at least 2 a domain"
             )
         if self.random_seeds < 0:
-            raise ValueError(
+            raise UserError(
                 f"random_seeds={self.random_seeds} must be at least 0; 0 leaves the random control "
                 f"out"
             )
         if self.cross_domain not in ("next", "all"):
-            raise ValueError(
+            raise UserError(
                 f"cross_domain={self.cross_domain} is not known; choose one of next, all"
             )
 
@@ -131,7 +132,7 @@ def evaluate(
     """
     settings = settings or SweepSettings()
     if micro_batch < 0:
-        raise ValueError(
+        raise UserError(
             f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of "
             f"training"
         )
@@ -350,7 +351,7 @@ def _has_arm(arm: str, settings: SweepSettings, num_groups: int) -> bool:
 
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "device=cuda needs a GPU and a CUDA build of torch, none was found; use --device cpu"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -385,7 +386,7 @@ def read_domains(
                 )
             )
         if len(found) < least:
-            raise ValueError(
+            raise UserError(
                 f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are "
                 f"needed; {option}"
             )
@@ -393,7 +394,7 @@ def read_domains(
 
     names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
     if not names:
-        raise ValueError(
+        raise UserError(
             f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
             f"a larger valid share"
         )
@@ -421,7 +422,7 @@ def read_domains(
 
 def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
     if vocab_size > config.model.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{data} has a vocabulary of {vocab_size} tokens, the model has "
             f"model.vocab_size={config.model.vocab_size}; "
             f"evaluate on data prepared with the tokenizer of the training data"
@@ -430,7 +431,7 @@ def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: P
     if all(file.is_file() for file in files):
         own, trained = map(_tokenizer_identity, files)
         if own != trained:
-            raise ValueError(
+            raise UserError(
                 f"{files[0]} is not the tokenizer that the model was trained with; prepare the "
                 f"data with "
                 f"--tokenizer {files[1]}"
@@ -445,7 +446,7 @@ def _tokenizer_identity(file: Path) -> list[Any]:
             settings.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")
         ]
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: not readable as a tokenizer ({error}); restore it") from None
+        raise UserError(f"{file}: not readable as a tokenizer ({error}); restore it") from None
 
 
 def default_folder(checkpoint: Path) -> Path:

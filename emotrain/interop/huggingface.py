@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from emotrain.config import ModelConfig, config_from_dict
+from emotrain.errors import MissingFileError, UserError
 from emotrain.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -142,13 +143,13 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
     if (folder / WEIGHTS).is_file():
         return _headers(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging Face "
             f"checkpoint"
         )
     weight_map = _read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX}: weight_map must name the file of each tensor")
+        raise UserError(f"{folder / INDEX}: weight_map must name the file of each tensor")
     for tensor, shard in weight_map.items():
         # A shard is a plain name: with a separator, a drive or a leading dot it could lead out of
         # the folder.
@@ -158,7 +159,7 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
             or shard.startswith(".")
             or set(shard) & set("/\\:\0")
         ):
-            raise ValueError(
+            raise UserError(
                 f"{folder / INDEX}: {tensor} is said to be in {shard!r}; it must be a .safetensors "
                 f"file of this folder"
             )
@@ -171,7 +172,7 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
         if weight_map.get(name) != shard
     ]
     if absent or unlisted:
-        raise ValueError(
+        raise UserError(
             f"{folder / INDEX} and its files disagree about {_some(absent + unlisted)}; download "
             f"them again"
         )
@@ -191,26 +192,26 @@ def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; the download is not complete")
+        raise MissingFileError(f"{file}: no such file; the download is not complete")
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise ValueError(
+        raise UserError(
             f"{file}: not readable as safetensors ({error}); download it again"
         ) from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file}: no such file; give the folder of a Hugging Face checkpoint"
         )
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not readable as JSON ({error}); download it again") from None
+        raise UserError(f"{file}: not readable as JSON ({error}); download it again") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"{file}: must hold a JSON object, not a {type(settings).__name__}")
+        raise UserError(f"{file}: must hold a JSON object, not a {type(settings).__name__}")
     return settings
 
 
@@ -221,7 +222,7 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
     for key, (allowed, supported) in REFUSED.items():
         value = settings.pop(key, allowed[0])
         if value not in allowed:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key}={value!r} is not supported, only {supported}; convert the model to "
                 f"that"
             )
@@ -230,7 +231,7 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         value = settings.pop(key, None)
         value = default[0] if value is None and default else value
         if type(value) is not int or not 0 <= value <= LARGEST_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct it"
             )
         return value
@@ -243,21 +244,21 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
     shared, experts = take("num_shared_experts", 0), take("num_experts")
     per_layer = _per_layer(settings.pop("num_experts_per_layer", None), layers, file)
     if max(layers, *(per_layer or [experts])) > num_tensors:
-        raise ValueError(
+        raise UserError(
             f"{file}: {layers} layers of {max(per_layer or [experts])} experts need more than the "
             f"{num_tensors} tensors "
             f"of the weights; config.json belongs to another checkpoint"
         )
     shared_per_layer = settings.pop("num_shared_experts_per_layer", None)
     if shared_per_layer not in (None, [shared] * layers):
-        raise ValueError(
+        raise UserError(
             f"{file}: num_shared_experts_per_layer={shared_per_layer!r} is not supported, only "
             f"num_shared_experts="
             f"{shared} in every layer; convert the model to that"
         )
     normalize = settings.pop("norm_topk_prob", None) or False
     if normalize and shared:
-        raise ValueError(
+        raise UserError(
             f"{file}: norm_topk_prob={normalize!r} is not supported with "
             f"num_shared_experts={shared}; set one to 0"
         )
@@ -283,7 +284,7 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         },
     }
     if heads and (head_dim := settings.pop("head_dim", None)) not in (None, width // heads):
-        raise ValueError(
+        raise UserError(
             f"{file}: head_dim={head_dim!r} is not supported, only hidden_size / "
             f"num_attention_heads = {width // heads}"
         )
@@ -294,9 +295,9 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
     try:
         config = config_from_dict({"model": model}).model
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     if config.experts.per_token == shared:
-        raise ValueError(
+        raise UserError(
             f"{file}: num_experts_per_tok={shared} are all shared experts; the published format "
             f"needs a routed one"
         )
@@ -312,12 +313,12 @@ def _per_layer(value: Any, num_layers: int, file: Path) -> list[int]:
         or len(value) != num_layers
         or any(type(count) is not int for count in value)
     ):
-        raise ValueError(
+        raise UserError(
             f"{file}: num_experts_per_layer={value!r} must hold one whole number for each of "
             f"{num_layers} layers; correct it"
         )
     if 0 in value:
-        raise ValueError(
+        raise UserError(
             f"{file}: num_experts_per_layer={value!r} is not supported: 0 means a dense layer; "
             f"every layer needs experts"
         )
@@ -329,7 +330,7 @@ def _rope_theta(settings: dict[str, Any], file: Path) -> float:
     theta, rope = settings.pop("rope_theta", None), settings.pop("rope_parameters", None)
     if isinstance(rope, dict):
         if rope.get("rope_type", "default") != "default":
-            raise ValueError(
+            raise UserError(
                 f"{file}: rope_parameters={rope!r} is not supported, only plain rotary positions; "
                 f"convert the model to that"
             )
@@ -340,24 +341,24 @@ def _rope_theta(settings: dict[str, Any], file: Path) -> float:
 def _check_tensors(folder: Path, files: dict[str, _Header], views: dict[str, Tensor]) -> None:
     """Names, shapes and types of the tensors on disk are those of the model."""
     if missing := [name for name in views if name not in files]:
-        raise ValueError(
+        raise UserError(
             f"{folder}: missing {_some(missing)}; config.json belongs to another checkpoint, or a "
             f"file is missing"
         )
     if unexpected := [name for name in files if name not in views]:
-        raise ValueError(
+        raise UserError(
             f"{folder}: unexpected {_some(unexpected)}; config.json belongs to another checkpoint"
         )
     for name, view in views.items():
         header = files[name]
         if header.shape != tuple(view.shape):
-            raise ValueError(
+            raise UserError(
                 f"{header.file}: {name} has shape {list(header.shape)}, config.json says "
                 f"{list(view.shape)}; "
                 f"they belong to different checkpoints"
             )
         if header.dtype not in FLOATING:
-            raise ValueError(
+            raise UserError(
                 f"{header.file}: {name} has type {header.dtype}, weights must be one of "
                 f"{', '.join(sorted(FLOATING))}; "
                 f"convert the model"

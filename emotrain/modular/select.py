@@ -18,6 +18,7 @@ from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
+from emotrain.errors import UserError
 from emotrain.model.router import document_scores, select_pool
 from emotrain.model.transformer import Transformer
 
@@ -45,7 +46,7 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
         ValueError: a fraction outside (0, 1], or a dense model.
     """
     if not 0 < fraction <= 1:
-        raise ValueError(
+        raise UserError(
             f"keep={fraction:g} is not a share of the experts; give numbers above 0 and up to 1, "
             f"for example 0.25"
         )
@@ -54,7 +55,7 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
         [config.experts_in_layer(layer) for layer in range(config.num_layers)],
     )
     if all(count == shared for count in all_experts):
-        raise ValueError(
+        raise UserError(
             "the model is dense: it has no routed experts to choose from; use a model with "
             "model.experts.count "
             "above model.experts.shared"
@@ -135,7 +136,7 @@ def mean_routing(
         tokens_J1 += document_scores(tokens_G1, group_G, len(score_JN))
     empty = (tokens_J1[:, 0] == 0).nonzero()[:, 0].tolist()
     if empty:
-        raise ValueError(
+        raise UserError(
             f"group {empty[0]} has no calibration tokens; give at least one document of each group"
         )
     return score_JN / tokens_J1
@@ -170,7 +171,7 @@ def cross_domain(subsets: Subsets, shift: int = 1) -> Subsets:
     """
     num_groups = len(subsets[0])
     if shift % num_groups == 0:
-        raise ValueError(
+        raise UserError(
             f"shift={shift} gives each of {num_groups} groups its own experts; use 1 to "
             f"{num_groups - 1}, with two groups "
             f"or more"
@@ -187,14 +188,14 @@ def group_of_documents(batch: PackedBatch, document_group_U: Tensor) -> Tensor:
 def check_counts(config: ModelConfig, counts: Sequence[int]) -> None:
     """Refuse counts of kept experts (shared ones included) that the model cannot have."""
     if len(counts) != config.num_layers:
-        raise ValueError(
+        raise UserError(
             f"{len(counts)} counts of kept experts for {config.num_layers} layers; give one a layer"
         )
     for layer, count in enumerate(counts):
         most = config.experts_in_layer(layer)
         least = min(most, config.experts.shared + 1)
         if not least <= count <= most:
-            raise ValueError(
+            raise UserError(
                 f"layer {layer} cannot keep {count} of its {most} experts; keep {least} to {most}, "
                 f"which counts "
                 f"{config.experts.shared} shared"

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config, load_config, save_config
+from emotrain.errors import MissingFileError, UserError
 from emotrain.files import flush_to_disk, sha256_of
 from emotrain.model.transformer import Transformer
 from emotrain.training.tensor_files import (
@@ -426,7 +427,7 @@ def find(path: str | Path) -> Path:
         return path
     found = list_checkpoints(path)
     if not found:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no checkpoint here; give a folder like RUN_DIR/checkpoints/step-00001000, or "
             f"a RUN_DIR "
             f"that has one"
@@ -443,7 +444,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise ValueError(
+            raise UserError(
                 f"format {manifest['format']!r} is not {FORMAT}, the one this version reads"
             )
         entries = {
@@ -451,16 +452,16 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
         }
         for name, (size, digest) in entries.items():
             if type(size) is not int or not isinstance(digest, str):
-                raise ValueError(f"size and checksum of {name!r} are {size!r} and {digest!r}")
+                raise UserError(f"size and checksum of {name!r} are {size!r} and {digest!r}")
             if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
-                raise ValueError(f"{name!r} is not the name of a file in it")
+                raise UserError(f"{name!r} is not the name of a file in it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: its {MANIFEST} is not readable ({error}); use another checkpoint"
         ) from None
     for name in (INDEX, "state.json", "config.yaml"):
         if name not in entries:
-            raise ValueError(f"{path}: {name} is not in its {MANIFEST}; use another checkpoint")
+            raise UserError(f"{path}: {name} is not in its {MANIFEST}; use another checkpoint")
     return entries
 
 
@@ -483,15 +484,15 @@ def verify(
     for name, (size, _) in entries.items():
         file = path / name
         if file.is_symlink() or not file.is_file():
-            raise ValueError(f"{path}: {name} is missing; use another checkpoint")
+            raise UserError(f"{path}: {name} is missing; use another checkpoint")
         if file.stat().st_size != size:
-            raise ValueError(
+            raise UserError(
                 f"{file}: {file.stat().st_size} bytes where {size} were written; use another "
                 f"checkpoint"
             )
     for name in hashed(sorted(entries)):
         if sha256_of(path / name) != entries[name][1]:
-            raise ValueError(
+            raise UserError(
                 f"{path / name}: contents differ from the checksum in {MANIFEST}; use another "
                 f"checkpoint"
             )
@@ -595,7 +596,7 @@ def _parts(
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter)
         if not state:
-            raise ValueError(
+            raise UserError(
                 f"{name} has never been updated though others have: give it a gradient, if of "
                 f"zeros, or freeze no parameter"
             )
@@ -603,7 +604,7 @@ def _parts(
         steps.append(state["step"])
     counts = torch.stack(steps).unique().tolist()
     if len(counts) > 1:
-        raise ValueError(
+        raise UserError(
             f"parameters have been updated {counts} times: all must be updated at every step to be "
             f"saved"
         )
@@ -623,13 +624,13 @@ def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
         failures *= world_size
         dist.all_gather_object(failures, failure)
     if any(failures):
-        raise ValueError(next(filter(None, failures)))
+        raise UserError(next(filter(None, failures)))
     return result
 
 
 def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
     if difference := stored.mismatch(parts):
-        raise ValueError(
+        raise UserError(
             f"{path}: {difference}; use the configuration the checkpoint was written with"
         )
 
@@ -642,10 +643,10 @@ def _read_state(path: Path) -> tuple[TrainingState, int]:
         for name, kind in {**typing.get_type_hints(TrainingState), "num_updates": int}.items():
             value = num_updates if name == "num_updates" else values.get(name, kind())
             if type(value) is not kind and not (kind is float and type(value) is int):
-                raise ValueError(f"{name}={value!r} is not of type {kind.__name__}")
+                raise UserError(f"{name}={value!r} is not of type {kind.__name__}")
         return TrainingState(**values), num_updates
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}/state.json is not readable ({error}); use another checkpoint"
         ) from None
 

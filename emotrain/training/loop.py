@@ -23,6 +23,7 @@ from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.parallelize import build_model, set_last_backward
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import UserError
 from emotrain.model.losses import LossSums, language_model_sums, router_loss
 from emotrain.model.router import RoutingReport, draw_pool_sizes
 from emotrain.model.transformer import Transformer
@@ -80,7 +81,7 @@ class StepResult:
 
 class Engine:
     """How a step reaches the parameters: of a plain model, or one under FSDP2.
-    `distributed/deepspeed.py` has DeepSpeed's."""
+    `training/deepspeed.py` has DeepSpeed's."""
 
     def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer | None = None):
         self.model, self.optimizer = model, optimizer
@@ -274,7 +275,7 @@ def train(
         verify_checksums=config.data.verify_checksums,
     )
     if loader.vocab_size > config.model.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the {loader.vocab_size} "
             f"tokens of {config.data.path}; "
             f"raise it to at least that"
@@ -447,12 +448,12 @@ def _check_run(config: Config, ranks: Ranks) -> None:
     setup = config.training
     for key, value in (("training.run_dir", setup.run_dir), ("data.path", config.data.path)):
         if not value:
-            raise ValueError(
+            raise UserError(
                 f"{key} is not set; name a folder, for example "
                 f"{key}={'runs/first' if 'run' in key else 'data/sample'}"
             )
     if config.num_steps < 1:
-        raise ValueError(
+        raise UserError(
             "neither training.steps nor training.tokens is set; say how long to train, for example "
             "training.steps=600"
         )
@@ -464,7 +465,7 @@ def _source(config: Config, ranks: Ranks) -> tuple[Path | None, bool]:
     setup, run_dir = config.training, Path(config.training.run_dir)
     existing = checkpoint.list_checkpoints(run_dir)
     if setup.resume == "never" and existing:
-        raise ValueError(
+        raise UserError(
             f"{run_dir} already holds checkpoints and training.resume=never; choose another "
             f"training.run_dir or resume=auto"
         )
@@ -489,7 +490,7 @@ def _starting_state(
         )
     state = engine.restore(source)
     if state.data_fingerprint != loader.fingerprint:
-        raise ValueError(
+        raise UserError(
             f"{source} was trained on other data than {config.data.path} at "
             f"data.sequence_length={config.data.sequence_length} "
             f"(fingerprint {state.data_fingerprint}, here {loader.fingerprint}); give the same "
@@ -500,14 +501,14 @@ def _starting_state(
         ("global_batch", state.global_batch, setup.global_batch),
     ):
         if then != now:
-            raise ValueError(
+            raise UserError(
                 f"{source} was trained with training.{key}={then}, here it is {now}: the data "
                 f"order would jump; use {then}"
             )
     if anneals_now:
         state = replace(state, anneal_start_step=state.step, anneal_start_lr=state.lr)
     elif (state.anneal_start_step >= 0) != bool(config.anneal.checkpoint):
-        raise ValueError(
+        raise UserError(
             f"{source} was {'' if state.anneal_start_step >= 0 else 'not '}annealing; use the "
             f"configuration it was written with, "
             f"or another training.run_dir"

@@ -52,6 +52,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
+from emotrain.errors import UserError
+
 INDEX = "tensors.json"
 OPTIMIZER_PREFIXES = ("exp_avg.", "exp_avg_sq.")
 DTYPES = {
@@ -146,7 +148,7 @@ def save_parts(
     """
     partial = next((name for name, part in parts.items() if part.local.shape != part.shape), None)
     if group is None and partial is not None:
-        raise ValueError(f"{partial} is spread over several processes: all of them must save it")
+        raise UserError(f"{partial} is spread over several processes: all of them must save it")
     with _one_failure(group is not None):
         dcp.save(
             dict(parts),
@@ -258,7 +260,7 @@ def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
     try:
         tensors = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tensors"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder}: its {INDEX} is not readable ({error}); use another checkpoint"
         ) from None
     metadata, where = {}, {}
@@ -268,14 +270,14 @@ def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
             for part in entry["parts"]:
                 boxes.append(ChunkStorageMetadata(_size(part["offsets"]), _size(part["shape"])))
                 if part["file"] not in files:
-                    raise ValueError(
+                    raise UserError(
                         f"its part lies in {part['file']!r}, which is not a file of this checkpoint"
                     )
                 where[MetadataIndex(name, boxes[-1].offsets)] = part["file"]
             if not _tile(shape, boxes):
-                raise ValueError("its parts do not tile it")
+                raise UserError("its parts do not tile it")
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder}/{INDEX}: {name} cannot be read ({error}); use another checkpoint"
             ) from None
         metadata[name] = TensorStorageMetadata(TensorProperties(dtype), shape, boxes)
@@ -286,7 +288,7 @@ def _size(values: Any) -> torch.Size:
     if not isinstance(values, list) or not all(
         type(value) is int and value >= 0 for value in values
     ):
-        raise ValueError(f"{values!r} is not a list of sizes")
+        raise UserError(f"{values!r} is not a list of sizes")
     return torch.Size(values)
 
 
@@ -455,11 +457,11 @@ class _TensorFilesReader(StorageReader):
                             planner.resolve_tensor(item),
                         )
                         if values.shape != target.shape or values.dtype != target.dtype:
-                            raise ValueError(f"{item.storage_index.fqn} is not what {INDEX} says")
+                            raise UserError(f"{item.storage_index.fqn} is not what {INDEX} says")
                         target.copy_(values)
                         planner.commit_tensor(item, target)
             except (OSError, ValueError, SafetensorError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / file}: not readable ({error}); use another checkpoint"
                 ) from None
         return _done(None)
@@ -484,4 +486,4 @@ def _one_failure(distributed: bool) -> Iterator[None]:
             raise OSError(
                 error.errno, f"{error.strerror or error} (rank {rank})", error.filename
             ) from None
-        raise ValueError(f"{error} (rank {rank})") from None
+        raise UserError(f"{error} (rank {rank})") from None

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from emotrain.config import Config
-    from emotrain.distributed.hardware import Cluster
-    from emotrain.distributed.plan import Plan
-    from emotrain.distributed.search import Change
+    from emotrain.planning.hardware import Cluster
+    from emotrain.planning.plan import Plan
+    from emotrain.planning.search import Change
 
 MEMORY = (
     ("parameters", "fp32, this GPU's part"),

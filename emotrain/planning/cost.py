@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from emotrain.distributed.dry_run import Measured
-from emotrain.distributed.hardware import GPU, RATES, Cluster
-from emotrain.distributed.meter import Collective, Kernel
+from emotrain.planning.dry_run import Measured
+from emotrain.planning.hardware import GPU, RATES, Cluster
+from emotrain.planning.meter import Collective, Kernel
 
 GROUPED = ("gate_up", "rows", "grad_hidden", "weight_grad")
 """Our grouped GEMMs."""

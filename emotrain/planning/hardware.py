@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from emotrain.errors import UserError
+
 
 @dataclass(frozen=True)
 class GPU:
@@ -123,7 +125,7 @@ GPUS = {
 def find_gpu(name: str) -> GPU:
     """Raises: ValueError: a GPU that is not in the table."""
     if name not in GPUS:
-        raise ValueError(f"--gpu {name} is not known; choose one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu {name} is not known; choose one of {', '.join(GPUS)}")
     return GPUS[name]
 
 

@@ -20,11 +20,11 @@ from multiprocessing import get_context
 from typing import Any
 
 from emotrain.config import Config
-from emotrain.distributed.dry_run import Measured, Routing, dry_run
-from emotrain.distributed.hardware import Cluster
 from emotrain.distributed.mesh import Layout
-from emotrain.distributed.plan import Plan, make_plan
 from emotrain.model.transformer import parameter_counts
+from emotrain.planning.dry_run import Measured, Routing, dry_run
+from emotrain.planning.hardware import Cluster
+from emotrain.planning.plan import Plan, make_plan
 
 WHOLE = 3
 """Layouts of the first pass that are measured whole."""

@@ -40,6 +40,7 @@ from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import MissingFileError, MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import Block, Transformer
@@ -99,7 +100,7 @@ def read_options(path: str | Path, config: Config, world_size: int) -> dict[str,
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{path}: no such file; `ls configs/deepspeed` shows those that come with the project"
         )
     try:
@@ -109,7 +110,7 @@ def read_options(path: str | Path, config: Config, world_size: int) -> dict[str,
             "it needs a section zero_optimization",
         )
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: not a DeepSpeed configuration ({error}); see configs/deepspeed/zero2.json"
         ) from None
     setup = config.training
@@ -192,7 +193,7 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
 
 def _require(holds: bool, message: str) -> None:
     if not holds:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 class DeepSpeedEngine:
@@ -430,7 +431,7 @@ class _ExpertGroups:
 
 def _import_deepspeed(ranks: Ranks) -> Any:
     if importlib.util.find_spec("deepspeed") is None:
-        raise ModuleNotFoundError(f"--deepspeed needs DeepSpeed, which is not installed; {INSTALL}")
+        raise MissingPackageError(f"--deepspeed needs DeepSpeed, which is not installed; {INSTALL}")
     version = importlib.metadata.version("deepspeed")
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     _require(

@@ -23,10 +23,10 @@ from dataclasses import replace
 import torch
 
 from emotrain.config import Config
-from emotrain.distributed.cost import GROUPED, Work
-from emotrain.distributed.dry_run import Measured
-from emotrain.distributed.hardware import RATES
-from emotrain.distributed.meter import Collective, Kernel
+from emotrain.planning.cost import GROUPED, Work
+from emotrain.planning.dry_run import Measured
+from emotrain.planning.hardware import RATES
+from emotrain.planning.meter import Collective, Kernel
 
 PUBLISHED_TOKENS_PER_SECOND = (17.6e3, 18.8e3)
 """Of one of 128 H100, over a whole run of 130 billion tokens in 15 to 16 hours (arXiv

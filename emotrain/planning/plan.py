@@ -16,10 +16,11 @@ from typing import Any
 
 from emotrain.cli import add_json, finish
 from emotrain.config import Config, load_config
-from emotrain.distributed.cost import VIEWS, StepTime, Work, step_time
-from emotrain.distributed.dry_run import MEAN_DOCUMENT, Measured, Routing, dry_run
-from emotrain.distributed.hardware import GPUS, RATES, Cluster, Reserve, find_gpu
 from emotrain.distributed.mesh import Layout
+from emotrain.errors import UserError
+from emotrain.planning.cost import VIEWS, StepTime, Work, step_time
+from emotrain.planning.dry_run import MEAN_DOCUMENT, Measured, Routing, dry_run
+from emotrain.planning.hardware import GPUS, RATES, Cluster, Reserve, find_gpu
 from emotrain.training.metrics import flops_per_token
 
 KINDS = {
@@ -157,8 +158,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from emotrain.distributed import plan_text
-    from emotrain.distributed.search import advice, search
+    from emotrain.planning import text as plan_text
+    from emotrain.planning.search import advice, search
 
     config = load_config(args.config, args.settings)
     cluster = Cluster(find_gpu(args.gpu), args.nodes, args.gpus_per_node)
@@ -205,7 +206,7 @@ def make_plan(
 
 def reference_plan(config: Config, cluster: Cluster) -> Plan:
     """The published run on a cluster. Memory is that of our code on its layout."""
-    from emotrain.distributed.reference import reference_config, reference_work
+    from emotrain.planning.reference import reference_config, reference_work
 
     config = reference_config(config)
     Layout.of(config, cluster.world_size)
@@ -260,12 +261,12 @@ def assumptions(plan: Plan) -> list[str]:
 
 def _routing(args: argparse.Namespace, config: Config) -> Routing:
     if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
-        raise ValueError(
+        raise UserError(
             f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "
             f"parallel.ep={config.parallel.ep}"
         )
     if not 1 <= args.imbalance <= max(config.parallel.ep, 1):
-        raise ValueError(
+        raise UserError(
             f"--imbalance {args.imbalance:g} must be between 1 (balanced) and "
             f"parallel.ep={config.parallel.ep} (one rank "
             f"gets all)"

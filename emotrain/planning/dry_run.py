@@ -33,8 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
-from emotrain.distributed.meter import Collective, Kernel, Meter
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import UserError
+from emotrain.planning.meter import Collective, Kernel, Meter
 
 PARTS = {
     "Attention": "attention",
@@ -429,7 +430,7 @@ def _gpu_kernels(
     """Within this context the Triton kernels are chosen where a GPU would, and their launches
     counted instead of started."""
     if config.model.experts.backend == "megablocks":
-        raise ValueError(
+        raise UserError(
             "experts.backend=megablocks cannot be planned: its memory is its own; plan with "
             "model.experts.backend=auto"
         )
