@@ -28,9 +28,10 @@ from emotrain.config import Config, load_config
 from emotrain.data.loader import Loader
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
-from emotrain.training.loop import forward_backward
+from emotrain.training.engine import NativeEngine
 from emotrain.training.metrics import mean, routing_metrics
 from emotrain.training.optimizer import build_optimizer, learning_rate
+from emotrain.training.step import train_step
 
 
 def with_schedule(config: Config, schedule: str) -> Config:
@@ -49,7 +50,7 @@ def gradients(
     batches = loader.step(
         step - 1, config.training.global_batch, config.training.global_batch // micro_batches
     )
-    forward_backward(model, batches, config, step, Ranks())
+    train_step(NativeEngine(model), batches, config, step, Ranks())
     every = torch.cat([p.grad.flatten() for p in model.parameters()])
     return every, torch.cat(
         [p.grad.flatten() for name, p in model.named_parameters() if ".router." in name]
@@ -80,7 +81,7 @@ def train(
         batches = loader.step(
             step - 1, config.training.global_batch, config.training.global_batch // micro_batches
         )
-        result = forward_backward(model, batches, config, step, Ranks())
+        result = train_step(NativeEngine(model), batches, config, step, Ranks())
         optimizer.step()
         print(
             f"step {step}/{steps}  {config.losses.balance_schedule}  loss "

@@ -40,8 +40,9 @@ from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
 from emotrain.planning.dry_run import PARTS, dry_run, follow_state
 from emotrain.planning.meter import Meter
-from emotrain.training.loop import forward_backward
+from emotrain.training.engine import NativeEngine
 from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
 
 MIB = 1 << 20
 # (processes, ep, recompute, balance_schedule, hidden width of an expert)
@@ -161,7 +162,7 @@ def step(
     config: Config,
     ranks: Ranks,
 ) -> None:
-    forward_backward(model, batches, config, 1, ranks)
+    train_step(NativeEngine(model), batches, config, 1, ranks)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -33,8 +33,9 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
-from emotrain.training.loop import forward_backward
+from emotrain.training.engine import NativeEngine
 from emotrain.training.optimizer import build_optimizer, clip_gradients, learning_rate
+from emotrain.training.step import train_step
 
 HF_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 TRIAL_ROWS, HOPELESS = 4, 5
@@ -49,14 +50,13 @@ def our_step(config: Config, micro_batches: list[PackedBatch]) -> Callable[[], N
     optimizer = build_optimizer(
         model, replace(config.optimizer, lr=learning_rate(config.optimizer, 1, config.num_steps))
     )
-    step = 0
+    engine, step = NativeEngine(model, optimizer), 0
 
     def run() -> None:
         nonlocal step
         step += 1
-        result = forward_backward(model, micro_batches, config, step, Ranks())
-        assert result.finite
-        optimizer.step()
+        result = train_step(engine, micro_batches, config, step, Ranks())
+        assert result.applied
 
     return run
 

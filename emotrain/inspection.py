@@ -3,29 +3,11 @@ steps, FLOPs, memory."""
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-from emotrain.cli import add_json, finish
-from emotrain.config import Config, load_config
+from emotrain.config import Config
 
 FLOPS_FORMULA = "6 * (active parameters - input embedding) + 6 * layers * width * sequence length"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml"
-    )
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
-    )
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    costs = run_costs(load_config(args.config, args.settings))
-    finish(args, costs, describe(costs))
-    return 0
 
 
 def run_costs(config: Config) -> dict[str, Any]:

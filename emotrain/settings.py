@@ -3,22 +3,11 @@ config.py."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import dataclasses
 import inspect
 
-from emotrain.cli import add_json, finish
-from emotrain.config import Config, config_to_dict
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    finish(args, config_to_dict(Config()), settings_reference().rstrip())
-    return 0
+from emotrain.config import Config
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -8,20 +8,16 @@ arguments. Triton brings the assembler along.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from emotrain.cli import add_json, finish
-from emotrain.errors import UserError
 from emotrain.kernels.backends import require_triton
 from emotrain.kernels.grouped_mlp import SortedSlots
 from emotrain.kernels.tuning import SPACE
@@ -113,29 +109,6 @@ class Row:
                 f"{name}: {self.float_atomics} float atomics, whose sums differ from run to run"
             )
         return found
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--target",
-        default="sm_80,sm_90",
-        metavar="LIST",
-        help=f"of {', '.join(DEVICES)} (default: sm_80,sm_90)",
-    )
-    parser.add_argument("--defaults-only", action="store_true", help="leave out the tuning space")
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    targets = [target.strip() for target in args.target.split(",")]
-    if unknown := [target for target in targets if target not in DEVICES]:
-        raise UserError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
-    rows = compile_all(targets, with_space=not args.defaults_only)
-    failures = [line for row in rows for line in row.failures()]
-    finish(args, summarize(rows, failures), table(rows))
-    for line in failures:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failures else 0
 
 
 def summarize(rows: list[Row], failures: list[str]) -> dict[str, Any]:

@@ -1,76 +1,11 @@
-"""Pretrain a model: `python launch/pretrain.py CONFIG [key=value ...]`, or the same under
-torchrun or deepspeed."""
+"""Pretrain a model under torchrun or deepspeed: `emotrain train` as a script.
 
-from __future__ import annotations
+torchrun --nproc-per-node 8 launch/pretrain.py CONFIG [key=value ...]
+"""
 
-import argparse
 import sys
-from functools import partial
 
-from emotrain.cli import add_json, finish, guarded
-
-EXIT_INTERRUPTED = 75
-"""Exit code after SIGTERM, SIGINT or SIGUSR1 with a checkpoint saved: the same command goes on
-from there."""
-
-EPILOG = """examples:
-  python launch/pretrain.py configs/quickstart.yaml
-  python launch/pretrain.py configs/quickstart.yaml training.run_dir=runs/lr1e-3 optimizer.lr=1e-3
-  torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=16
-  deepspeed launch/pretrain.py configs/emo_1b14b_130b.yaml --deepspeed configs/deepspeed/zero2.json
-
-The same command goes on from the newest checkpoint of training.run_dir. `emotrain settings` lists every setting.
-Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with 75; again, and it stops at once."""
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Pretrain EMO, a standard MoE or a dense model.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, for example configs/quickstart.yaml"
-    )
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
-    )
-    parser.add_argument(
-        "--deepspeed",
-        metavar="JSON",
-        help="train by DeepSpeed, with options like configs/deepspeed/zero2.json",
-    )
-    parser.add_argument(
-        "--local_rank", help=argparse.SUPPRESS
-    )  # the deepspeed launcher says it, also in LOCAL_RANK
-    add_json(parser)
-    return guarded(run, parser.parse_intermixed_args(arguments))
-
-
-def run(args: argparse.Namespace) -> int:
-    from emotrain.config import load_config
-    from emotrain.distributed.ranks import Ranks
-    from emotrain.training.loop import train
-
-    engine = {}
-    if args.deepspeed:
-        from emotrain.training.deepspeed import DeepSpeedEngine
-
-        engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
-    config = load_config(args.config, args.settings)
-    with Ranks.join(config.training.device, config.training.collective_timeout_s) as ranks:
-        summary = train(config, ranks, **engine)
-    if ranks.is_first:
-        last = summary["metrics"].get("loss")
-        finish(
-            args,
-            summary,
-            f"step {summary['step']} of {summary['last_step']}"
-            + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
-            + f", {summary['seconds']:.0f} s; checkpoints and metrics in {summary['run_dir']}",
-        )
-    return EXIT_INTERRUPTED if summary["interrupted"] else 0
-
+from emotrain.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

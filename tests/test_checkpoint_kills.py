@@ -31,7 +31,8 @@ import torch.distributed as dist
 from emotrain.config import config_from_dict
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
-from emotrain.training import checkpoint, loop, tensor_files
+from emotrain.training import checkpoint, tensor_files
+from emotrain.training import run as run_module
 from emotrain.training.checkpoint import CheckpointWriter, TrainingState
 from emotrain.training.optimizer import build_optimizer
 from tests.conftest import ROOT, tiny_settings
@@ -199,7 +200,7 @@ def newest_step(run_dir: Path) -> int:
 def trained(ranks: Ranks, seed: int | None, settings: dict) -> None:
     if seed is not None:
         slow_down(seed)
-    loop.train(config_from_dict(settings), ranks)
+    run_module.train(config_from_dict(settings), ranks)
     if ranks.world_size > 1:
         dist.destroy_process_group()
 
@@ -332,10 +333,10 @@ def test_a_disk_that_is_full_stops_the_run_or_not_as_configured(
         with pytest.raises(
             OSError, match=r"; free space or choose another training\.run_dir"
         ) as error:
-            loop.train(config_from_dict(settings))
+            run_module.train(config_from_dict(settings))
         said = [str(error.value)]
     else:
-        summary = loop.train(config_from_dict(settings))
+        summary = run_module.train(config_from_dict(settings))
         said = [
             record.getMessage()
             for record in caplog.records

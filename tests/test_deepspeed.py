@@ -32,9 +32,11 @@ import torch.multiprocessing as mp
 
 from emotrain.config import Config, config_from_dict, config_to_dict, save_config
 from emotrain.distributed.ranks import Ranks
-from emotrain.training import checkpoint, loop
+from emotrain.training import checkpoint
+from emotrain.training import run as run_module
 from emotrain.training.deepspeed import DeepSpeedEngine, read_options
-from emotrain.training.loop import Engine, forward_backward
+from emotrain.training.engine import NativeEngine
+from emotrain.training.step import train_step
 from tests import test_layout as layout
 from tests.conftest import ROOT, tiny_settings
 
@@ -76,11 +78,7 @@ class Recorder:
     def step(self, number: int) -> None:
         size = self.settings.training.micro_batch
         batches = layout.micro_batches(number, size, self.ranks.rank, self.ranks.world_size)
-        result = forward_backward(
-            self.engine.model, batches, self.settings, number, self.ranks, engine=self.engine
-        )
-        if result.finite:
-            self.engine.update()
+        result = train_step(self.engine, batches, self.settings, number, self.ranks)
         self.numbers.append(
             [
                 result.loss,
@@ -108,7 +106,7 @@ class Recorder:
 
 
 def native(settings: Config) -> Recorder:
-    return Recorder(Engine.build(settings, Ranks(), fresh=True), settings, Ranks())
+    return Recorder(NativeEngine.build(settings, Ranks(), fresh=True), settings, Ranks())
 
 
 @cache
@@ -554,7 +552,7 @@ def test_the_launcher_trains_as_one_native_process(tiny_data, tmp_path):
         str(tmp_path / "native"),
         "linear",
     )
-    loop.train(config_from_dict(settings), Ranks())
+    run_module.train(config_from_dict(settings), Ranks())
     assert len(losses(tmp_path / "run")) == 4
     torch.testing.assert_close(
         losses(tmp_path / "run"), losses(tmp_path / "native"), rtol=1e-5, atol=0

@@ -34,7 +34,9 @@ from emotrain.data.loader import Loader
 from emotrain.distributed import faults
 from emotrain.distributed.faults import collective_errors, describe, in_flight, report_not_finite
 from emotrain.distributed.ranks import CollectiveError, Ranks
-from emotrain.training import checkpoint, loop
+from emotrain.training import checkpoint
+from emotrain.training import engine as engine_module
+from emotrain.training import run as run_module
 from tests.conftest import ROOT, tiny_settings
 
 
@@ -139,7 +141,7 @@ def test_a_hung_collective_is_named_whoever_started_it(where, name, tmp_path):
 def _limits(rank, settings, folder):
     """Train with expert parallelism, and note the limit of every collective of every group."""
     ranks = meet(rank, 4, folder, timeout_s=77.0)
-    loop.train(config_from_dict(settings), ranks)
+    run_module.train(config_from_dict(settings), ranks)
     limits = {entry["process_group"][1]: entry["timeout_ms"] for entry in faults.flight_record()}
     (folder / f"limits-{rank}").write_text(json.dumps(limits))
     dist.destroy_process_group()
@@ -281,7 +283,7 @@ class Torchrun:
 
 def _train(rank, world_size, settings, folder):
     ranks = meet(rank, world_size, folder)
-    loop.train(config_from_dict(settings), ranks)
+    run_module.train(config_from_dict(settings), ranks)
     dist.destroy_process_group()
 
 
@@ -345,16 +347,16 @@ def test_a_stuck_rank_ends_the_run_and_the_waiting_one_says_so(tiny_data, tmp_pa
 def test_a_stop_of_a_scheduler_finishes_the_step_and_saves(
     number, tiny_data, tmp_path, monkeypatch
 ):
-    real, calls = loop.language_model_sums, iter(range(100))
+    real, calls = engine_module.language_model_sums, iter(range(100))
 
     def sums(*arguments):
         if next(calls) == 2:
             os.kill(os.getpid(), number)
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "language_model_sums", sums)
+    monkeypatch.setattr(engine_module, "language_model_sums", sums)
     before = signal.getsignal(number)
-    summary = loop.train(config_from_dict(tiny_settings(tiny_data, tmp_path)))
+    summary = run_module.train(config_from_dict(tiny_settings(tiny_data, tmp_path)))
     assert summary["interrupted"] and summary["step"] == summary["checkpoint_step"] in (3, 4)
     assert signal.getsignal(number) == before
 
@@ -367,20 +369,20 @@ def _spoil(rank, settings, folder):
     messages = logging.handlers.MemoryHandler(1000)
     logging.getLogger("emotrain").addHandler(messages)
     ranks = meet(rank, 2, folder)
-    real, calls = loop.language_model_sums, iter(range(100))
+    real, calls = engine_module.language_model_sums, iter(range(100))
 
     def sums(*arguments):
         result = real(*arguments)
         spoilt = rank == 1 and next(calls) == 2 * 2 + 1
-        return loop.LossSums(
+        return engine_module.LossSums(
             result.lm * (torch.nan if spoilt else 1.0),
             result.cross_entropy,
             result.z,
             result.num_targets,
         )
 
-    loop.language_model_sums = sums
-    loop.train(config_from_dict(settings), ranks)
+    engine_module.language_model_sums = sums
+    run_module.train(config_from_dict(settings), ranks)
     (folder / f"log-{rank}").write_text(
         "\n".join(
             record.getMessage() for record in messages.buffer if record.levelname == "WARNING"
@@ -428,7 +430,7 @@ def test_without_a_culprit_the_whole_batch_is_named(values, where, caplog):
 def _train_a_while(rank, world_size, settings, folder, stop_after):
     """Train until `stop_after` steps were begun; then the last rank is asked to stop."""
     ranks = meet(rank, world_size, folder)
-    real, calls = loop.language_model_sums, iter(range(1, 1000))
+    real, calls = engine_module.language_model_sums, iter(range(1, 1000))
     per_step = settings["training"]["global_batch"] // world_size
 
     def sums(*arguments):
@@ -436,8 +438,8 @@ def _train_a_while(rank, world_size, settings, folder, stop_after):
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(*arguments)
 
-    loop.language_model_sums = sums
-    loop.train(config_from_dict(settings), ranks)
+    engine_module.language_model_sums = sums
+    run_module.train(config_from_dict(settings), ranks)
     dist.destroy_process_group()
 
 
@@ -447,7 +449,7 @@ def test_a_run_goes_on_with_another_number_of_processes(tiny_data, tmp_path):
     elastic = tiny_settings(tiny_data, tmp_path / "elastic", **training)
     for world_size, stop_after in ((2, 2), (1, 2), (4, 100)):
         fork(_train_a_while, world_size, world_size, elastic, tmp_path, stop_after)
-    loop.train(config_from_dict(tiny_settings(tiny_data, tmp_path / "whole", **training)))
+    run_module.train(config_from_dict(tiny_settings(tiny_data, tmp_path / "whole", **training)))
     got, wanted = losses(tmp_path / "elastic"), losses(tmp_path / "whole")
     assert [step for step, *_ in got] == list(range(1, 10))
     for step, expected in zip(got, wanted, strict=True):

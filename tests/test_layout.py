@@ -26,9 +26,10 @@ from emotrain.distributed.mesh import Layout, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
-from emotrain.training.loop import forward_backward
+from emotrain.training.engine import NativeEngine
 from emotrain.training.metrics import routing_metrics
 from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
 
 pytestmark = pytest.mark.layout
 ROWS, LENGTH = 8, 24
@@ -107,8 +108,12 @@ def train(
     optimizer = build_optimizer(model, settings.optimizer)
     record = []
     for step in range(1, steps + 1):
-        result = forward_backward(
-            model, micro_batches(step, size, ranks.rank, ranks.world_size), settings, step, ranks
+        result = train_step(
+            NativeEngine(model),
+            micro_batches(step, size, ranks.rank, ranks.world_size),
+            settings,
+            step,
+            ranks,
         )
         routing = routing_metrics(result.reports, ranks)
         record.append(
@@ -272,7 +277,7 @@ def test_padding_changes_no_loss_gradient_or_statistic():
         batch = PackedBatch.from_segments(
             padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True
         )
-        result = forward_backward(model, [batch], settings, 1, Ranks())
+        result = train_step(NativeEngine(model), [batch], settings, 1, Ranks())
         results.append(
             (
                 {

@@ -19,7 +19,8 @@ from emotrain.distributed.mesh import Layout, build_meshes
 from emotrain.distributed.parallelize import ROUTING_DECISIONS, _cut, build_model, parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
-from emotrain.training.loop import forward_backward
+from emotrain.training.engine import NativeEngine
+from emotrain.training.step import train_step
 
 
 def layout_config(**parallel: int) -> Config:
@@ -142,7 +143,7 @@ def test_recomputation_repeats_products_and_no_routing_decision() -> None:
         settings = tiny_config(parallel__recompute=recompute)
         model = parallelize(Transformer(settings.model).initialize(0), settings)
         with CountedOperations() as counted:
-            forward_backward(model, [tiny_batch()], settings, 1, Ranks())
+            train_step(NativeEngine(model), [tiny_batch()], settings, 1, Ranks())
         ran[recompute] = {operation: counted.ran[operation] for operation in ROUTING_DECISIONS}
         products[recompute] = sum(
             count

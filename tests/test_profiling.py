@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 
 from emotrain.config import ProfileConfig, config_from_dict
 from emotrain.distributed.ranks import Ranks
-from emotrain.training import loop
+from emotrain.training import run as run_module
 from emotrain.training.profiling import (
     collective_seconds,
     part,
@@ -184,7 +184,7 @@ def _train(rank, folder, settings):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    loop.train(config_from_dict(settings), Ranks(rank, 2))
+    run_module.train(config_from_dict(settings), Ranks(rank, 2))
     dist.destroy_process_group()
 
 
@@ -226,7 +226,7 @@ def test_training_profiles_the_steps_it_was_asked_for_and_learns_the_same(tiny_d
     assert names.count("part: forward") == names.count("part: backward") == 2 * 2, (
         "two micro-batches a step"
     )
-    loop.train(config_from_dict(tiny_settings(tiny_data, tmp_path / "plain")))
+    run_module.train(config_from_dict(tiny_settings(tiny_data, tmp_path / "plain")))
     for line, plain in zip(
         *(
             (tmp_path / name / "metrics.jsonl").read_text().splitlines()

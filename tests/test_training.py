@@ -15,13 +15,15 @@ import pytest
 import torch
 
 from emotrain.config import OptimizerConfig, config_from_dict, load_config, save_config
-from emotrain.training import checkpoint, loop
+from emotrain.training import checkpoint
+from emotrain.training import engine as engine_module
+from emotrain.training import run as run_module
 from emotrain.training.optimizer import anneal_learning_rate, build_optimizer, learning_rate
 from tests.conftest import ROOT, run_command, tiny_settings
 
 
 def train(settings: dict) -> dict:
-    return loop.train(config_from_dict(settings))
+    return run_module.train(config_from_dict(settings))
 
 
 def metrics(run_dir) -> list[dict]:
@@ -36,7 +38,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_data, tmp_path, monkeypatch
     train(tiny_settings(tiny_data, tmp_path / "whole"))
     stop_at = iter([False, False, True])
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_stop_requests", lambda: _Always(lambda: next(stop_at)))
+        patch.setattr(run_module, "_stop_requests", lambda: _Always(lambda: next(stop_at)))
         summary = train(tiny_settings(tiny_data, tmp_path / "cut"))
     assert summary["interrupted"] and summary["step"] == 3
     summary = train(tiny_settings(tiny_data, tmp_path / "cut"))
@@ -169,20 +171,20 @@ def test_only_the_embedding_is_exempt_from_decay():
 
 
 def test_an_update_that_is_not_finite_is_skipped_and_said(tiny_data, tmp_path, monkeypatch, caplog):
-    real = loop.language_model_sums
+    real = engine_module.language_model_sums
     calls = iter(range(100))
 
     def sums(output, head, batch, z_weight):
         result = real(output, head, batch, z_weight)
         bad = next(calls) == 2
-        return loop.LossSums(
+        return engine_module.LossSums(
             result.lm * (torch.nan if bad else 1.0),
             result.cross_entropy,
             result.z,
             result.num_targets,
         )
 
-    monkeypatch.setattr(loop, "language_model_sums", sums)
+    monkeypatch.setattr(engine_module, "language_model_sums", sums)
     with caplog.at_level("WARNING"):
         train(tiny_settings(tiny_data, tmp_path, checkpoint_every=1, keep_checkpoints=0))
     assert "step 3: skipped an update" in caplog.text and "sequences 8 to 11" in caplog.text
@@ -281,7 +283,7 @@ def test_compiled_blocks_train_as_eager_ones(tiny_data, tmp_path):
     ],
 )
 def test_mistakes_get_one_line(change, message, tiny_data, tmp_path, capsys):
-    import launch.pretrain as pretrain
+    from emotrain.cli import main
 
     if "device" in change.get("training", {}) and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
@@ -289,7 +291,7 @@ def test_mistakes_get_one_line(change, message, tiny_data, tmp_path, capsys):
     for section, values in change.items():
         settings.setdefault(section, {}).update(values)
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
-    assert pretrain.main([str(tmp_path / "config.yaml")]) == 2
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and error.startswith("error: ") and len(error.splitlines()) == 1
     assert not checkpoint.list_checkpoints(tmp_path / "run")

@@ -18,7 +18,6 @@ give the same bytes, and a process that is killed leaves no data set rather than
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -31,7 +30,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emotrain.cli import add_json, finish
 from emotrain.data.documents import REASONS, Document, DocumentReader, Fields, find_files
 from emotrain.data.formats import (
     SPLITS,
@@ -438,138 +436,3 @@ def _report(
     report["shard_bytes"] = sum(info.bytes for split in SPLITS for info in splits[split]["shards"])
     report["domains"] = {split: splits[split]["domains"] for split in SPLITS}
     return report | {"seconds": round(seconds, 3)}
-
-
-EPILOG = """\
-example:
-  emotrain prepare sample --out data/sample                      the corpus that comes with the project
-  emotrain prepare corpus/ --out data/mine --tokenizer tokenizer.json
-  emotrain prepare a.jsonl.zst b.parquet --out data/mine --train-tokenizer --vocab-size 16384
-
-Documents are lines of .jsonl (.gz, .zst), rows of .parquet, or whole .txt files. The text is in "text"; "domain", "source"
-and "split" (train, valid) are optional. Nothing appears at --out before all of it is complete."""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `emotrain prepare`."""
-    parser.description = (
-        "Turn text documents into shuffled token shards that training reads in place."
-    )
-    parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    option = parser.add_argument
-    option(
-        "inputs",
-        nargs="+",
-        metavar="INPUT",
-        help="files or folders of documents, or `sample`, the embedded corpus",
-    )
-    option(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="folder to make; refused if it exists, see --overwrite",
-    )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to encode with")
-    which.add_argument(
-        "--train-tokenizer",
-        action="store_true",
-        help="train a byte-level BPE on the documents first (the default for `sample`)",
-    )
-    option(
-        "--vocab-size",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens of a trained tokenizer (default: %(default)s)",
-    )
-    option(
-        "--eos-token",
-        default=EOS_TOKEN,
-        metavar="TOKEN",
-        help="token that ends a document (default: %(default)s)",
-    )
-    option(
-        "--valid-fraction",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="share of documents held out, among those without a split of their own (default: "
-        "%(default)s)",
-    )
-    option(
-        "--shard-tokens",
-        type=int,
-        default=SHARD_TOKENS,
-        metavar="N",
-        help="tokens of a shard, about; memory in use is some 8 bytes each (default: %(default)s)",
-    )
-    option(
-        "--seed",
-        type=int,
-        default=0,
-        metavar="N",
-        help="seed of the shuffle and of the held-out share (default: %(default)s)",
-    )
-    option(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="encoding threads (default: one a core); changes the time, not the result",
-    )
-    option(
-        "--strict",
-        action="store_true",
-        help="stop at the first bad document; without it they are skipped and counted",
-    )
-    option(
-        "--overwrite",
-        action="store_true",
-        help="replace the data set at --out once the new one is complete",
-    )
-    for name in vars(Fields()):
-        option(
-            f"--{name}-field",
-            default=name,
-            metavar="NAME",
-            help=f"key or column of the {name} (default: %(default)s)",
-        )
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """`emotrain prepare`: progress on stderr, the result on stdout."""
-    from rich.console import Console
-
-    fields = Fields(**{name: getattr(args, f"{name}_field") for name in vars(Fields())})
-    report = prepare(
-        args.inputs,
-        args.out,
-        tokenizer=args.tokenizer,
-        train_tokenizer=args.train_tokenizer,
-        vocab_size=args.vocab_size,
-        eos_token=args.eos_token,
-        shard_tokens=args.shard_tokens,
-        valid_fraction=args.valid_fraction,
-        seed=args.seed,
-        workers=args.workers,
-        strict=args.strict,
-        overwrite=args.overwrite,
-        fields=fields,
-        console=Console(stderr=True),
-    )
-    skipped = ", ".join(
-        f"{report[f'skipped_{reason}_documents']:,} {reason.replace('_', ' ')}"
-        for reason in REASONS
-        if report[f"skipped_{reason}_documents"]
-    )
-    finish(
-        args,
-        report,
-        f"{report['train_documents']:,} documents ({report['train_tokens']:,} tokens) to train on, "
-        f"{report['valid_documents']:,} ({report['valid_tokens']:,}) held out, {skipped or '0'} "
-        f"skipped, "
-        f"in {report['seconds']:.1f} s: {report['out']}",
-    )
-    return 0

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from emotrain.errors import UserError
+from emotrain.errors import RunError, UserError
 
 
-class CollectiveError(RuntimeError):
+class CollectiveError(RunError):
     """A collective did not end, or its other side is gone. The process groups are of no use
     afterwards."""
 

@@ -3,7 +3,6 @@ nothing."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -12,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from emotrain.cli import add_json, finish
 from emotrain.config import Config, config_to_dict, flatten, load_config
 from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation import plots
@@ -293,19 +291,3 @@ def _read_evaluation(path: Path) -> dict[str, Any] | None:
             f"{path}: not a result of `emotrain evaluate` ({error}); run it again"
         ) from None
     return result
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run_dir",
-        metavar="RUN_DIR",
-        help="training.run_dir of a run; the page is written there as report.html",
-    )
-    add_json(parser)
-    parser.epilog = "example:\n  emotrain evaluate runs/quickstart --data data/sample\n  emotrain report runs/quickstart"
-
-
-def run(args: argparse.Namespace) -> int:
-    page = str(write_report(args.run_dir))
-    finish(args, {"report": page}, page)
-    return 0

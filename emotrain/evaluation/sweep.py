@@ -13,7 +13,6 @@ the less modular.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -27,13 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emotrain.cli import add_json
 from emotrain.config import Config
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
-from emotrain.evaluation.progress import progress_bar
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
 from emotrain.files import write_whole
 from emotrain.model.transformer import Transformer
@@ -467,7 +464,7 @@ def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
         ),
         write_whole(
             folder / "evaluation.md",
-            "\n".join(table.markdown() for table in _tables(result)).encode(),
+            "\n".join(table.markdown() for table in tables(result)).encode(),
         ),
     ]
     try:
@@ -479,131 +476,5 @@ def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
-def _tables(result: dict[str, Any]) -> list[Table]:
+def tables(result: dict[str, Any]) -> list[Table]:
     return [domain_table(result), routing_table(result), mean_table([("", result)])]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = SweepSettings()
-    parser.description = (
-        "Measure what each domain loses when it keeps only some of the experts. A few training "
-        "documents of a domain choose its\n"
-        "experts; the loss is taken on held-out documents, for every domain with its own subset. "
-        "Two controls say whether the\n"
-        "choice matters: as many experts at random, and those that another domain chose. Training "
-        "is not needed, nor is a GPU."
-    )
-    parser.epilog = (
-        "example:\n  emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 "
-        "0.125\n\n"
-        "Reading it: a modular model loses little with the experts a domain chose itself, and much "
-        "with the other two."
-    )
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder written by `emotrain prepare`, with the model's tokenizer",
-    )
-    parser.add_argument(
-        "--keep",
-        type=float,
-        nargs="+",
-        default=default.keep,
-        metavar="SHARE",
-        help=f"shares of each layer's experts to keep, shared ones counted (default: "
-        f"{' '.join(map(str, default.keep))})",
-    )
-    parser.add_argument(
-        "--calibration-documents",
-        type=int,
-        default=default.calibration_documents,
-        metavar="N",
-        help="training documents of a domain that choose its experts (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=default.documents,
-        metavar="N",
-        help="most held-out documents of a domain (default: %(default)s); more of them, smaller "
-        "errors",
-    )
-    parser.add_argument(
-        "--random-seeds",
-        type=int,
-        default=default.random_seeds,
-        metavar="N",
-        help="random subsets to average at each share, 0 for none (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--cross-domain",
-        choices=("next", "all"),
-        default=default.cross_domain,
-        help="whose experts the control uses: the next domain's by name, or every other's in turn "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed",
-        type=int,
-        default=default.seed,
-        help="seed of the first random subset (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        default=0,
-        metavar="ROWS",
-        help="rows of one forward pass (default: as in training)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder for evaluation.json, evaluation.md and subsets.png (default: "
-        "RUN_DIR/evaluation)",
-    )
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    settings = SweepSettings(
-        tuple(args.keep),
-        args.calibration_documents,
-        args.documents,
-        args.seed,
-        args.random_seeds,
-        args.cross_domain,
-    )
-    with progress_bar() as track:
-        result = evaluate(
-            args.checkpoint,
-            args.data,
-            settings,
-            device=args.device,
-            micro_batch=args.micro_batch,
-            track=track,
-        )
-    written = write_results(
-        result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"]))
-    )
-    if args.json:
-        print(json.dumps(result))
-    else:
-        from rich.console import Console
-
-        console = Console()
-        for table in _tables(result):
-            console.print(table.rich())
-        print(*(f"wrote {path}" for path in written), sep="\n")
-    return 0

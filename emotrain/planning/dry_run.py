@@ -273,7 +273,8 @@ def _step(
     """The loop's own step: forward and backward of every micro-batch, clipping, AdamW."""
     from emotrain.distributed.parallelize import local_part
     from emotrain.model import losses
-    from emotrain.training.loop import forward_backward
+    from emotrain.training.engine import NativeEngine
+    from emotrain.training.step import train_step
 
     def head(*args: Any, whole=losses.linear_cross_entropy) -> Any:
         with meter.inside("head"):
@@ -281,7 +282,7 @@ def _step(
 
     with ExitStack() as stack:
         _replace(stack, losses, "linear_cross_entropy", head)
-        forward_backward(model, micro_batches, config, 1, ranks)
+        train_step(NativeEngine(model), micro_batches, config, 1, ranks)
     for parameter in model.parameters():
         meter.follow(local_part(parameter.grad), "gradients")
     with meter.during("optimizer"):

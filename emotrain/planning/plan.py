@@ -9,18 +9,15 @@ docs/plan.md says how either was checked.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from emotrain.cli import add_json, finish
-from emotrain.config import Config, load_config
+from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
-from emotrain.errors import UserError
 from emotrain.planning.cost import VIEWS, StepTime, Work, step_time
 from emotrain.planning.dry_run import MEAN_DOCUMENT, Measured, Routing, dry_run
-from emotrain.planning.hardware import GPUS, RATES, Cluster, Reserve, find_gpu
+from emotrain.planning.hardware import RATES, Cluster, Reserve
 from emotrain.training.metrics import flops_per_token
 
 KINDS = {
@@ -113,79 +110,6 @@ class Plan:
         }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml"
-    )
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
-    )
-    parser.add_argument("--nodes", type=_positive, default=1, help="servers (default: %(default)s)")
-    parser.add_argument(
-        "--gpus-per-node", type=_positive, default=8, help="GPUs of a server (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--gpu",
-        default="h100-80gb",
-        metavar="NAME",
-        help=f"one of {', '.join(GPUS)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--search",
-        action="store_true",
-        help="try other layouts of the same model, batch and cluster, and rank them",
-    )
-    parser.add_argument(
-        "--reference",
-        action="store_true",
-        help="predict the published training run instead: its layout and its kernels",
-    )
-    parser.add_argument(
-        "--ranks-per-token",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="expert ranks a token goes to (default: what choices without preference reach)",
-    )
-    parser.add_argument(
-        "--imbalance",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="rows that the busiest expert rank receives over the mean (default: %(default)s)",
-    )
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    from emotrain.planning import text as plan_text
-    from emotrain.planning.search import advice, search
-
-    config = load_config(args.config, args.settings)
-    cluster = Cluster(find_gpu(args.gpu), args.nodes, args.gpus_per_node)
-    Layout.of(config, cluster.world_size)
-    routing = _routing(args, config)
-    if args.search:
-        found = search(config, cluster, routing)
-        best = found[0].plan.as_dict() if found and found[0].plan else {"fits": False}
-        finish(
-            args,
-            best | {"layouts": [entry.as_dict() for entry in found]},
-            plan_text.search_table(config, cluster, found),
-        )
-        return 0 if best["fits"] else 1
-    plan = (
-        reference_plan(config, cluster) if args.reference else make_plan(config, cluster, routing)
-    )
-    changes = [] if plan.fits or args.reference else advice(config, cluster, routing)
-    finish(
-        args,
-        plan.as_dict() | {"changes": [change.as_dict() for change in changes]},
-        plan_text.describe(plan, changes),
-    )
-    return 0
-
-
 def make_plan(
     config: Config,
     cluster: Cluster,
@@ -257,25 +181,3 @@ def assumptions(plan: Plan) -> list[str]:
         "under nothing; the optimizer runs alone"
     )
     return lines
-
-
-def _routing(args: argparse.Namespace, config: Config) -> Routing:
-    if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
-        raise UserError(
-            f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "
-            f"parallel.ep={config.parallel.ep}"
-        )
-    if not 1 <= args.imbalance <= max(config.parallel.ep, 1):
-        raise UserError(
-            f"--imbalance {args.imbalance:g} must be between 1 (balanced) and "
-            f"parallel.ep={config.parallel.ep} (one rank "
-            f"gets all)"
-        )
-    return Routing(args.ranks_per_token, args.imbalance)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number

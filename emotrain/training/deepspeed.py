@@ -22,6 +22,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -45,7 +46,9 @@ from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
+from emotrain.training.engine import Update
 from emotrain.training.optimizer import build_optimizer
+from emotrain.training.profiling import part
 from emotrain.training.tensor_files import TensorPart
 
 OLDEST, TOO_NEW = (0, 19, 8), (0, 20)
@@ -197,7 +200,7 @@ def _require(holds: bool, message: str) -> None:
 
 
 class DeepSpeedEngine:
-    """As `training.loop.Engine`, by DeepSpeed. The model's parameters keep their names; of
+    """As `training.engine.Engine`, by DeepSpeed. The model's parameters keep their names; of
     routed experts it holds this rank's."""
 
     def __init__(self, options: str | Path, config: Config, ranks: Ranks, fresh: bool):
@@ -234,8 +237,12 @@ class DeepSpeedEngine:
         self.optimizer = self._engine.basic_optimizer
         """AdamW over this rank's flat partitions."""
 
-    def zero_grad(self) -> None:
-        """DeepSpeed drops gradients after each update."""
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def start_step(self) -> None:
+        """DeepSpeed has dropped the gradients of the step before."""
 
     def forward(
         self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
@@ -244,9 +251,6 @@ class DeepSpeedEngine:
         return LossSums(*sums), report
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        # DeepSpeed looks at gradients alone when it skips an update: a loss that is not finite
-        # makes one that is not.
-        loss = loss * (1 + 0 * loss.detach())
         if self.stage == 3:
             loss = loss * self.ranks.world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
@@ -254,13 +258,13 @@ class DeepSpeedEngine:
         self._engine.optimizer.clear_backward_seen_flag()
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def clip(self, max_norm: float, ranks: Ranks) -> Tensor | float:
-        """Clip, and where the norm is finite update too: DeepSpeed does both in one."""
-        self._engine.step()
-        return self._engine.get_global_grad_norm()
-
-    def update(self) -> None:
-        """`clip` has done it."""
+    def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
+        """As every engine; DeepSpeed clips to the norm of its own settings, which `read_options`
+        makes the same."""
+        with part("clipping and optimizer"):
+            self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        return Update(norm, math.isfinite(norm))
 
     def save(
         self,

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.files import write_whole
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import parameter_counts
+
+if TYPE_CHECKING:
+    from emotrain.training.checkpoint import TrainingState
+    from emotrain.training.step import StepResult
 
 log = logging.getLogger("emotrain")
 
@@ -229,3 +234,78 @@ def mean(values: Sequence[float]) -> float:
 def scalar_sums(values: Sequence[Tensor]) -> Tensor:
     """Scalars of any dtype as one float64 vector, for a single collective."""
     return torch.stack([value.detach().double() for value in values])
+
+
+class RunLog:
+    """What a run says of itself: metrics to files and a line or a bar to stderr."""
+
+    def __init__(
+        self, config: Config, ranks: Ranks, run_dir: Path, first_step: int, last_step: int
+    ):
+        self.config, self.ranks, self.run_dir = config, ranks, run_dir
+        self.writer = (
+            MetricsWriter(run_dir, first_step, config.training.tensorboard)
+            if ranks.is_first
+            else None
+        )
+        self.bar = ProgressBar(first_step, last_step, shown=ranks.is_first)
+        self.flops, self.peak = flops_per_token(config), peak_flops(config, ranks.device)
+        self.first_step = self.logged_step = first_step
+        self.started = self.logged_time = time.perf_counter()
+        self.tokens_per_second = 0.0
+        self.metrics: dict[str, Any] = {}
+
+    def step(self, state: TrainingState, result: StepResult, is_end: bool) -> None:
+        """Note a finished step; at every `log_every`-th one and the last, write its metrics."""
+        logged = state.step % self.config.training.log_every == 0 or is_end
+        if logged:
+            self._measure(state, result)
+            if self.writer is not None:
+                self.writer.write(self.metrics)
+        note = f"loss {result.cross_entropy:.3f}  {self.tokens_per_second:,.0f} tokens/s"
+        if "load_imbalance" in self.metrics:
+            note += f"  load max/mean {mean(self.metrics['load_imbalance']):.2f}"
+        self.bar.update(state.step, note, logged)
+
+    def _measure(self, state: TrainingState, result: StepResult) -> None:
+        now = time.perf_counter()
+        num_tokens = (state.step - self.logged_step) * self.config.tokens_per_step
+        self.tokens_per_second = num_tokens / (now - self.logged_time)
+        self.logged_time, self.logged_step = now, state.step
+        self.metrics = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "loss": result.loss,
+            "cross_entropy": result.cross_entropy,
+            "z_loss": result.z,
+            "balance_loss": result.balance,
+            "router_z_loss": result.router_z,
+            "lr": state.lr,
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": self.tokens_per_second,
+            "memory_gib": peak_memory_gib(self.ranks.device),
+            "skipped_steps": state.skipped_steps,
+            **routing_metrics(result.reports, self.ranks),
+        }
+        if self.peak is not None:
+            rate = self.tokens_per_second * self.flops
+            self.metrics["mfu"] = rate / (self.peak * self.ranks.world_size)
+
+    def summary(self, state: TrainingState, last_step: int) -> dict[str, Any]:
+        """What `emotrain train --json` prints."""
+        seconds = time.perf_counter() - self.started
+        num_tokens = (state.step - self.first_step) * self.config.tokens_per_step
+        return {
+            "run_dir": str(self.run_dir),
+            "step": state.step,
+            "last_step": last_step,
+            "tokens": state.tokens,
+            "seconds": seconds,
+            "mean_tokens_per_second": num_tokens / seconds,
+            "metrics": self.metrics,
+        }
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.writer is not None:
+            self.writer.close()

@@ -3,30 +3,12 @@ or removed."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from emotrain.cli import add_json, finish
 from emotrain.errors import MissingFileError
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths",
-        metavar="PATH",
-        nargs="+",
-        help="a run folder (all of its checkpoints) or RUN_DIR/checkpoints/step-…",
-    )
-    add_json(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    result = verify_all([Path(path) for path in args.paths])
-    finish(args, result, describe(result))
-    return 0 if result["whole"] else 1
 
 
 def verify_all(paths: list[Path]) -> dict[str, Any]:

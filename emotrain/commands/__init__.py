@@ -1,0 +1,19 @@
+"""The subcommands of `emotrain`, one file each. argparse stands here and nowhere else.
+
+A file defines `add_arguments(parser)` and `run(args) -> int`; `run` returns the exit code. The file
+of a command is imported when the command is used, so that `emotrain --help` does not wait for
+torch.
+"""
+
+COMMANDS = {
+    "prepare": "turn documents (JSONL, Parquet, text) into token shards",
+    "train": "train EMO, a standard MoE or a dense model",
+    "inspect": "count a configuration's parameters, memory and FLOPs without building it",
+    "evaluate": "loss of each domain with all experts and with its best subsets",
+    "report": "write a run's curves and subsets as one HTML page",
+    "plan": "predict memory, traffic and speed of a run on a cluster without one",
+    "verify": "check a checkpoint's files against its checksums",
+    "kernels": "compile the GPU kernels without a GPU and check their machine code",
+    "settings": "list every setting with its default and meaning",
+}
+"""Name of a subcommand, which is the name of its file, and its one-line help."""

@@ -1,0 +1,33 @@
+"""`emotrain kernels`: the GPU kernels compiled without a GPU, and their machine code checked."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from emotrain.commands.common import add_json, finish
+from emotrain.errors import UserError
+from emotrain.kernels.compile_check import DEVICES, compile_all, summarize, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--target",
+        default="sm_80,sm_90",
+        metavar="LIST",
+        help=f"of {', '.join(DEVICES)} (default: sm_80,sm_90)",
+    )
+    parser.add_argument("--defaults-only", action="store_true", help="leave out the tuning space")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    targets = [target.strip() for target in args.target.split(",")]
+    if unknown := [target for target in targets if target not in DEVICES]:
+        raise UserError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
+    rows = compile_all(targets, with_space=not args.defaults_only)
+    failures = [line for row in rows for line in row.failures()]
+    finish(args, summarize(rows, failures), table(rows))
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if failures else 0

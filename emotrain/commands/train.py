@@ -1,0 +1,63 @@
+"""`emotrain train`: pretrain a model. `launch/pretrain.py` is the same for torchrun and deepspeed."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from emotrain.commands.common import add_json, finish
+from emotrain.errors import EXIT_INTERRUPTED
+
+EPILOG = """examples:
+  emotrain train configs/quickstart.yaml
+  emotrain train configs/quickstart.yaml training.run_dir=runs/lr1e-3 optimizer.lr=1e-3
+  torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=16
+  deepspeed launch/pretrain.py configs/emo_1b14b_130b.yaml --deepspeed configs/deepspeed/zero2.json
+
+The same command goes on from the newest checkpoint of training.run_dir. `emotrain settings` lists
+every setting. Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with 75;
+again, and it stops at once."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file, for example configs/quickstart.yaml"
+    )
+    parser.add_argument(
+        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        help="train by DeepSpeed, with options like configs/deepspeed/zero2.json",
+    )
+    # The deepspeed launcher says it, also in LOCAL_RANK.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from emotrain.config import load_config
+    from emotrain.distributed.ranks import Ranks
+    from emotrain.training.run import train
+
+    engine = {}
+    if args.deepspeed:
+        from emotrain.training.deepspeed import DeepSpeedEngine
+
+        engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
+    config = load_config(args.config, args.settings)
+    with Ranks.join(config.training.device, config.training.collective_timeout_s) as ranks:
+        summary = train(config, ranks, **engine)
+    if ranks.is_first:
+        last = summary["metrics"].get("loss")
+        finish(
+            args,
+            summary,
+            f"step {summary['step']} of {summary['last_step']}"
+            + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
+            + f", {summary['seconds']:.0f} s; checkpoints and metrics in {summary['run_dir']}",
+        )
+    return EXIT_INTERRUPTED if summary["interrupted"] else 0

@@ -1,0 +1,130 @@
+"""How a step reaches the parameters. Two engines: this file's, for a plain model or one under FSDP2,
+and DeepSpeed's (deepspeed.py)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emotrain.batch import PackedBatch
+from emotrain.config import Config, LossConfig
+from emotrain.distributed.parallelize import build_model, set_last_backward
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.losses import LossSums, language_model_sums
+from emotrain.model.router import RoutingReport
+from emotrain.model.transformer import Transformer
+from emotrain.training import checkpoint
+from emotrain.training.optimizer import build_optimizer, clip_gradients
+from emotrain.training.profiling import part
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of the gradient of a step."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    applied: bool
+    """Whether the parameters were updated: not by a gradient that is not finite."""
+
+
+class Engine(Protocol):
+    """What a step needs of a model and its optimizer, whoever spreads them over processes.
+
+    A step calls `start_step`; `forward` and `backward` for every micro-batch, either by turns or
+    all forward passes first; then `finish_step`.
+    """
+
+    model: Transformer
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the learning rate of the coming updates."""
+
+    def start_step(self) -> None:
+        """Begin a step without a gradient."""
+
+    def forward(
+        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+    ) -> tuple[LossSums, RoutingReport]:
+        """Loss sums and routing of one micro-batch."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Add a micro-batch's gradient to that of the step; after the last one it is the sum over
+        ranks."""
+
+    def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
+        """Clip the gradient of the step to a global norm of `max_norm` (0: leave it) and, where it
+        is finite, update the parameters."""
+
+    def save(
+        self,
+        writer: checkpoint.CheckpointWriter,
+        config: Config,
+        state: checkpoint.TrainingState,
+        tokenizer: Path | None,
+    ) -> None:
+        """Begin a checkpoint that any layout and any engine go on from."""
+
+    def restore(self, path: Path) -> checkpoint.TrainingState:
+        """Load a checkpoint of any layout and engine; returns where it stands."""
+
+
+class NativeEngine:
+    """The engine of a plain model, or one under FSDP2. Without an optimizer a step ends with the
+    clipped gradient."""
+
+    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer | None = None):
+        self.model, self.optimizer = model, optimizer
+
+    @classmethod
+    def build(cls, config: Config, ranks: Ranks, fresh: bool) -> NativeEngine:
+        """`fresh`: whether the model gets its initial values, or waits for those of a
+        checkpoint."""
+        model = build_model(config, ranks, fresh)
+        return cls(model, build_optimizer(model, config.optimizer))
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def start_step(self) -> None:
+        self.model.zero_grad(set_to_none=True)
+
+    def forward(
+        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+    ) -> tuple[LossSums, RoutingReport]:
+        with part("forward"):
+            output = self.model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
+        with part("loss"):
+            sums = language_model_sums(output, self.model.head, batch, losses.z)
+        return sums, output.routing
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        set_last_backward(self.model, is_last)
+        loss.backward()
+
+    def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
+        with part("clipping"):
+            norm = float(clip_gradients(list(self.model.parameters()), max_norm, ranks))
+        applied = math.isfinite(norm) and self.optimizer is not None
+        if applied:
+            with part("optimizer"):
+                self.optimizer.step()
+        return Update(norm, applied)
+
+    def save(
+        self,
+        writer: checkpoint.CheckpointWriter,
+        config: Config,
+        state: checkpoint.TrainingState,
+        tokenizer: Path | None,
+    ) -> None:
+        writer.save(self.model, self.optimizer, config, state, tokenizer)
+
+    def restore(self, path: Path) -> checkpoint.TrainingState:
+        return checkpoint.restore(path, self.model, self.optimizer)

@@ -1,0 +1,168 @@
+"""One optimizer step: forward, counts over the global batch, losses, backward, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from emotrain.batch import PackedBatch
+from emotrain.config import Config
+from emotrain.distributed.ranks import Ranks
+from emotrain.model.losses import LossSums, router_loss
+from emotrain.model.router import RoutingReport, draw_pool_sizes
+from emotrain.training.engine import Engine
+from emotrain.training.metrics import scalar_sums
+from emotrain.training.profiling import part
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one step over the whole global batch, and this rank's routing."""
+
+    loss: float
+    """What was optimised: cross entropy, z-losses and balance, weighted."""
+    cross_entropy: float
+    """Nats a target token."""
+    z: float
+    """Mean squared log-normaliser of the logits, unweighted."""
+    balance: float
+    """Mean over layers of the balance loss, unweighted; 1 is perfect."""
+    router_z: float
+    """Mean over layers of the router z-loss, unweighted."""
+    num_targets: int
+    """Positions with a loss."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    reports: Sequence[RoutingReport]
+    """This rank's routing, one report a micro-batch."""
+    micro_batch_losses: Sequence[Tensor]
+    """This rank's share of `loss`, one a micro-batch."""
+    stop: bool
+    """Whether any rank was asked to stop."""
+    applied: bool
+    """Whether the parameters were updated: not where the loss or the gradient is not finite."""
+
+
+def train_step(
+    engine: Engine,
+    micro_batches: Sequence[PackedBatch],
+    config: Config,
+    step: int,
+    ranks: Ranks,
+    stop: bool = False,
+) -> StepResult:
+    """Update the parameters by the clipped gradient of the global loss of one step.
+
+    `losses.balance_scope=global_batch` balances over every document of the step. The `joint`
+    schedule runs all forward passes, sums the counts once, then runs the backward passes: exact.
+    The `running` schedule balances each micro-batch against the counts so far.
+
+    Args:
+        micro_batches: this rank's part of the global batch.
+        step: number of the update, counted from 1; keys the pool sizes.
+        stop: whether this rank was asked to stop after the step.
+    """
+    losses = config.losses
+    num_targets, num_tokens = global_counts(micro_batches, ranks)
+    engine.start_step()
+    reports: list[RoutingReport] = []
+    terms: list[tuple[Tensor, ...]] = []
+
+    def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
+        pool_sizes_LG = draw_pool_sizes(
+            config.model.router.pool,
+            batch.document_ids_G,
+            config.model.num_layers,
+            config.training.seed,
+            step,
+        )
+        with autocast:
+            return engine.forward(batch, pool_sizes_LG, losses)
+
+    def backward(
+        sums: LossSums, report: RoutingReport, counts: Sequence[Tensor], is_last: bool
+    ) -> None:
+        with part("loss"):
+            balance, router_z = router_loss(report, counts, num_tokens)
+            loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
+            # A loss that is not finite makes a gradient that is not: engines look at that alone.
+            loss = loss * (1 + 0 * loss.detach())
+        with part("backward"):
+            engine.backward(loss, is_last)
+        terms.append(
+            tuple(
+                term.detach()
+                for term in (
+                    loss,
+                    sums.cross_entropy / num_targets,
+                    sums.z / num_targets,
+                    balance,
+                    router_z,
+                )
+            )
+        )
+        reports.append(report)
+
+    bfloat16 = config.training.uses_bfloat16(ranks.device.type)
+    autocast = torch.autocast(ranks.device.type, torch.bfloat16) if bfloat16 else nullcontext()
+    if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
+        passes = [forward(batch) for batch in micro_batches]
+        counts = _sum_counts([report for _, report in passes], ranks)
+        while passes:
+            backward(*passes.pop(0), counts, is_last=not passes)
+    else:
+        for index, batch in enumerate(micro_batches):
+            sums, report = forward(batch)
+            scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
+            counts = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
+            backward(sums, report, counts, is_last=index == len(micro_batches) - 1)
+
+    step_sums = ranks.sum(
+        scalar_sums(
+            [*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)]
+        )
+    )
+    update = engine.finish_step(config.optimizer.clip_norm, ranks)
+    loss, cross_entropy, z, balance, router_z, stops = step_sums.tolist()
+    return StepResult(
+        loss,
+        cross_entropy,
+        z,
+        balance,
+        router_z,
+        int(num_targets),
+        update.grad_norm,
+        reports,
+        [loss for loss, *_ in terms],
+        stops > 0,
+        update.applied,
+    )
+
+
+def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Targets and routed tokens of the whole step, each at least 1: what losses are divided by."""
+    num_targets = sum((batch.targets_BS >= 0).sum() for batch in micro_batches)
+    num_tokens = sum(
+        batch.targets_BS.new_tensor(batch.targets_BS.numel())
+        if batch.valid_T is None
+        else batch.valid_T.sum()
+        for batch in micro_batches
+    )
+    targets, tokens = ranks.sum(torch.stack([num_targets, num_tokens])).clamp(min=1)
+    return targets, tokens
+
+
+def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:
+    """For each layer, the slots of each expert over these reports and all ranks, in one
+    collective."""
+    per_layer = [
+        sum(report.layers[layer].counts_N for report in reports)
+        for layer in range(len(reports[0].layers))
+    ]
+    if not per_layer:
+        return []
+    return ranks.sum(torch.cat(per_layer)).split([len(counts_N) for counts_N in per_layer])
