@@ -221,7 +221,7 @@ def _plan_case(case: tuple[str, str, str, int, int, int]) -> dict[str, Any]:
                 f"training.global_batch={global_batch}",
             ],
         )
-        Layout.of(configured, world_size)
+        Layout.check(configured, world_size)
     except ValueError as error:
         return result | {"impossible": str(error)}
     cluster = Cluster(find_gpu(gpu), max(1, world_size // 8), min(8, world_size))

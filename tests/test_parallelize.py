@@ -15,9 +15,10 @@ from test_dispatch import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.config import Config, config_from_dict
-from emotrain.distributed.mesh import Layout, build_meshes
+from emotrain.distributed.mesh import Layout, build_meshes, experts_of_rank
 from emotrain.distributed.parallelize import ROUTING_DECISIONS, _cut, build_model, parallelize
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import UserError
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
@@ -72,6 +73,51 @@ def test_layouts_that_cannot_be_are_refused_in_one_line(
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         Layout.of(layout_config(**parallel), world_size)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("routed", "ep", "refused"),
+    [
+        ([7, 9], 4, "the 9 routed experts of layer 1"),
+        ([4, 5], 4, "the 5 routed experts of layer 1"),
+        ([5, 4], 4, "the 5 routed experts of layer 0"),
+        ([3, 4], 3, "the 4 routed experts of layer 1"),
+        ([7, 8], 4, None),
+    ],
+)
+def test_every_layer_must_have_experts_for_every_rank(
+    routed: list[int], ep: int, refused: str | None
+) -> None:
+    """A layer with more experts than another may leave a rank without any where the other does
+    not: ceil(N / ep) of them go to each rank in turn."""
+    settings = config_from_dict(
+        {
+            "model": {
+                "num_layers": len(routed),
+                "experts": {
+                    "count_per_layer": [count + 1 for count in routed],
+                    "shared": 1,
+                    "per_token": 2,
+                },
+            },
+            "parallel": {"ep": ep},
+            "training": {"global_batch": ep, "micro_batch": 1},
+        }
+    )
+    if refused is None:
+        assert Layout.of(settings, ep).ep == ep
+        return
+    with pytest.raises(UserError, match=re.escape(refused)) as error:
+        Layout.check(settings, ep)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_ranks", range(1, 10))
+@pytest.mark.parametrize("num_experts", [1, 4, 7, 9, 31, 127])
+def test_experts_are_dealt_as_torch_chunks_them(num_experts: int, num_ranks: int) -> None:
+    dealt = [len(chunk) for chunk in torch.arange(num_experts).chunk(num_ranks)]
+    dealt += [0] * (num_ranks - len(dealt))
+    assert dealt == [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
 
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:

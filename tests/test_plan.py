@@ -472,7 +472,7 @@ def test_the_shipped_layout_is_a_layout_of_the_published_run() -> None:
     shipped, published = (
         load_config(ROOT / f"configs/{name}.yaml") for name in ("emo_1b14b_1t_ep", "emo_1b14b_1t")
     )
-    Layout.of(shipped, 128)
+    Layout.check(shipped, 128)
     assert (
         shipped.model == published.model
         and shipped.training.global_batch == published.training.global_batch

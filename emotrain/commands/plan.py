@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.settings)
     cluster = Cluster(find_gpu(args.gpu), args.nodes, args.gpus_per_node)
-    Layout.of(config, cluster.world_size)
+    Layout.check(config, cluster.world_size)
     routing = _routing(args, config)
     if args.search:
         found = search(config, cluster, routing)

@@ -8,19 +8,21 @@ and each of those parts over the `expert_dp` that hold the same experts. The inn
 consecutive ranks, which launchers place on one node.
 
     8 processes, replicate=1, ep=4:    expert_dp 0 | 0 1 2 3
-                                       expert_dp 1 | 4 5 6 7      (rows are the groups that exchange tokens)
+                                       expert_dp 1 | 4 5 6 7      (a row exchanges tokens)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from emotrain.config import Config
+from emotrain.config import Config, ModelConfig
 from emotrain.errors import UserError
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
 
@@ -43,45 +45,61 @@ class Layout:
         """The layout that a configuration asks of this many processes.
 
         Raises:
-            ValueError: one that cannot be; names the equation that fails.
+            UserError: one that cannot be; names the equation that fails.
         """
-        parallel, model = config.parallel, config.model
+        parallel, training = config.parallel, config.training
         shard = parallel.shard or world_size // parallel.replicate
         _require(
             parallel.replicate * shard == world_size,
-            f"processes = replicate * shard fails: {world_size} != {parallel.replicate} * "
-            f"{shard or parallel.shard}; change parallel.replicate, parallel.shard or the number "
-            f"of processes",
+            f"processes = replicate * shard fails: {world_size} != {parallel.replicate} * {shard}; "
+            f"change parallel.replicate, parallel.shard or the number of processes",
         )
         _require(
             shard % parallel.ep == 0,
             f"shard = ep * expert_dp fails: parallel.ep={parallel.ep} does not divide "
-            f"shard={shard}; "
-            f"choose a divisor",
+            f"shard={shard}; choose a divisor",
         )
         layout = cls(world_size, parallel.replicate, shard, parallel.ep)
         if parallel.ep > 1:
-            routed = [model.routed_in_layer(layer) for layer in range(model.num_layers)]
-            fewest = min((n for n in routed if n), default=0)
-            # ceil(N / ep) experts a rank, as torch.chunk: the last ranks must not end up with none.
-            _require(
-                fewest > 0 and -(-fewest // parallel.ep) * (parallel.ep - 1) < fewest,
-                f"parallel.ep={parallel.ep} leaves ranks without any "
-                f"of the {fewest} routed experts of a layer; lower parallel.ep",
-            )
-            _require(
-                model.experts.hidden % layout.expert_dp == 0,
-                f"model.experts.hidden={model.experts.hidden} is not a multiple of "
-                f"expert_dp={layout.expert_dp} (shard / ep), over which each expert is cut; change "
-                f"parallel.ep or parallel.shard",
-            )
+            layout._check_experts(config.model)
         _require(
-            config.training.global_batch % (config.training.micro_batch * world_size) == 0,
-            f"training.global_batch={config.training.global_batch} is not a multiple of "
-            f"training.micro_batch="
-            f"{config.training.micro_batch} x {world_size} processes; change one of them",
+            training.global_batch % (training.micro_batch * world_size) == 0,
+            f"training.global_batch={training.global_batch} is not a multiple of "
+            f"training.micro_batch={training.micro_batch} x {world_size} processes; change one of "
+            f"them",
         )
         return layout
+
+    @classmethod
+    def check(cls, config: Config, world_size: int) -> None:
+        """Refuse a configuration that has no layout on this many processes, as `of` does."""
+        cls.of(config, world_size)
+
+    def _check_experts(self, model: ModelConfig) -> None:
+        """Every rank must hold experts of every layer that has some, and an equal share of their
+        hidden width."""
+        for layer in range(model.num_layers):
+            count = model.routed_in_layer(layer)
+            # Whether the last rank gets an expert does not follow from a layer with fewer of them:
+            # over 4 ranks 7 experts are 2, 2, 2, 1 and 9 are 3, 3, 3, 0.
+            _require(
+                experts_of_rank(count, self.ep, self.ep - 1) > 0,
+                f"parallel.ep={self.ep} leaves ranks without any of the {count} routed experts of "
+                f"layer {layer}; choose another parallel.ep",
+            )
+        _require(
+            model.experts.hidden % self.expert_dp == 0,
+            f"model.experts.hidden={model.experts.hidden} is not a multiple of "
+            f"expert_dp={self.expert_dp} (shard / ep), over which each expert is cut; change "
+            f"parallel.ep or parallel.shard",
+        )
+
+
+def experts_of_rank(num_experts: int, num_ranks: int, rank: int) -> int:
+    """How many of a layer's experts a rank holds: ceil(num_experts / num_ranks) each, as
+    torch.chunk deals them, and fewer or none on the last ranks."""
+    per_rank = -(-num_experts // num_ranks)
+    return max(0, min(per_rank, num_experts - rank * per_rank))
 
 
 @dataclass(frozen=True)
@@ -108,9 +126,8 @@ def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = Non
     def mesh(**axes: int) -> DeviceMesh:
         axes = copies | axes
         made = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        # These groups do not take over the limit of the default group.
-        for group in made.get_all_groups() if timeout_s is not None else ():
-            group.set_timeout(timedelta(seconds=timeout_s))
+        if timeout_s is not None:
+            limit_collectives(made.get_all_groups(), timeout_s)
         return made
 
     dense = mesh(shard=layout.shard)
@@ -118,6 +135,12 @@ def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = Non
         return Meshes(layout, dense, dense, None)
     whole = mesh(expert_dp=layout.expert_dp, ep=layout.ep)
     return Meshes(layout, dense, whole[(*copies, "expert_dp")], whole["ep"])
+
+
+def limit_collectives(groups: Iterable[ProcessGroup], timeout_s: float) -> None:
+    """Give groups the limit of the default group, which they do not take over from it."""
+    for group in groups:
+        group.set_timeout(timedelta(seconds=timeout_s))
 
 
 def _require(holds: bool, message: str) -> None:

@@ -133,7 +133,7 @@ def reference_plan(config: Config, cluster: Cluster) -> Plan:
     from emotrain.planning.reference import reference_config, reference_work
 
     config = reference_config(config)
-    Layout.of(config, cluster.world_size)
+    Layout.check(config, cluster.world_size)
     measured = dry_run(config, cluster.world_size, cluster.gpu.target)
     times = {
         view: step_time(reference_work(config, measured, view), cluster, view) for view in VIEWS

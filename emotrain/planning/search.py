@@ -287,7 +287,7 @@ def _change(
 
 def _is_valid(config: Config, cluster: Cluster) -> bool:
     try:
-        Layout.of(config, cluster.world_size)
+        Layout.check(config, cluster.world_size)
     except ValueError:
         return False
     return True

@@ -198,7 +198,7 @@ def _check_run(config: Config, ranks: Ranks) -> None:
             "neither training.steps nor training.tokens is set; say how long to train, for example "
             "training.steps=600"
         )
-    Layout.of(config, ranks.world_size)
+    Layout.check(config, ranks.world_size)
 
 
 def _source(config: Config, ranks: Ranks) -> tuple[Path | None, bool]:
