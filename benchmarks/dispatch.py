@@ -31,8 +31,11 @@ import torch.multiprocessing as mp
 from _measure import machine
 from torch import Tensor
 
+from emotrain.batch import PackedBatch
+from emotrain.config import PoolConfig, RouterConfig
 from emotrain.distributed.dispatch import AllToAllDispatcher
-from emotrain.kernels import PoolRouting, pool_routing
+from emotrain.kernels import Decision
+from emotrain.model.router import LayerRequest, decide
 
 
 class CountedBytes:
@@ -52,7 +55,7 @@ class CountedBytes:
         dist.all_to_all_single = self._original
 
 
-def route(args: argparse.Namespace, rank: int, pool: int | None) -> PoolRouting:
+def route(args: argparse.Namespace, rank: int, pool: int | None) -> Decision:
     """Routing of random logits; with a pool, those of a document share a bias, so that its pool
     is its own."""
     generator = torch.Generator().manual_seed(rank)
@@ -62,8 +65,9 @@ def route(args: argparse.Namespace, rank: int, pool: int | None) -> PoolRouting:
     logits_TN += (
         torch.randn(documents, args.experts, generator=generator)[document_T] if pool else 0
     )
-    size_G = torch.full((documents,), pool) if pool else None
-    return pool_routing(logits_TN, document_T, documents, args.chosen, size_G)
+    batch = PackedBatch(*[document_T[None]] * 3, torch.arange(documents))
+    request = LayerRequest(PoolConfig(), torch.full((documents,), pool)) if pool else LayerRequest()
+    return decide(logits_TN, batch, args.chosen, RouterConfig(), request)
 
 
 def experts(rows_PD: Tensor, weights_PK: Tensor, _slots) -> Tensor:
@@ -71,7 +75,7 @@ def experts(rows_PD: Tensor, weights_PK: Tensor, _slots) -> Tensor:
     return rows_PD * weights_PK.sum(dim=1, keepdim=True).to(rows_PD.dtype)
 
 
-def exchange(args: argparse.Namespace, routing: PoolRouting) -> dict[str, float]:
+def exchange(args: argparse.Namespace, routing: Decision) -> dict[str, float]:
     """Bytes of one layer, forward and backward, on this rank."""
     dispatcher = AllToAllDispatcher(dist.group.WORLD, args.experts)
     x_TD = torch.randn(args.tokens, args.width, dtype=torch.bfloat16, requires_grad=True)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import PoolConfig, config_from_dict
-from emotrain.model.router import DocumentPoolRouter, LayerRouting, draw_pool_sizes
+from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics, draw_pool_sizes
 
 
 def loop_over_documents(
@@ -87,11 +87,11 @@ class Arms:
             PoolConfig(**pool), batch.document_ids_G, 1, seed=0, step=1
         )[0]
 
-    def plain(self) -> LayerRouting:
-        return self._route(None)
+    def plain(self) -> LayerStatistics:
+        return self._route(LayerRequest())
 
-    def pool(self) -> LayerRouting:
-        return self._route(self.pool_size_G)
+    def pool(self) -> LayerStatistics:
+        return self._route(LayerRequest(self.router.config.pool, self.pool_size_G))
 
     def loop(self) -> None:
         weights_TK, probabilities_TN, logits_TN, _, _ = loop_over_documents(
@@ -103,12 +103,11 @@ class Arms:
             torch.logsumexp(logits_TN, dim=1).square().sum(),
         )
 
-    def _route(self, pool_size_G: Tensor | None) -> LayerRouting:
-        routing = self.router.statistics(
-            *self.router(self.x_TD, self.batch, pool_size_G), self.batch, pool_size_G
-        )
-        self._backward(routing.weights_TK, routing.probability_sum_N, routing.z_sum)
-        return routing
+    def _route(self, request: LayerRequest) -> LayerStatistics:
+        decision, logits_TE = self.router(self.x_TD, self.batch, request)
+        statistics = self.router.statistics(decision, logits_TE, self.batch, request)
+        self._backward(decision.weights_TK, statistics.probability_sum_N, statistics.z_sum)
+        return statistics
 
     def _backward(self, weights_TK: Tensor, probability_sum_N: Tensor, z_sum: Tensor) -> None:
         self.x_TD.grad = self.router.weight_ED.grad = None

@@ -197,8 +197,8 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
     backward, at the published shapes."""
     from emotrain.kernels import triton_launch
     from emotrain.kernels.permute import permute, unpermute
-    from emotrain.kernels.pool_routing import pool_routing
     from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
+    from emotrain.kernels.triton_routing import decide_in_triton
 
     tokens, width, hidden = PUBLISHED["tokens"], PUBLISHED["width"], PUBLISHED["hidden"]
     num_experts, num_chosen, documents = (
@@ -221,9 +221,8 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
                 torch.empty(tokens, dtype=torch.int64),
                 torch.empty(documents, dtype=torch.int64),
             )
-            routing = pool_routing(
-                logits_TN, document_T, documents, num_chosen, pool_size_G, backend="triton"
-            )
+            of_batch = (logits_TN, document_T, documents, num_chosen)
+            routing = decide_in_triton(*of_batch, pool_size_G)
             (
                 routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()
             ).backward()
@@ -232,19 +231,8 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
                 for shape in ((documents, num_experts), (tokens,))
             )
             for pool in (pool_size_G, None):  # an expert subset, padded batches, a standard MoE
-                pool_routing(
-                    logits_TN,
-                    document_T,
-                    documents,
-                    num_chosen,
-                    pool,
-                    kept_GN,
-                    valid_T,
-                    backend="triton",
-                )
-            pool_routing(
-                logits_TN, document_T, documents, num_chosen, backend="triton"
-            ).weights_TK.sum().backward()
+                decide_in_triton(*of_batch, pool, kept_GN, valid_T)
+            decide_in_triton(*of_batch).weights_TK.sum().backward()
         slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
         slots = SortedSlots(slot_R, slot_R, torch.empty(num_experts, dtype=torch.int64))
         x_TD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)

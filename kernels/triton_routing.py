@@ -1,5 +1,5 @@
-"""Triton kernels of document-pool routing: the same function as `pool_routing_torch`, its readable
-twin.
+"""Triton kernels of document-pool routing: the same function as `decide_in_torch` of
+model/router.py, its readable twin.
 
     score_kernel   softmax of TOKENS tokens in document order, summed a document -> partial sums
     pool_kernel    a document's partial sums -> its scores -> their ranks -> its pool
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emotrain.errors import UserError
-from emotrain.kernels.pool_routing import PoolRouting
+from emotrain.kernels.decision import Decision
 from emotrain.kernels.triton_launch import launch
 
 SCORE_TOKENS, ROUTE_TOKENS = 32, 8
@@ -27,23 +27,25 @@ of experts a token: with 16, some variants spill registers."""
 
 
 @torch.compiler.disable
-def pool_routing_triton(
+def decide_in_triton(
     logits_TN: Tensor,
     document_T: Tensor,
     num_documents: int,
     num_chosen: int,
-    pool_size_G: Tensor | None,
-    kept_GN: Tensor | None,
-    valid_T: Tensor | None,
-    gating: str,
-    normalize: bool,
-) -> PoolRouting:
-    """`pool_routing` in Triton: float32 logits with unit stride along the experts, softmax
-    gating."""
-    if gating != "softmax":
-        raise UserError(
-            f"experts.backend=triton routes with gating=softmax, not {gating}; use auto or torch"
-        )
+    pool_size_G: Tensor | None = None,
+    kept_GN: Tensor | None = None,
+    valid_T: Tensor | None = None,
+    normalize: bool = False,
+) -> Decision:
+    """`model.router.decide` for the rules of `TRITON_POOLS` and `TRITON_GATINGS`, on float32 logits
+    with unit stride along the experts.
+
+    Args:
+        document_T: int64 document of each token in [0, G); tokens of a document may lie anywhere.
+        pool_size_G: int64 pool size of each document; None draws no pool.
+        kept_GN: bool, experts that each document may use at all, at least one each.
+        valid_T: bool, False for padding, which is given no expert.
+    """
     if logits_TN.dtype != torch.float32 or logits_TN.stride(1) != 1:
         raise UserError(
             f"routing kernels support float32 logits of unit stride along the experts, not "
@@ -64,9 +66,7 @@ def pool_routing_triton(
     if normalize:
         total_T1 = weights_TK.sum(dim=1, keepdim=True)
         weights_TK = weights_TK / torch.where(total_T1 > 0, total_T1, 1)
-    return PoolRouting(
-        probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, scores_GN, pool_GN
-    )
+    return Decision(probabilities_TN, weights_TK, experts_TK, lse_T, counts_N, scores_GN, pool_GN)
 
 
 def _pools(

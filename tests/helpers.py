@@ -4,14 +4,16 @@ milliseconds."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, ModelConfig, config_from_dict
-from emotrain.model.router import DocumentPoolRouter, LayerRouting
+from emotrain.config import Config, ModelConfig, PoolConfig, RouterConfig, config_from_dict
+from emotrain.kernels import Decision
+from emotrain.model.router import DocumentPoolRouter, LayerRequest, RoutingRequest, decide
 from emotrain.model.transformer import Transformer
 
 TINY: dict[str, Any] = {
@@ -80,6 +82,28 @@ def random_document_T(num_tokens: int, num_documents: int, seed: int) -> torch.T
     return document_T[torch.randperm(num_tokens, generator=generator)]
 
 
+def decision_of(
+    logits_TN: torch.Tensor,
+    document_T: torch.Tensor,
+    num_documents: int,
+    num_chosen: int,
+    pool_size_G: torch.Tensor | None = None,
+    kept_GN: torch.Tensor | None = None,
+    valid_T: torch.Tensor | None = None,
+    gating: str = "softmax",
+    normalize: bool = False,
+    backend: str = "auto",
+) -> Decision:
+    """`decide` on bare tensors. `valid_T` is False for all tokens of a document or for none."""
+    ids_G = torch.arange(num_documents)
+    if valid_T is not None:
+        ids_G[document_T[~valid_T]] = -1
+    batch = PackedBatch(*[document_T[None]] * 3, ids_G, has_padding=valid_T is not None)
+    config = RouterConfig(gating=gating, normalize_weights=normalize)
+    request = LayerRequest(None if pool_size_G is None else PoolConfig(), pool_size_G, kept_GN)
+    return decide(logits_TN, batch, num_chosen, config, request, backend)
+
+
 def route_all(
     router: DocumentPoolRouter,
     x_TD: torch.Tensor,
@@ -87,8 +111,22 @@ def route_all(
     pool_size_G: torch.Tensor | None = None,
     kept_GN: torch.Tensor | None = None,
     z_logits: str = "pool",
-) -> LayerRouting:
-    """A router's decision with its statistics."""
-    return router.statistics(
-        *router(x_TD, batch, pool_size_G, kept_GN), batch, pool_size_G, z_logits
+) -> SimpleNamespace:
+    """A router's decision, statistics and details, as attributes of one object."""
+    pool = None if pool_size_G is None else PoolConfig()
+    request = LayerRequest(pool, pool_size_G, kept_GN, z_logits, details=True)
+    decision, logits_TE = router(x_TD, batch, request)
+    statistics = router.statistics(decision, logits_TE, batch, request)
+    return SimpleNamespace(
+        **vars(statistics),
+        **vars(statistics.details),
+        shared_weights_TM=router.shared_weights(logits_TE),
     )
+
+
+def pools_of(
+    sizes_LG: torch.Tensor | None, kept: Sequence[torch.Tensor] | None = None, details: bool = False
+) -> RoutingRequest:
+    """A request for pools of these sizes."""
+    pool = None if sizes_LG is None else PoolConfig()
+    return RoutingRequest(pool, sizes_LG, kept, details=details)

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from helpers import tiny_config
 
 from emotrain.distributed.dispatch import AllToAllDispatcher
-from emotrain.kernels import PoolRouting
+from emotrain.kernels import Decision
 from emotrain.model.experts import RoutedExperts
 from emotrain.model.moe import LocalDispatcher
 
@@ -73,14 +73,14 @@ CHOICES = {
 }
 
 
-def routing_of(choices: str, rank: int, num_experts: int) -> PoolRouting:
+def routing_of(choices: str, rank: int, num_experts: int) -> Decision:
     torch.manual_seed(rank)
     experts_TK = CHOICES[choices](rank, num_experts)
     weights_TK = torch.where(
         experts_TK < num_experts, torch.rand(experts_TK.shape, dtype=torch.float64), 0
     )
     counts_N = torch.bincount(experts_TK.reshape(-1), minlength=num_experts + 1)[:num_experts]
-    return PoolRouting(None, weights_TK.requires_grad_(), experts_TK, None, counts_N, None, None)
+    return Decision(None, weights_TK.requires_grad_(), experts_TK, None, counts_N, None, None)
 
 
 def _same_as_local(rank: int, choices: str, num_experts: int) -> None:
@@ -118,7 +118,7 @@ def test_sums_and_gradients_are_those_of_one_rank(
 
 def _once_to_each_rank(rank: int) -> None:
     """Experts 0 and 1 are rank 0's, 2 and 3 rank 1's."""
-    routing = PoolRouting(
+    routing = Decision(
         None,
         torch.full((4, 2), 0.5, dtype=torch.float64),
         torch.tensor([[0, 1], [0, 2], [3, 2], [4, 4]]),

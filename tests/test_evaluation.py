@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model
+from helpers import pools_of, tiny_model
 from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
@@ -43,7 +43,9 @@ def loss_alone(model, document, kept=None):
     for start in range(0, len(document), ROW):
         piece = torch.from_numpy(document[start : start + ROW])
         with torch.no_grad():
-            logits_TV = model.logits(model(PackedBatch.from_rows(piece[None]), kept=kept))
+            logits_TV = model.logits(
+                model(PackedBatch.from_rows(piece[None]), pools_of(None, kept))
+            )
         for logits_V, target in zip(logits_TV[:-1], piece[1:], strict=True):
             total += float(torch.logsumexp(logits_V, 0) - logits_V[target])
             targets += 1
@@ -85,10 +87,14 @@ def test_routing_sums_are_those_of_the_documents_tokens():
     found = document_losses(model, pack(documents, ROW, 2), torch.zeros(4, dtype=torch.int64))
     for i, document in enumerate(documents):
         with torch.no_grad():
-            report = model(PackedBatch.from_rows(torch.from_numpy(document)[None])).routing
+            batch = PackedBatch.from_rows(torch.from_numpy(document)[None])
+            report = model(batch, pools_of(None, details=True)).routing
         for sum_UN, layer in zip(found.routing, report.layers, strict=True):
             torch.testing.assert_close(
-                sum_UN[i].float(), torch.softmax(layer.logits_TN, 1).sum(0), rtol=1e-5, atol=1e-6
+                sum_UN[i].float(),
+                torch.softmax(layer.details.logits_TN, 1).sum(0),
+                rtol=1e-5,
+                atol=1e-6,
             )
             assert float(sum_UN[i].sum()) == pytest.approx(len(document), rel=1e-5)
 

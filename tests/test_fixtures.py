@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import route_all, tiny_config
+from helpers import pools_of, route_all, tiny_config
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.interop.huggingface import load_huggingface
 from emotrain.model.losses import router_loss
-from emotrain.model.router import DocumentPoolRouter, LayerRouting, draw_pool_sizes
+from emotrain.model.router import DocumentPoolRouter, draw_pool_sizes
 from emotrain.model.transformer import Transformer
 
 FOLDER = Path(
@@ -34,7 +35,7 @@ def found(pattern: str) -> list:
 
 def run_router(
     weight_ED: Tensor, x_TD: Tensor, document_BS: Tensor, per_token: int, shared: int, pool: int
-) -> tuple[LayerRouting, tuple[Tensor, Tensor], DocumentPoolRouter]:
+) -> tuple[SimpleNamespace, tuple[Tensor, Tensor], DocumentPoolRouter]:
     """Route with a fixed pool; the routing, its balance and z-loss over this batch alone, and
     the router."""
     config: ModelConfig = tiny_config(
@@ -152,7 +153,7 @@ def test_router(path: Path) -> None:
     )
 
 
-def _has_tie(routing: LayerRouting, their_experts_TK: Tensor) -> Tensor:
+def _has_tie(routing: SimpleNamespace, their_experts_TK: Tensor) -> Tensor:
     """Tokens whose last choice and theirs have the same logit to rounding."""
     logits_TN = torch.nn.functional.pad(routing.logits_TN, (0, 1), value=-torch.inf)
     ours_TK, theirs_TK = (
@@ -168,15 +169,16 @@ def test_published_model(folder: Path) -> None:
     config, model = load_huggingface(folder)
     expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():
-        output = model(PackedBatch.from_rows(expected["input_ids"]))
+        output = model(PackedBatch.from_rows(expected["input_ids"]), pools_of(None, details=True))
         logits_TV = model.logits(output)
     torch.testing.assert_close(
         logits_TV.view_as(expected["logits"]), expected["logits"], atol=1e-4, rtol=0
     )
     assert len(output.routing.layers) == config.num_layers
     for index, layer in enumerate(output.routing.layers):
+        logits_TN = layer.details.logits_TN
         expected_TE = expected[f"router_logits.{index}"]
         assert expected_TE.shape[1] == config.experts_in_layer(index)
         torch.testing.assert_close(
-            layer.logits_TN, expected_TE[:, : layer.logits_TN.shape[1]], atol=1e-4, rtol=0
+            logits_TN, expected_TE[:, : logits_TN.shape[1]], atol=1e-4, rtol=0
         )

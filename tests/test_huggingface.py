@@ -190,9 +190,8 @@ def test_several_shared_experts_share_a_softmax(tmp_path: Path) -> None:
     """Spec 10.4: there they weigh a softmax of their logits; in training each weighs 1."""
     config, model = load_huggingface(write(tmp_path, num_shared_experts=2))
     assert config.router.shared_weight == "softmax"
-    weights_TM = (
-        model(PackedBatch.from_rows(torch.arange(12)[None])).routing.layers[0].shared_weights_TM
-    )
+    router = model.blocks[0].moe.router
+    weights_TM = router.shared_weights(torch.randn(12, len(router.weight_ED)))
     torch.testing.assert_close(weights_TM.sum(dim=1), torch.ones(12))
 
 

@@ -11,20 +11,21 @@ from functools import partial
 import pytest
 import torch
 import triton_interpreter
-from helpers import tiny_batch, tiny_config
+from helpers import decision_of, tiny_batch, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import backwards, poisoned_memory  # noqa: F401
 
+from emotrain.config import PoolConfig
 from emotrain.kernels import backends
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.grouped_mlp import SortedSlots, grouped_mlp, sort_slots
-from emotrain.kernels.pool_routing import pool_routing
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
 from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig, default_tiles
 from emotrain.model.moe import MoELayer
+from emotrain.model.router import LayerRequest
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 
@@ -207,7 +208,7 @@ def test_a_whole_layer_agrees() -> None:
     ]
 
     def layer(backend: str) -> list[Tensor]:
-        routing = pool_routing(
+        routing = decision_of(
             x_TD @ router_ND.t(),
             torch.arange(30) // 8,
             4,
@@ -254,12 +255,12 @@ def test_the_model_s_layer_agrees_under_either_setting(padded: bool) -> None:
     layers["triton"].load_state_dict(layers["torch"].state_dict())
     results = {}
     for backend, layer in layers.items():
-        y_TD, routing = layer(x_TD, batch, pool_size_G)
+        y_TD, routing = layer(x_TD, batch, LayerRequest(PoolConfig(), pool_size_G, details=True))
         loss = y_TD.square().sum() + routing.probability_sum_N.square().sum() + routing.z_sum
         results[backend] = [
             y_TD,
             routing.counts_N.float(),
-            routing.document_scores_GN,
+            routing.details.document_scores_GN,
             *torch.autograd.grad(loss, list(layer.parameters())),
         ]
     for ours, theirs in zip(results["triton"], results["torch"], strict=True):

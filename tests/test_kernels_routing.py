@@ -7,13 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 import triton_interpreter
-from helpers import random_document_T
+from helpers import decision_of, random_document_T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import backwards, poisoned_memory  # noqa: F401
 
-from emotrain.kernels.pool_routing import PoolRouting, pool_routing
+from emotrain.kernels import Decision
 from emotrain.model.router import select_pool
 
 assert triton_interpreter.triton.knobs.runtime.interpret
@@ -26,7 +26,7 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def gradient(routing: PoolRouting, logits_TN: Tensor) -> Tensor:
+def gradient(routing: Decision, logits_TN: Tensor) -> Tensor:
     """Of one number that depends on every output with a gradient, each entry with a weight of
     its own."""
     generator = torch.Generator().manual_seed(1)
@@ -40,12 +40,12 @@ def gradient(routing: PoolRouting, logits_TN: Tensor) -> Tensor:
 
 def assert_agrees(
     logits_TN: Tensor, document_T: Tensor, num_documents: int, num_chosen: int, **options
-) -> PoolRouting:
+) -> Decision:
     """Against the twin. Sums of floats differ in the last bits, and random scores do not tie:
     choices must be the same."""
     logits_TN = logits_TN.requires_grad_()
     ours, theirs = (
-        pool_routing(logits_TN, document_T, num_documents, num_chosen, backend=backend, **options)
+        decision_of(logits_TN, document_T, num_documents, num_chosen, backend=backend, **options)
         for backend in ("triton", "torch")
     )
     for name in ("probabilities_TN", "weights_TK", "lse_T", "scores_GN"):
@@ -153,7 +153,7 @@ def check_any_batch(
     logits_TN = torch.randint(-2, 3, (num_tokens, num_experts)).float()
     document_T = torch.randint(num_documents, (num_tokens,))
     pool_size_G = torch.randint(1, num_experts + 3, (num_documents,))
-    routing = pool_routing(
+    routing = decision_of(
         logits_TN, document_T, num_documents, num_chosen, pool_size_G, backend="triton"
     )
     expected_GN = torch.zeros(num_documents, num_experts).index_add(
@@ -202,7 +202,7 @@ def test_nothing_is_left_unwritten_and_the_same_bits_in_any_order(
     logits_TN, document_T = torch.randn(75, 11).requires_grad_(), random_document_T(75, 6, seed=3)
 
     def everything() -> list[Tensor]:
-        routing = pool_routing(
+        routing = decision_of(
             logits_TN, document_T, 6, 3, torch.tensor([1, 2, 5, 8, 11, 12]), backend="triton"
         )
         return [gradient(routing, logits_TN), *vars(routing).values()]
@@ -217,7 +217,7 @@ def test_nothing_is_left_unwritten_and_the_same_bits_in_any_order(
 def test_gradients_of_each_output_alone() -> None:
     logits_TN, document_T = torch.randn(20, 9).requires_grad_(), torch.arange(20) // 7
     both = [
-        pool_routing(logits_TN, document_T, 3, 2, torch.tensor([3, 4, 9]), backend=backend)
+        decision_of(logits_TN, document_T, 3, 2, torch.tensor([3, 4, 9]), backend=backend)
         for backend in ("triton", "torch")
     ]
     for name in ("probabilities_TN", "weights_TK", "lse_T"):
@@ -237,9 +237,7 @@ def test_gradcheck_of_the_twin() -> None:
     )
 
     def outputs(logits_TN: Tensor) -> tuple[Tensor, ...]:
-        routing = pool_routing(
-            logits_TN, document_T, 3, 3, torch.tensor([2, 4, 6]), backend="torch"
-        )
+        routing = decision_of(logits_TN, document_T, 3, 3, torch.tensor([2, 4, 6]), backend="torch")
         return routing.probabilities_TN, routing.weights_TK, routing.lse_T
 
     assert torch.autograd.gradcheck(outputs, (logits_TN,))
@@ -261,9 +259,9 @@ def test_unsupported_cases_are_refused() -> None:
         (
             torch.zeros(4, 8),
             {"gating": "sigmoid"},
-            "routes with gating=softmax, not sigmoid; use auto or torch",
+            "does not route with pool.kind=none and gating=sigmoid; use auto or torch",
         ),
         (torch.zeros(4, 2), {}, "3 experts a token of 2; choose 1 to 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            pool_routing(logits_TN, document_T, 1, 3, backend="triton", **options)
+            decision_of(logits_TN, document_T, 1, 3, backend="triton", **options)

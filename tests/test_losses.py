@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_batch, tiny_model
+from helpers import pools_of, tiny_batch, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,7 +180,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
     model, whole = tiny_model(), tiny_batch(((5, 7, 4), (9, 7)))
     model.double()
     sizes_LG = draw_pool_sizes(model.config.router.pool, whole.document_ids_G, 2, seed=0, step=1)
-    report = model(whole, sizes_LG).routing
+    report = model(whole, pools_of(sizes_LG)).routing
     counts = [layer.counts_N for layer in report.layers]
     balance, z = router_loss(report, counts, report.num_tokens)
     by_layer = [
@@ -198,7 +198,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
             whole.document_BS[row : row + 1] - documents.start,
             whole.document_ids_G[documents],
         )
-        part_report = model(part, sizes_LG[:, documents]).routing
+        part_report = model(part, pools_of(sizes_LG[:, documents])).routing
         totals += torch.stack(router_loss(part_report, counts, report.num_tokens)).detach()
     torch.testing.assert_close(totals, torch.stack([balance, z]).detach())
 

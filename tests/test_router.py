@@ -4,6 +4,7 @@ EMO promises of them: one document's routing is its own business."""
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,14 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import PoolConfig
+from emotrain.config import PoolConfig, RouterConfig
+from emotrain.errors import UserError
+from emotrain.model import router as router_module
+from emotrain.model.losses import load_balance_loss
 from emotrain.model.router import (
     DocumentPoolRouter,
-    LayerRouting,
-    document_scores,
+    LayerRequest,
+    decide,
     draw_pool_sizes,
     route,
     select_pool,
+    sum_by_document,
 )
 
 
@@ -86,7 +91,7 @@ def test_document_scores_sum_each_documents_tokens(num_documents: int) -> None:
         scores_oracle(probabilities_TN, document_T, num_documents), dtype=torch.float64
     )
     torch.testing.assert_close(
-        document_scores(probabilities_TN, document_T, num_documents), expected
+        sum_by_document(probabilities_TN, document_T, num_documents), expected
     )
 
 
@@ -220,11 +225,11 @@ def flat_batch(
 
 def run(
     router: DocumentPoolRouter, x_TD: Tensor, document_T: Tensor, size_G: Tensor | None, **arguments
-) -> LayerRouting:
+) -> SimpleNamespace:
     return route_all(router, x_TD, flat_batch(document_T), size_G, **arguments)
 
 
-def per_token(routing: LayerRouting, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def per_token(routing: SimpleNamespace, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return routing.experts_TK[tokens], routing.weights_TK[tokens].detach()
 
 
@@ -467,3 +472,67 @@ def test_router_arithmetic_is_fp32_on_bf16_operands_under_autocast() -> None:
     torch.testing.assert_close(
         routing.logits_TN, (x_TD.float() @ router.weight_ED[:ROUTED].bfloat16().float().T).detach()
     )
+
+
+def test_gates_count_in_the_balance_by_their_share() -> None:
+    """Sigmoid gates do not sum to 1 a token. The balance loss takes each over their sum, so that
+    it is 1 when balanced and its gradient does not push all gates down."""
+    router = make_router(model__router__gating="sigmoid")
+    router.weight_ED.data.zero_()
+    x_TD, document_T = torch.randn(12, WIDTH, dtype=torch.float64), torch.arange(12) // 4
+    routing = run(router, x_TD, document_T, None)
+    torch.testing.assert_close(
+        routing.probability_sum_N, torch.full((ROUTED,), 12 / ROUTED, dtype=torch.float64)
+    )
+    assert routing.entropy_sum.item() == pytest.approx(12 * math.log(ROUTED))
+    torch.nn.init.normal_(router.weight_ED.data)
+    routing = run(router, x_TD, document_T, torch.tensor([3, 5, 8]))
+    assert routing.probability_sum_N.sum().item() == pytest.approx(12)
+    loss = load_balance_loss(routing.counts_N, routing.probability_sum_N, 12)
+    (grad_ED,) = torch.autograd.grad(loss, router.weight_ED)
+    uniform = run(router, torch.ones_like(x_TD), document_T, torch.tensor([3, 5, 8]))
+    assert uniform.probability_sum_N.sum().item() == pytest.approx(12) and grad_ED.abs().sum() > 0
+
+
+# ---- a new rule
+
+
+def test_a_new_rule_runs_everywhere_or_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kind of pool that the Triton kernels do not list: `auto` runs it in PyTorch even where a
+    GPU could run Triton, and `triton` asked for by name refuses it. It never becomes another."""
+
+    def upper_half(scores_GN: Tensor, request: LayerRequest) -> Tensor:
+        return scores_GN >= scores_GN.median(dim=1, keepdim=True).values
+
+    monkeypatch.setitem(router_module.POOL_RULES, "upper_half", upper_half)
+    # As on a GPU that could run the kernels: whoever asks `auto` gets Triton.
+    monkeypatch.setattr(
+        router_module,
+        "choose_backend",
+        lambda backend, *_: "triton" if backend in ("auto", "triton") else backend,
+    )
+    logits_TN, document_T = torch.randn(20, 6), torch.arange(20) // 7
+    batch, request = flat_batch(document_T), LayerRequest(PoolConfig(kind="upper_half"))
+    decision = decide(logits_TN, batch, 2, RouterConfig(), request)
+    scores_GN = sum_by_document(logits_TN.softmax(dim=1), document_T, 3)
+    assert torch.equal(decision.pool_GN, upper_half(scores_GN, request))
+    assert decision.pool_GN[document_T].gather(1, decision.experts_TK).all()
+    with pytest.raises(UserError, match="triton does not route with pool.kind=upper_half"):
+        decide(logits_TN, batch, 2, RouterConfig(), request, backend="triton")
+
+
+# ---- what a layer returns is small
+
+
+def test_statistics_are_numbers_an_expert_and_a_document() -> None:
+    """Nothing of the size of the tokens outlives the layer unless it is asked for."""
+    router, x_TD = make_router(), torch.randn(50, WIDTH, dtype=torch.float64)
+    batch = flat_batch(torch.arange(50) // 10)
+    request = LayerRequest(PoolConfig(), torch.full((5,), 4))
+    decision, logits_TE = router(x_TD, batch, request)
+    statistics = router.statistics(decision, logits_TE, batch, request)
+    assert statistics.details is None
+    sizes = [value.numel() for value in vars(statistics).values() if value is not None]
+    assert max(sizes) == ROUTED
+    detached = statistics.detached()
+    assert not any(v.requires_grad for v in vars(detached).values() if v is not None)

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from helpers import pools_of
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ExpertsConfig, ModelConfig
@@ -62,7 +63,11 @@ def greedy_by_hand(model, documents, counts):
                     for later in range(layer, model.config.num_layers)
                 ),
             ]
-            logits_TN = model(alone(document), kept=masks).routing.layers[layer].logits_TN
+            logits_TN = (
+                model(alone(document), pools_of(None, masks, details=True))
+                .routing.layers[layer]
+                .details.logits_TN
+            )
             for probability_N in torch.softmax(logits_TN, dim=1):
                 total += probability_N.double()
                 tokens += 1
@@ -115,7 +120,9 @@ def test_mean_routing_is_a_mean_over_a_groups_tokens_and_no_padding():
         with torch.no_grad():
             logits_TN = torch.cat(
                 [
-                    model(alone(document), num_layers=1).routing.layers[0].logits_TN
+                    model(alone(document), pools_of(None, details=True), num_layers=1)
+                    .routing.layers[0]
+                    .details.logits_TN
                     for document in documents
                 ]
             )

@@ -10,12 +10,12 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_batch, tiny_config, tiny_model
+from helpers import pools_of, tiny_batch, tiny_config, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
-from emotrain.model import attention, transformer
+from emotrain.model import attention
 from emotrain.model.attention import document_ends, document_mask, rotary_table, rotate
 from emotrain.model.losses import language_model_sums
 from emotrain.model.router import draw_pool_sizes, select_pool
@@ -46,10 +46,13 @@ def replaced(batch: PackedBatch, row: int, columns: slice) -> PackedBatch:
 
 
 def logits_of(
-    model: Transformer, batch: PackedBatch, sizes_LG: Tensor | None = None, **arguments
+    model: Transformer,
+    batch: PackedBatch,
+    sizes_LG: Tensor | None = None,
+    kept: list[Tensor] | None = None,
 ) -> Tensor:
     with torch.no_grad():
-        return model.logits(model(batch, sizes_LG, **arguments)).view(*batch.tokens_BS.shape, -1)
+        return model.logits(model(batch, pools_of(sizes_LG, kept))).view(*batch.tokens_BS.shape, -1)
 
 
 # ---- the whole forward pass, restated
@@ -220,7 +223,7 @@ def test_flash_attention_gets_the_documents_of_the_mask(monkeypatch) -> None:
     model, batch = tiny_model(model__num_heads=4, model__num_kv_heads=2).double(), tiny_batch()
     by_mask = logits_of(model, batch)
     monkeypatch.setattr(attention, "varlen_attn", one_by_one)
-    monkeypatch.setattr(transformer, "documents_of", document_ends)
+    monkeypatch.setattr(attention, "documents_of", document_ends)
     torch.testing.assert_close(logits_of(model, batch), by_mask, rtol=1e-10, atol=1e-12)
 
 
@@ -364,10 +367,10 @@ def test_bfloat16_autocast_is_close_and_keeps_fp32_where_it_matters() -> None:
     batch, model = tiny_batch(), tiny_model(std=0.1)
     exact = model(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = model(batch)
+        output = model(batch, pools_of(None, details=True))
     assert (
         output.hidden_TD.dtype == torch.bfloat16
-        and output.routing.layers[0].weights_TK.dtype == torch.float32
+        and output.routing.layers[0].details.weights_TK.dtype == torch.float32
     )
     error = (
         output.hidden_TD - exact.hidden_TD
@@ -384,10 +387,12 @@ def test_bfloat16_autocast_is_close_and_keeps_fp32_where_it_matters() -> None:
 @pytest.mark.parametrize("num_layers", [0, 1, 2])
 def test_stopping_early_gives_the_routing_of_the_layers_run(num_layers: int) -> None:
     model, batch = tiny_model(), tiny_batch()
-    full, part = model(batch).routing, model(batch, num_layers=num_layers).routing
+    request = pools_of(None, details=True)
+    full = model(batch, request).routing
+    part = model(batch, request, num_layers=num_layers).routing
     assert len(part.layers) == num_layers
     for ours, theirs in zip(part.layers, full.layers, strict=False):
-        assert torch.equal(ours.logits_TN, theirs.logits_TN)
+        assert torch.equal(ours.details.logits_TN, theirs.details.logits_TN)
 
 
 def test_kept_experts_for_all_and_for_each_document_agree() -> None:
@@ -410,9 +415,9 @@ def test_keeping_the_pool_is_the_pool() -> None:
     """Spec 12.7: a subset of experts acts as the pool with the same members acted in training."""
     model, batch = tiny_model().double(), tiny_batch()
     sizes_LG = pool_sizes(model, batch)
-    layers = model(batch, sizes_LG).routing.layers
+    layers = model(batch, pools_of(sizes_LG, details=True)).routing.layers
     kept = [
-        select_pool(layer.document_scores_GN, size_G)
+        select_pool(layer.details.document_scores_GN, size_G)
         for layer, size_G in zip(layers, sizes_LG, strict=True)
     ]
     torch.testing.assert_close(
@@ -439,7 +444,7 @@ def test_a_tiny_model_learns_a_batch_by_heart(overrides: dict) -> None:
     losses = []
     for step in range(60):
         sums = language_model_sums(
-            model(batch, pool_sizes(model, batch, step)), model.head, batch, z_weight=0.0
+            model(batch, pools_of(pool_sizes(model, batch, step))), model.head, batch, z_weight=0.0
         )
         losses.append(sums.lm.item() / sums.num_targets.item())
         optimizer.zero_grad()
@@ -452,6 +457,8 @@ def test_a_tiny_model_learns_a_batch_by_heart(overrides: dict) -> None:
 def test_a_layer_pruned_below_the_choices_uses_all_it_has() -> None:
     """A pruned model may hold fewer routed experts in a layer than its tokens choose elsewhere."""
     model = tiny_model(model__experts__count_per_layer=[9, 3])
-    output = model(tiny_batch())
-    assert [layer.experts_TK.shape[1] for layer in output.routing.layers] == [3, 2]
-    torch.testing.assert_close(output.routing.layers[1].weights_TK.sum(dim=1), torch.ones(32))
+    output = model(tiny_batch(), pools_of(None, details=True))
+    assert [layer.details.experts_TK.shape[1] for layer in output.routing.layers] == [3, 2]
+    torch.testing.assert_close(
+        output.routing.layers[1].details.weights_TK.sum(dim=1), torch.ones(32)
+    )

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emotrain.kernels import PoolRouting, SortedSlots, permute, sort_slots, unpermute
+from emotrain.kernels import Decision, SortedSlots, permute, sort_slots, unpermute
 from emotrain.model.experts import RoutedExperts
 
 Result = TypeVar("Result")
@@ -39,7 +39,7 @@ class AllToAllDispatcher:
     def __call__(
         self,
         x_TD: Tensor,
-        routing: PoolRouting,
+        decision: Decision,
         experts: RoutedExperts,
         meanwhile: Callable[[], Result],
     ) -> tuple[Tensor, Result]:
@@ -47,8 +47,8 @@ class AllToAllDispatcher:
         result of `meanwhile`, which runs while tokens travel."""
         with torch.no_grad():
             owner_TK = torch.where(
-                routing.experts_TK < self.num_experts,
-                routing.experts_TK // self.per_rank,
+                decision.experts_TK < self.num_experts,
+                decision.experts_TK // self.per_rank,
                 self.num_ranks,
             )
             ranks_TR, send_R2 = self._destinations(owner_TK)
@@ -59,8 +59,8 @@ class AllToAllDispatcher:
             (slots.slot_R[: sum(send)] % self.num_ranks)[:, None],
         )
         mine_SK = owner_TK.index_select(0, token_S) == rank_S1
-        local_SK = routing.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
-        weights_SK = torch.where(mine_SK, routing.weights_TK.index_select(0, token_S), 0)
+        local_SK = decision.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
+        weights_SK = torch.where(mine_SK, decision.weights_TK.index_select(0, token_S), 0)
 
         there = _Exchange(self.group, send, received)
         choices_PK = there.start(

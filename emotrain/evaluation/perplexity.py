@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.data.packing import pack_documents
+from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import Subsets, Track, group_of_documents, untracked
 
@@ -115,9 +116,8 @@ def document_losses(
         batch = batch.to(device)
         group_G = group_of_documents(batch, document_group_U)
         with autocast(device, precision):
-            output = model(
-                batch, kept=None if subsets is None else [mask_JN[group_G] for mask_JN in subsets]
-            )
+            kept = None if subsets is None else [mask_JN[group_G] for mask_JN in subsets]
+            output = model(batch, RoutingRequest(kept=kept, details=True))
             loss_T = token_losses(output.hidden_TD, model.head.weight, batch.targets_BS.reshape(-1))
         # Padding has no targets and no routing scores: adding it to document 0 adds zeros.
         document_G = batch.document_ids_G.clamp(min=0)
@@ -125,7 +125,7 @@ def document_losses(
         loss_U.index_add_(0, document_T, loss_T.double())
         targets_U.index_add_(0, document_T, (batch.targets_BS.reshape(-1) != IGNORE).long())
         for sum_UN, layer in zip(routing, output.routing.layers, strict=True):
-            sum_UN.index_add_(0, document_G, layer.document_scores_GN.double())
+            sum_UN.index_add_(0, document_G, layer.details.document_scores_GN.double())
     return DocumentLosses(loss_U.cpu(), targets_U.cpu(), tuple(sum_UN.cpu() for sum_UN in routing))
 
 

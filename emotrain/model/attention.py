@@ -29,22 +29,18 @@ class Attention(nn.Module):
         )
         self.out = nn.Linear(self.num_heads * self.head_dim, config.d_model, bias=False)
 
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        documents: DocumentMask | DocumentEnds | None,
-    ) -> Tensor:
-        """`documents`: see `documents_of`; None means plain causal attention."""
+    def forward(self, x_BSD: Tensor, view: TokenView) -> Tensor:
         heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk_BASC, v_BASC = heads.split((self.num_heads + self.kv_heads, self.kv_heads), dim=1)
-        q_BASC, k_BASC = rotate(qk_BASC, *rotary).split((self.num_heads, self.kv_heads), dim=1)
+        q_BASC, k_BASC = rotate(qk_BASC, view.cos, view.sin).split(
+            (self.num_heads, self.kv_heads), dim=1
+        )
         grouped = self.num_heads != self.kv_heads
-        if isinstance(documents, DocumentEnds):
+        if isinstance(view.documents, DocumentEnds):
             q_TAC, k_TAC, v_TAC = (
                 part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC)
             )
-            ends_G1, length = documents.ends_G1, x_BSD.shape[1]
+            ends_G1, length = view.documents.ends_G1, x_BSD.shape[1]
             # The row length bounds that of its documents, which the host does not know.
             y_TAC = varlen_attn(
                 q_TAC,
@@ -58,7 +54,7 @@ class Attention(nn.Module):
                 enable_gqa=grouped,
             )
             return self.out(y_TAC.flatten(1).view_as(x_BSD))
-        mask_B1SS = None if documents is None else documents.mask_B1SS
+        mask_B1SS = None if view.documents is None else view.documents.mask_B1SS
         y_BASC = F.scaled_dot_product_attention(
             q_BASC,
             k_BASC,
@@ -126,6 +122,23 @@ class DocumentEnds:
 
     ends_G1: Tensor
     """int32: 0, then one past the last token of each document in the flattened rows."""
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Where each token stands and what it sees: the same for every layer."""
+
+    cos: Tensor
+    """fp32 [S, C / 2], from `rotary_table`."""
+    sin: Tensor
+    documents: DocumentMask | DocumentEnds | None
+    """See `documents_of`; None means plain causal attention."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, config: ModelConfig) -> TokenView:
+        length, device = batch.tokens_BS.shape[1], batch.tokens_BS.device
+        cos, sin = rotary_table(length, config.head_dim, config.rope_theta, device)
+        return cls(cos, sin, documents_of(batch) if config.attention.document_mask else None)
 
 
 def documents_of(batch: PackedBatch) -> DocumentMask | DocumentEnds:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
-from emotrain.kernels import PoolRouting, sort_slots
+from emotrain.kernels import Decision, sort_slots
 from emotrain.model.experts import RoutedExperts, SharedExperts
-from emotrain.model.router import DocumentPoolRouter, LayerRouting
+from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics
 
 Result = TypeVar("Result")
 
@@ -25,19 +25,19 @@ class LocalDispatcher:
     def __call__(
         self,
         x_TD: Tensor,
-        routing: PoolRouting,
+        decision: Decision,
         experts: RoutedExperts,
         meanwhile: Callable[[], Result],
     ) -> tuple[Tensor, Result]:
         """Weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`,
         which is work that needs no token to have arrived."""
-        slots = sort_slots(routing.experts_TK, routing.counts_N)
-        return experts(x_TD, routing.weights_TK, slots), meanwhile()
+        slots = sort_slots(decision.experts_TK, decision.counts_N)
+        return experts(x_TD, decision.weights_TK, slots), meanwhile()
 
 
 class MoELayer(nn.Module):
-    """x -> sum of the token's routed experts, weighted, plus its shared experts; and the layer's
-    routing."""
+    """x -> sum of the token's routed experts, weighted, plus its shared experts; and the statistics
+    of the layer's routing."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -51,23 +51,21 @@ class MoELayer(nn.Module):
         self,
         x_TD: Tensor,
         batch: PackedBatch,
-        pool_size_G: Tensor | None = None,
-        kept_GN: Tensor | None = None,
-        z_logits: str = "pool",
-    ) -> tuple[Tensor, LayerRouting | None]:
+        request: LayerRequest,
+    ) -> tuple[Tensor, LayerStatistics | None]:
         if torch.is_autocast_enabled(x_TD.device.type):
             x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
         if self.router is None:
             return self.shared(x_TD), None
-        routing, logits_TE = self.router(x_TD, batch, pool_size_G, kept_GN)
+        decision, logits_TE = self.router(x_TD, batch, request)
 
-        def while_tokens_travel() -> tuple[LayerRouting, Tensor | None]:
-            report = self.router.statistics(routing, logits_TE, batch, pool_size_G, z_logits)
-            return report, None if self.shared is None else self.shared(
-                x_TD, report.shared_weights_TM
-            )
+        def while_tokens_travel() -> tuple[LayerStatistics, Tensor | None]:
+            statistics = self.router.statistics(decision, logits_TE, batch, request)
+            if self.shared is None:
+                return statistics, None
+            return statistics, self.shared(x_TD, self.router.shared_weights(logits_TE))
 
-        y_TD, (report, shared_TD) = self.dispatcher(
-            x_TD, routing, self.experts, while_tokens_travel
+        y_TD, (statistics, shared_TD) = self.dispatcher(
+            x_TD, decision, self.experts, while_tokens_travel
         )
-        return y_TD if shared_TD is None else y_TD + shared_TD, report
+        return y_TD if shared_TD is None else y_TD + shared_TD, statistics

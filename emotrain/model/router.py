@@ -1,74 +1,79 @@
-"""The router: which experts each token uses, decided once, and what the losses and readers need to
-know of it.
+"""The router, which is EMO: a document's tokens choose their experts from one pool.
 
-The five ideas of EMO are five pure functions: `document_scores`, `draw_pool_sizes`, `select_pool`,
-`route`, and `load_balance_loss` (in losses.py). No Python loop over tokens or documents, no copy to
-the host.
+`decide` is the method, in five steps: score → pool → mask → choose → count. Its parts are pure
+functions (`sum_by_document`, `select_pool`, `route`), and so is what it is asked for
+(`draw_pool_sizes`, `RoutingRequest`). `DocumentPoolRouter` holds the weights. Losses and readers
+get `LayerStatistics`, which is small; logits and choices only on request. No Python loop over
+tokens or documents, no copy to the host.
+
+To add a rule that draws pools: a kind in `PoolConfig`, a function here, a line in `POOL_RULES`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
-from emotrain.config import ModelConfig, PoolConfig
-from emotrain.kernels import PoolRouting, pool_routing
+from emotrain.config import ModelConfig, PoolConfig, RouterConfig
+from emotrain.errors import UserError
+from emotrain.kernels.backends import choose_backend
+from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision
+
+# ---- what is asked of a router
 
 
 @dataclass(frozen=True)
-class LayerRouting:
-    """One layer's routing decision and its statistics over the valid (not padding) tokens of the
-    batch."""
+class LayerRequest:
+    """What is asked of the router of one layer for a micro-batch of G documents."""
 
-    weights_TK: Tensor
-    """Routing weight of each slot, 0 in empty ones. Carries the gradient of the task loss to the
-    router."""
-    experts_TK: Tensor
-    """int64 routed expert of each slot; N marks an empty slot."""
-    counts_N: Tensor
-    """int64 slots that went to each routed expert."""
-    probability_sum_N: Tensor
-    """Sum over tokens of the routing probabilities, with gradient."""
-    z_sum: Tensor
-    """Sum over tokens of logsumexp(logits)^2, with gradient."""
-    entropy_sum: Tensor
-    """Sum over tokens of the entropy of the routing probabilities, in nats."""
-    document_scores_GN: Tensor
-    """Sum over each document's tokens of the probabilities before a pool was drawn: what the pool
-    is chosen by, and what selection, coverage and clustering read."""
-    pool_size_G: Tensor | None
-    """int64 pool size of each document; None without a drawn pool."""
-    shared_weights_TM: Tensor | None
-    """Weights of M shared experts where they are not simply 1."""
-    logits_TN: Tensor
-    """Router logits before any mask, without gradient."""
+    pool: PoolConfig | None = None
+    """The rule by which each document gets its pool; None draws none, as at inference."""
+    pool_size_G: Tensor | None = None
+    """int64 pool sizes, where the rule is one of sizes."""
+    kept_GN: Tensor | None = None
+    """bool, experts that each document may use at all (an expert subset), at least one each."""
+    z_logits: str = "pool"
+    """Logits under the z-loss: those of the `pool`, or `all`."""
+    details: bool = False
+    """Whether the statistics carry `RoutingDetails`."""
 
 
 @dataclass(frozen=True)
-class RoutingReport:
-    """What every reader of routing gets: the layers' routing, and how many tokens it is over."""
+class RoutingRequest:
+    """What is asked of all routers for a micro-batch; the fields are those of `LayerRequest`, for
+    every layer. The default is the full model without pools."""
 
-    layers: tuple[LayerRouting, ...]
-    """One entry a layer with routed experts, in order."""
-    num_tokens: Tensor
-    """int64 scalar: valid tokens of the batch."""
-    document_tokens_G: Tensor
-    """int64 tokens of each document."""
-    real_G: Tensor
-    """bool, False for the pseudo-document of padding."""
+    pool: PoolConfig | None = None
+    pool_sizes_LG: Tensor | None = None
+    kept: Sequence[Tensor] | None = None
+    """For each layer bool [N], or [G, N] for each document its own."""
+    z_logits: str = "pool"
+    details: bool = False
+
+    def layer(self, index: int, num_documents: int) -> LayerRequest:
+        return LayerRequest(
+            self.pool,
+            None if self.pool_sizes_LG is None else self.pool_sizes_LG[index],
+            None if self.kept is None else self.kept[index].expand(num_documents, -1),
+            self.z_logits,
+            self.details,
+        )
 
 
-def document_scores(probabilities_TN: Tensor, document_T: Tensor, num_documents: int) -> Tensor:
-    """Sum of the routing probabilities over each document's tokens (spec 2.3c) -> [G, N].
-
-    Tokens of a document may lie anywhere in the batch.
-    """
-    scores_GN = probabilities_TN.new_zeros(num_documents, probabilities_TN.shape[1])
-    return scores_GN.index_add_(0, document_T, probabilities_TN)
+def training_request(
+    model: ModelConfig, batch: PackedBatch, seed: int, step: int, z_logits: str = "pool"
+) -> RoutingRequest:
+    """What training asks for: pools as configured, drawn anew in every step."""
+    pool = model.router.pool
+    if pool.kind == "none":
+        return RoutingRequest(z_logits=z_logits)
+    sizes_LG = draw_pool_sizes(pool, batch.document_ids_G, model.num_layers, seed, step)
+    return RoutingRequest(pool, sizes_LG, z_logits=z_logits)
 
 
 def draw_pool_sizes(
@@ -93,6 +98,108 @@ def draw_pool_sizes(
     # The upper 31 bits times the width, shifted down: uniform to 1 part in 2^31 / width, and no
     # division.
     return pool.min + (((hash_LG >> 33) & 0x7FFFFFFF) * (pool.max - pool.min + 1) >> 31)
+
+
+# ---- the method
+
+
+def decide(
+    logits_TN: Tensor,
+    batch: PackedBatch,
+    num_chosen: int,
+    config: RouterConfig,
+    request: LayerRequest,
+    backend: str = "auto",
+) -> Decision:
+    """Route every token inside the pool of its document (spec 2.3).
+
+    Args:
+        logits_TN: router logits, rows of unit stride; float32, or float64 on the PyTorch path.
+        num_chosen: K, routed experts of a token.
+        backend: see `choose_backend`, also for errors. `auto` takes the Triton kernels only for
+            rules that they list.
+    """
+    kind = "none" if request.pool is None else request.pool.kind
+    in_triton = kind in TRITON_POOLS and config.gating in TRITON_GATINGS
+    if backend == "auto" and not in_triton:
+        backend = "torch"
+    if choose_backend(backend, logits_TN, logits_TN.shape[1]) != "triton":
+        return decide_in_torch(logits_TN, batch, num_chosen, config, request)
+    if not in_triton:
+        raise UserError(
+            f"experts.backend=triton does not route with pool.kind={kind} and "
+            f"gating={config.gating}; use auto or torch"
+        )
+    from emotrain.kernels.triton_routing import decide_in_triton
+
+    return decide_in_triton(
+        logits_TN,
+        batch.document_T,
+        batch.num_documents,
+        num_chosen,
+        request.pool_size_G,
+        request.kept_GN,
+        batch.valid_T,
+        config.normalize_weights,
+    )
+
+
+def decide_in_torch(
+    logits_TN: Tensor,
+    batch: PackedBatch,
+    num_chosen: int,
+    config: RouterConfig,
+    request: LayerRequest,
+) -> Decision:
+    """`decide`, to be read: the same as the Triton kernels, and for every rule."""
+    document_T, valid_T, num_routed = batch.document_T, batch.valid_T, logits_TN.shape[1]
+    pool_GN, scores_GN = request.kept_GN, None
+    if request.pool is not None:
+        with torch.no_grad():
+            free_TN = logits_TN if pool_GN is None else _mask(logits_TN, pool_GN, document_T)
+            scores_GN = sum_by_document(
+                torch.softmax(free_TN, dim=1), document_T, batch.num_documents
+            )
+            drawn_GN = POOL_RULES[request.pool.kind](scores_GN, request)
+            pool_GN = drawn_GN if pool_GN is None else drawn_GN & pool_GN
+    if pool_GN is not None:
+        logits_TN = _mask(logits_TN, pool_GN, document_T)
+    probabilities_TN, weights_TK, experts_TK = route(
+        logits_TN, num_chosen, config.gating, config.normalize_weights
+    )
+    if valid_T is not None:
+        weights_TK = torch.where(valid_T[:, None], weights_TK, 0)
+        experts_TK = torch.where(valid_T[:, None], experts_TK, num_routed)
+    with torch.no_grad():
+        counts = experts_TK.new_zeros(num_routed + 1)
+        counts.scatter_add_(0, experts_TK.reshape(-1), torch.ones_like(experts_TK.reshape(-1)))
+        if scores_GN is None:
+            counted_TN = _valid(probabilities_TN, valid_T)
+            scores_GN = sum_by_document(counted_TN, document_T, batch.num_documents)
+    lse_T = torch.logsumexp(logits_TN, dim=1)
+    return Decision(
+        probabilities_TN, weights_TK, experts_TK, lse_T, counts[:-1], scores_GN, pool_GN
+    )
+
+
+def _mask(logits_TN: Tensor, pool_GN: Tensor, document_T: Tensor) -> Tensor:
+    """-inf outside of the pool of the token's document."""
+    return logits_TN.masked_fill(~pool_GN[document_T], -torch.inf)
+
+
+def _valid(values_TN: Tensor, valid_T: Tensor | None) -> Tensor:
+    """0 for padding."""
+    return values_TN if valid_T is None else torch.where(valid_T[:, None], values_TN, 0)
+
+
+# ---- its parts
+
+
+def sum_by_document(values_TX: Tensor, document_T: Tensor, num_documents: int) -> Tensor:
+    """Sum over the tokens of each document (spec 2.3c) -> [G, X]. Tokens of a document may lie
+    anywhere in the batch."""
+    sums_GX = values_TX.new_zeros(num_documents, values_TX.shape[1])
+    return sums_GX.index_add_(0, document_T, values_TX)
 
 
 def select_pool(scores_GN: Tensor, pool_size_G: Tensor) -> Tensor:
@@ -130,6 +237,86 @@ def route(
     return probabilities_TN, weights_TK, experts_TK
 
 
+def _best_experts(scores_GN: Tensor, request: LayerRequest) -> Tensor:
+    assert request.pool_size_G is not None, "a pool by size needs the sizes"
+    return select_pool(scores_GN, request.pool_size_G)
+
+
+POOL_RULES: dict[str, Callable[[Tensor, LayerRequest], Tensor]] = {
+    "fixed": _best_experts,
+    "uniform": _best_experts,
+}
+"""`pool.kind` -> the function of a document's scores and the request that gives its pool, bool
+[G, N]. Without gradient."""
+
+
+# ---- what losses and readers get
+
+
+@dataclass(frozen=True)
+class RoutingDetails:
+    """Everything about one layer's routing, token by token. Only on request: it is larger than the
+    activations of the layer."""
+
+    logits_TN: Tensor
+    """Router logits before any mask, without gradient."""
+    weights_TK: Tensor
+    """Routing weight of each slot, 0 in empty ones."""
+    experts_TK: Tensor
+    """int64 routed expert of each slot; N marks an empty slot."""
+    document_scores_GN: Tensor
+    """Sum over each document's tokens of the probabilities before a pool was drawn: what the pool
+    is chosen by, and what selection, coverage and clustering read."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer's routing of a micro-batch in numbers an expert [N] and a document [G], over the
+    valid (not padding) tokens."""
+
+    counts_N: Tensor
+    """int64 slots that went to each routed expert."""
+    probability_sum_N: Tensor
+    """Sum over tokens of the routing probabilities, which sum to 1 a token. With gradient."""
+    z_sum: Tensor
+    """Sum over tokens of logsumexp(logits)^2, with gradient."""
+    entropy_sum: Tensor
+    """Sum over tokens of the entropy of the routing probabilities, in nats."""
+    effective_experts_G: Tensor
+    """exp(entropy of a document's mean routing before a pool was drawn), for each document."""
+    pool_size_G: Tensor | None
+    """int64 pool size of each document; None without drawn sizes."""
+    details: RoutingDetails | None
+    """Token by token, where the request asked for it."""
+
+    def detached(self) -> LayerStatistics:
+        """The same without gradients, so that it holds no activation."""
+        return replace(
+            self, probability_sum_N=self.probability_sum_N.detach(), z_sum=self.z_sum.detach()
+        )
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """What every reader of routing gets: the layers' statistics, and what they are over."""
+
+    layers: tuple[LayerStatistics, ...]
+    """One entry a layer with routed experts, in order."""
+    num_tokens: Tensor
+    """int64 scalar: valid tokens of the batch."""
+    document_tokens_G: Tensor
+    """int64 tokens of each document."""
+    real_G: Tensor
+    """bool, False for the pseudo-document of padding."""
+
+    def detached(self) -> RoutingReport:
+        """The same without gradients."""
+        return replace(self, layers=tuple(layer.detached() for layer in self.layers))
+
+
+# ---- the module
+
+
 class DocumentPoolRouter(nn.Module):
     """Token-choice router whose choices lie inside the pool of the token's document; without a
     pool, a standard one."""
@@ -138,82 +325,70 @@ class DocumentPoolRouter(nn.Module):
         super().__init__()
         self.num_routed = config.routed_in_layer(layer)
         self.num_chosen = config.chosen_in_layer(layer)
-        self.router = config.router
+        self.config = config.router
         self.backend = config.experts.backend
-        # One row an expert of the bank, the shared ones last, as in the published checkpoints. Rows
-        # of shared experts are read only where their weight is not 1.
+        # One row an expert of the layer, the shared ones last, as in the published checkpoints.
+        # Rows of shared experts are read only where their weight is not 1.
         self.weight_ED = nn.Parameter(torch.empty(config.experts_in_layer(layer), config.d_model))
 
     def forward(
-        self,
-        x_TD: Tensor,
-        batch: PackedBatch,
-        pool_size_G: Tensor | None = None,
-        kept_GN: Tensor | None = None,
-    ) -> tuple[PoolRouting, Tensor]:
+        self, x_TD: Tensor, batch: PackedBatch, request: LayerRequest
+    ) -> tuple[Decision, Tensor]:
         """Decide where every token goes -> the decision, and the logits [T, E]. All arithmetic is
-        in fp32 or wider, on operands of the type of `x_TD` (spec 1.5).
-
-        Args:
-            pool_size_G: draw the pool from the document's own scores with these sizes.
-            kept_GN: bool, experts that each document may use at all (an expert subset).
-        """
+        in fp32 or wider, on operands of the type of `x_TD` (spec 1.5)."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(dtype), self.weight_ED.to(x_TD.dtype).to(dtype))
-            routing = pool_routing(
+            decision = decide(
                 logits_TE[:, : self.num_routed],
-                batch.document_T,
-                batch.num_documents,
+                batch,
                 self.num_chosen,
-                pool_size_G,
-                kept_GN,
-                batch.valid_T,
-                self.router.gating,
-                self.router.normalize_weights,
+                self.config,
+                request,
                 self.backend,
             )
-        return routing, logits_TE
+        return decision, logits_TE
 
     def statistics(
-        self,
-        routing: PoolRouting,
-        logits_TE: Tensor,
-        batch: PackedBatch,
-        pool_size_G: Tensor | None = None,
-        z_logits: str = "pool",
-    ) -> LayerRouting:
-        """What losses and readers need of a decision. Apart from `forward`, so that it can run
-        while tokens travel.
-
-        Args:
-            z_logits: logits under the z-loss, those of the `pool` or `all`.
-        """
-        all_logits_TN, valid_T = logits_TE[:, : self.num_routed], batch.valid_T
-        lse_T = routing.lse_T if z_logits == "pool" else torch.logsumexp(all_logits_TN, dim=1)
-        counted_TN, z_T = routing.probabilities_TN, lse_T.square()
+        self, decision: Decision, logits_TE: Tensor, batch: PackedBatch, request: LayerRequest
+    ) -> LayerStatistics:
+        """What losses and readers need of a decision. It is apart from `forward`, so that it runs
+        while tokens travel."""
+        logits_TN, valid_T = logits_TE[:, : self.num_routed], batch.valid_T
+        lse_T = decision.lse_T
+        if request.z_logits == "all":
+            lse_T = torch.logsumexp(logits_TN, dim=1)
+        counted_TN, z_T = decision.probabilities_TN, lse_T.square()
+        if self.config.gating == "sigmoid":
+            # Gates of a token do not sum to 1: unnormalised, the balance loss would push all of
+            # them down instead of balancing.
+            counted_TN = counted_TN / counted_TN.sum(dim=1, keepdim=True).clamp(min=1e-30)
+        counted_TN = _valid(counted_TN, valid_T)
         if valid_T is not None:
-            counted_TN, z_T = (
-                torch.where(valid_T[:, None], counted_TN, 0),
-                torch.where(valid_T, z_T, 0),
-            )
+            z_T = torch.where(valid_T, z_T, 0)
         with torch.no_grad():
             entropy_sum = torch.special.entr(counted_TN).sum()
-        return LayerRouting(
-            weights_TK=routing.weights_TK,
-            experts_TK=routing.experts_TK,
-            counts_N=routing.counts_N,
-            probability_sum_N=counted_TN.sum(dim=0),
-            z_sum=z_T.sum(),
-            entropy_sum=entropy_sum,
-            document_scores_GN=routing.scores_GN,
-            pool_size_G=pool_size_G,
-            shared_weights_TM=self._shared_weights(logits_TE),
-            logits_TN=all_logits_TN.detach(),
+            scores_GN = decision.scores_GN.double()
+            share_GN = scores_GN / scores_GN.sum(dim=1, keepdim=True).clamp(min=1e-30)
+            effective_G = torch.special.entr(share_GN).sum(dim=1).exp()
+        details = None
+        if request.details:
+            details = RoutingDetails(
+                logits_TN.detach(), decision.weights_TK, decision.experts_TK, decision.scores_GN
+            )
+        return LayerStatistics(
+            decision.counts_N,
+            counted_TN.sum(dim=0),
+            z_T.sum(),
+            entropy_sum,
+            effective_G,
+            request.pool_size_G,
+            details,
         )
 
-    def _shared_weights(self, logits_TE: Tensor) -> Tensor | None:
-        if self.router.shared_weight == "one" or logits_TE.shape[1] - self.num_routed < 2:
+    def shared_weights(self, logits_TE: Tensor) -> Tensor | None:
+        """Weights [T, M] of the shared experts; None where each is 1."""
+        if self.config.shared_weight == "one" or logits_TE.shape[1] - self.num_routed < 2:
             return None
         return torch.softmax(logits_TE[:, self.num_routed :], dim=1)
 

@@ -3,7 +3,7 @@ head (spec 1.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
-from emotrain.model.attention import (
-    Attention,
-    DocumentEnds,
-    DocumentMask,
-    documents_of,
-    rotary_table,
-)
+from emotrain.model.attention import Attention, TokenView
 from emotrain.model.moe import MoELayer
-from emotrain.model.router import LayerRouting, RoutingReport, document_scores
+from emotrain.model.router import (
+    LayerRequest,
+    LayerStatistics,
+    RoutingReport,
+    RoutingRequest,
+    sum_by_document,
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class ModelOutput:
     """Normed final hidden states."""
     routing: RoutingReport
     """The routing of every layer."""
+
+
+FULL = RoutingRequest()
+"""The full model without pools."""
 
 
 class RMSNorm(nn.Module):
@@ -94,20 +98,11 @@ class Block(nn.Module):
         self.moe = MoELayer(config, layer)
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        batch: PackedBatch,
-        rotary: tuple[Tensor, Tensor],
-        documents: DocumentMask | DocumentEnds | None,
-        pool_size_G: Tensor | None,
-        kept_GN: Tensor | None,
-        z_logits: str,
-    ) -> tuple[Tensor, LayerRouting | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary, documents)
-        y_TD, routing = self.moe(
-            self.moe_norm(x_BSD).flatten(0, 1), batch, pool_size_G, kept_GN, z_logits
-        )
-        return x_BSD + y_TD.view_as(x_BSD), routing
+        self, x_BSD: Tensor, batch: PackedBatch, view: TokenView, request: LayerRequest
+    ) -> tuple[Tensor, LayerStatistics | None]:
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), view)
+        y_TD, statistics = self.moe(self.moe_norm(x_BSD).flatten(0, 1), batch, request)
+        return x_BSD + y_TD.view_as(x_BSD), statistics
 
 
 class Transformer(nn.Module):
@@ -126,55 +121,45 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
-        self,
-        batch: PackedBatch,
-        pool_sizes_LG: Tensor | None = None,
-        kept: Sequence[Tensor] | None = None,
-        z_logits: str = "pool",
-        num_layers: int | None = None,
+        self, batch: PackedBatch, request: RoutingRequest = FULL, num_layers: int | None = None
     ) -> ModelOutput:
         """Run the model. It is a pure function of its arguments: nothing depends on train or eval
         mode.
 
         Args:
-            pool_sizes_LG: pool size of each document in each layer (`draw_pool_sizes`); None means
-                no pool, as at inference.
-            kept: for each layer, the experts that may be used at all: bool [N], or [G, N] for each
-                document its own.
-            z_logits: logits under the router z-loss, those of the `pool` or `all`.
-            num_layers: stop after this many blocks (expert selection needs no more); the hidden
-                states are then those of the last block run.
+            request: pools, expert subsets and what to report; by default the full model without
+                pools, as at inference.
+            num_layers: stop after this many blocks; the hidden states are then those of the last
+                block run.
         """
-        rows, length = batch.tokens_BS.shape
-        rotary = rotary_table(
-            length, self.config.head_dim, self.config.rope_theta, batch.tokens_BS.device
-        )
-        documents = documents_of(batch) if self.config.attention.document_mask else None
+        x_BSD, view = self.embed(batch)
+        layers = []
+        for index, block in enumerate(self.blocks[:num_layers]):
+            x_BSD, statistics = block(x_BSD, batch, view, request.layer(index, batch.num_documents))
+            if statistics is not None:
+                layers.append(statistics)
+        return ModelOutput(self.norm(x_BSD.flatten(0, 1)), self._report(batch, layers))
+
+    def embed(self, batch: PackedBatch) -> tuple[Tensor, TokenView]:
+        """What the first block gets: embedded tokens [B, S, D], and what each token sees."""
         x_BSD = self.embedding(batch.tokens_BS)
         if torch.is_autocast_enabled(x_BSD.device.type):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
-        layers = []
-        for index, block in enumerate(self.blocks[:num_layers]):
-            kept_GN = None if kept is None else kept[index].expand(batch.num_documents, -1)
-            pool_size_G = None if pool_sizes_LG is None else pool_sizes_LG[index]
-            x_BSD, routing = block(x_BSD, batch, rotary, documents, pool_size_G, kept_GN, z_logits)
-            if routing is not None:
-                layers.append(routing)
-        return ModelOutput(self.norm(x_BSD.flatten(0, 1)), self._report(batch, layers))
+        return x_BSD, TokenView.of(batch, self.config)
 
     def logits(self, output: ModelOutput) -> Tensor:
         """Logits [T, V] of a forward pass."""
         return self.head(output.hidden_TD)
 
     @staticmethod
-    def _report(batch: PackedBatch, layers: list[LayerRouting]) -> RoutingReport:
+    def _report(batch: PackedBatch, layers: list[LayerStatistics]) -> RoutingReport:
         document_T, valid_T = batch.document_T, batch.valid_T
         ones_T1 = torch.ones_like(document_T)[:, None]
         num_tokens = ones_T1.sum() if valid_T is None else valid_T.sum()
         return RoutingReport(
             tuple(layers),
             num_tokens,
-            document_scores(ones_T1, document_T, batch.num_documents)[:, 0],
+            sum_by_document(ones_T1, document_T, batch.num_documents)[:, 0],
             batch.document_ids_G >= 0,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
-from emotrain.model.router import document_scores, select_pool
+from emotrain.model.router import RoutingRequest, select_pool, sum_by_document
 from emotrain.model.transformer import Transformer
 
 Subsets = tuple[Tensor, ...]
@@ -126,14 +126,16 @@ def mean_routing(
         batch = batch.to(device)
         group_G = group_of_documents(batch, document_group_U)
         routing = model(
-            batch, kept=[mask_JN[group_G] for mask_JN in subsets], num_layers=len(subsets)
+            batch,
+            RoutingRequest(kept=[mask_JN[group_G] for mask_JN in subsets], details=True),
+            num_layers=len(subsets),
         ).routing
         # Padding scores nothing already; its tokens must not count either.
         tokens_G1 = (routing.document_tokens_G * routing.real_G)[:, None].double()
-        score_JN += document_scores(
-            routing.layers[-1].document_scores_GN.double(), group_G, len(score_JN)
+        score_JN += sum_by_document(
+            routing.layers[-1].details.document_scores_GN.double(), group_G, len(score_JN)
         )
-        tokens_J1 += document_scores(tokens_G1, group_G, len(score_JN))
+        tokens_J1 += sum_by_document(tokens_G1, group_G, len(score_JN))
     empty = (tokens_J1[:, 0] == 0).nonzero()[:, 0].tolist()
     if empty:
         raise UserError(

@@ -36,14 +36,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, LossConfig
+from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import MissingFileError, MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.router import RoutingReport
+from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
 from emotrain.training.engine import Update
@@ -245,9 +245,9 @@ class DeepSpeedEngine:
         """DeepSpeed has dropped the gradients of the step before."""
 
     def forward(
-        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+        self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[LossSums, RoutingReport]:
-        sums, report = self._engine(batch, pool_sizes_LG, losses)
+        sums, report = self._engine(batch, request, z_weight)
         return LossSums(*sums), report
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -413,11 +413,11 @@ class _WithLosses(nn.Module):
         )
 
     def forward(
-        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+        self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[tuple[Tensor, ...], RoutingReport]:
         with self.autocast:
-            output = self.model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
-            sums = language_model_sums(output, self.model.head, batch, losses.z)
+            output = self.model(batch, request)
+            sums = language_model_sums(output, self.model.head, batch, z_weight)
         return (sums.lm, sums.cross_entropy, sums.z, sums.num_targets), output.routing
 
 

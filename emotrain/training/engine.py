@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, LossConfig
+from emotrain.config import Config
 from emotrain.distributed.parallelize import build_model, set_last_backward
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.router import RoutingReport
+from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
 from emotrain.training.optimizer import build_optimizer, clip_gradients
@@ -49,9 +49,10 @@ class Engine(Protocol):
         """Begin a step without a gradient."""
 
     def forward(
-        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+        self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[LossSums, RoutingReport]:
-        """Loss sums and routing of one micro-batch."""
+        """Loss sums and routing of one micro-batch; `z_weight` is that of the z-loss on the
+        language-model logits."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Add a micro-batch's gradient to that of the step; after the last one it is the sum over
@@ -96,12 +97,12 @@ class NativeEngine:
         self.model.zero_grad(set_to_none=True)
 
     def forward(
-        self, batch: PackedBatch, pool_sizes_LG: Tensor | None, losses: LossConfig
+        self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[LossSums, RoutingReport]:
         with part("forward"):
-            output = self.model(batch, pool_sizes_LG, z_logits=losses.router_z_logits)
+            output = self.model(batch, request)
         with part("loss"):
-            sums = language_model_sums(output, self.model.head, batch, losses.z)
+            sums = language_model_sums(output, self.model.head, batch, z_weight)
         return sums, output.routing
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

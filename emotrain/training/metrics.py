@@ -48,14 +48,11 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
         document_sums = torch.zeros(3, dtype=torch.float64, device=parts[0].counts_N.device)
         extremes = document_sums.new_tensor([-torch.inf, -torch.inf])
         for part, report in zip(parts, reports, strict=True):
-            scores_GN = part.document_scores_GN.double()
-            share_GN = scores_GN / scores_GN.sum(dim=1, keepdim=True).clamp(min=1e-30)
-            effective_G = torch.special.entr(share_GN).sum(dim=1).exp()
             real_G = report.real_G
-            document_sums[0] += torch.where(real_G, effective_G, 0).sum()
+            document_sums[0] += torch.where(real_G, part.effective_experts_G, 0).sum()
             document_sums[1] += real_G.sum()
             if part.pool_size_G is not None:
-                size_G = part.pool_size_G.clamp(max=scores_GN.shape[1]).double()
+                size_G = part.pool_size_G.clamp(max=part.counts_N.shape[0]).double()
                 document_sums[2] += torch.where(real_G, size_G, 0).sum()
                 spread = torch.stack(
                     [

@@ -13,7 +13,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
-from emotrain.model.router import RoutingReport, draw_pool_sizes
+from emotrain.model.router import RoutingReport, training_request
 from emotrain.training.engine import Engine
 from emotrain.training.metrics import scalar_sums
 from emotrain.training.profiling import part
@@ -38,7 +38,7 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     reports: Sequence[RoutingReport]
-    """This rank's routing, one report a micro-batch."""
+    """This rank's routing, one report a micro-batch, without gradients."""
     micro_batch_losses: Sequence[Tensor]
     """This rank's share of `loss`, one a micro-batch."""
     stop: bool
@@ -73,15 +73,11 @@ def train_step(
     terms: list[tuple[Tensor, ...]] = []
 
     def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
-        pool_sizes_LG = draw_pool_sizes(
-            config.model.router.pool,
-            batch.document_ids_G,
-            config.model.num_layers,
-            config.training.seed,
-            step,
+        request = training_request(
+            config.model, batch, config.training.seed, step, losses.router_z_logits
         )
         with autocast:
-            return engine.forward(batch, pool_sizes_LG, losses)
+            return engine.forward(batch, request, losses.z)
 
     def backward(
         sums: LossSums, report: RoutingReport, counts: Sequence[Tensor], is_last: bool
@@ -105,7 +101,7 @@ def train_step(
                 )
             )
         )
-        reports.append(report)
+        reports.append(report.detached())
 
     bfloat16 = config.training.uses_bfloat16(ranks.device.type)
     autocast = torch.autocast(ranks.device.type, torch.bfloat16) if bfloat16 else nullcontext()
