@@ -72,6 +72,12 @@ class ExpertsConfig:
     count_per_layer: tuple[int, ...] = ()
     """Experts of each layer where layers differ (a pruned model); empty means `count`
     everywhere."""
+    sharing: str = "none"
+    """Which layers share a bank of routed experts: `none`, each layer has its own; `groups` of
+    `layers_per_bank` neighbouring layers; `all` layers (UniPool, arXiv 2605.06665). A router,
+    and shared experts, stay a layer's own; load is balanced over a bank's layers together."""
+    layers_per_bank: int = 2
+    """Layers of a bank under `sharing=groups`; it divides `model.num_layers`."""
     backend: str = "auto"
     """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts
     alone), or `auto`, the best one for the device."""
@@ -127,6 +133,12 @@ class ModelConfig:
         """Routed experts that a token uses; all of them in a layer that was pruned to fewer than
         `per_token` asks for."""
         return min(self.experts.per_token - self.experts.shared, self.routed_in_layer(layer))
+
+    def bank_of_layer(self, layer: int) -> int:
+        """The bank of routed experts that a layer uses: banks are numbered in the order of the
+        layers, and layers of one bank share their experts."""
+        sharing, size = self.experts.sharing, self.experts.layers_per_bank
+        return {"none": layer, "groups": layer // size, "all": 0}[sharing]
 
     @property
     def head_dim(self) -> int:
@@ -355,6 +367,7 @@ CHOICES = {
     "model.router.shared_weight": ("one", "softmax"),
     "model.router.pool.kind": ("none", "fixed", "uniform"),
     "model.router.pool.per": ("layer", "document"),
+    "model.experts.sharing": ("none", "groups", "all"),
     "model.experts.backend": ("auto", "torch", "triton", "megablocks"),
     "losses.balance_scope": ("global_batch", "data_parallel", "micro_batch"),
     "losses.balance_schedule": ("joint", "running"),
@@ -472,6 +485,16 @@ def check(config: Config) -> None:
         experts.shared <= experts.per_token,
         f"model.experts.per_token={experts.per_token} counts the shared experts; "
         f"make it at least model.experts.shared={experts.shared}",
+    )
+    _require(
+        experts.sharing != "groups" or model.num_layers % experts.layers_per_bank == 0,
+        f"model.experts.layers_per_bank={experts.layers_per_bank} does not divide "
+        f"model.num_layers={model.num_layers}; choose a divisor",
+    )
+    _require(
+        experts.sharing == "none" or len(set(experts.count_per_layer)) <= 1,
+        f"model.experts.sharing={experts.sharing} needs as many experts in every layer; give "
+        f"model.experts.count_per_layer equal entries or none",
     )
     for layer in range(model.num_layers):
         routed, chosen = model.routed_in_layer(layer), experts.per_token - experts.shared

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import triton_interpreter
-from helpers import decision_of, tiny_batch, tiny_config
+from helpers import decision_of, tiny_batch, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,7 +24,6 @@ from emotrain.kernels.grouped_mlp import SortedSlots, grouped_mlp, sort_slots
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
 from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig, default_tiles
-from emotrain.model.moe import MoELayer
 from emotrain.model.router import LayerRequest
 
 assert triton_interpreter.triton.knobs.runtime.interpret
@@ -247,7 +246,7 @@ def test_the_model_s_layer_agrees_under_either_setting(padded: bool) -> None:
     batch = tiny_batch(padded=padded)
     x_TD, pool_size_G = torch.randn(32, 16), torch.randint(1, 9, (batch.num_documents,))
     layers = {
-        backend: MoELayer(tiny_config(model__experts__backend=backend).model, layer=0)
+        backend: tiny_model(model__experts__backend=backend).blocks[0].moe
         for backend in ("torch", "triton")
     }
     for parameter in layers["torch"].parameters():

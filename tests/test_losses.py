@@ -150,9 +150,11 @@ def test_under_autocast_the_head_runs_in_bfloat16_and_gradients_are_fp32() -> No
 def test_balance_is_one_when_balanced_and_n_when_all_go_to_one() -> None:
     even, one = torch.full((8,), 30), torch.zeros(8, dtype=torch.int64)
     one[3] = 240
-    assert load_balance_loss(even, torch.full((8,), 10.0), 80).item() == pytest.approx(1)
-    assert load_balance_loss(one, one / 3.0, 80).item() == pytest.approx(8)
-    assert load_balance_loss(torch.zeros(8, dtype=torch.int64), torch.zeros(8), 80).item() == 0
+    assert load_balance_loss(even[None], torch.full((1, 8), 10.0), 80).item() == pytest.approx(1)
+    assert load_balance_loss(one[None], one[None] / 3.0, 80).item() == pytest.approx(8)
+    assert (
+        load_balance_loss(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8), 80).item() == 0
+    )
 
 
 def test_balance_and_its_gradient_follow_the_formula() -> None:
@@ -161,7 +163,7 @@ def test_balance_and_its_gradient_follow_the_formula() -> None:
     num_tokens, chosen = 40, 3
     counts_N = torch.bincount(torch.randint(8, (num_tokens * chosen,)), minlength=8)
     probability_TN = torch.randn(num_tokens, 8, dtype=torch.float64).softmax(dim=1).requires_grad_()
-    loss = load_balance_loss(counts_N, probability_TN.sum(dim=0), num_tokens)
+    loss = load_balance_loss(counts_N[None], probability_TN.sum(dim=0)[None], num_tokens)
     mean_N = probability_TN.mean(dim=0)
     assert loss.item() == pytest.approx(
         8
@@ -184,7 +186,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
     counts = [layer.counts_N for layer in report.layers]
     balance, z = router_loss(report, counts, report.num_tokens)
     by_layer = [
-        load_balance_loss(c, layer.probability_sum_N, 32)
+        load_balance_loss(c[None], layer.probability_sum_N[None], 32)
         for c, layer in zip(counts, report.layers, strict=True)
     ]
     assert balance.item() == pytest.approx(sum(by_layer).item() / 2)
@@ -208,3 +210,29 @@ def test_a_dense_model_has_no_router_loss() -> None:
     report = dense(tiny_batch()).routing
     assert report.layers == () and report.num_tokens == 32
     assert [value.item() for value in router_loss(report, [], report.num_tokens)] == [0, 0]
+
+
+# ---- banks shared by layers
+
+
+def test_a_shared_bank_is_balanced_over_its_layers() -> None:
+    """N * sum_i f_i P_i with f and P averaged over the layers of the bank, by loops."""
+    model = tiny_model(model__num_layers=4, model__experts__sharing="groups").double()
+    batch = tiny_batch()
+    report = model(batch).routing
+    assert [layer.bank for layer in report.layers] == [0, 0, 1, 1]
+    counts = [layer.counts_N * (index + 1) for index, layer in enumerate(report.layers)]
+    expected = 0.0
+    for bank in ((0, 1), (2, 3)):
+        for expert in range(8):
+            share = sum((counts[i][expert] / counts[i].sum()).item() for i in bank) / 2
+            mean = sum(report.layers[i].probability_sum_N[expert].item() for i in bank) / 2 / 32
+            expected += 8 * share * mean / 2
+    assert router_loss(report, counts, 32)[0].item() == pytest.approx(expected)
+
+
+def test_layers_that_specialise_on_parts_of_a_shared_bank_are_balanced() -> None:
+    """The reason of the joint loss: a layer may leave experts to the others."""
+    half = torch.tensor([[4, 4, 0, 0], [0, 0, 4, 4]])
+    assert load_balance_loss(half, half / 8 * 16, 16).item() == pytest.approx(1)
+    assert load_balance_loss(half[:1], half[:1] / 8 * 16, 16).item() == pytest.approx(2)

@@ -488,10 +488,9 @@ def test_gates_count_in_the_balance_by_their_share() -> None:
     torch.nn.init.normal_(router.weight_ED.data)
     routing = run(router, x_TD, document_T, torch.tensor([3, 5, 8]))
     assert routing.probability_sum_N.sum().item() == pytest.approx(12)
-    loss = load_balance_loss(routing.counts_N, routing.probability_sum_N, 12)
+    loss = load_balance_loss(routing.counts_N[None], routing.probability_sum_N[None], 12)
     (grad_ED,) = torch.autograd.grad(loss, router.weight_ED)
-    uniform = run(router, torch.ones_like(x_TD), document_T, torch.tensor([3, 5, 8]))
-    assert uniform.probability_sum_N.sum().item() == pytest.approx(12) and grad_ED.abs().sum() > 0
+    assert grad_ED.abs().sum() > 0
 
 
 # ---- a new rule

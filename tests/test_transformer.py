@@ -462,3 +462,43 @@ def test_a_layer_pruned_below_the_choices_uses_all_it_has() -> None:
     torch.testing.assert_close(
         output.routing.layers[1].details.weights_TK.sum(dim=1), torch.ones(32)
     )
+
+
+# ---- banks of experts shared by layers
+
+
+@pytest.mark.parametrize(
+    ("sharing", "banks"), [("none", [0, 1, 2, 3]), ("groups", [0, 0, 1, 1]), ("all", [0] * 4)]
+)
+def test_layers_of_a_bank_use_the_same_experts(sharing: str, banks: list[int]) -> None:
+    model = tiny_model(model__num_layers=4, model__experts__sharing=sharing)
+    assert [model.config.bank_of_layer(layer) for layer in range(4)] == banks
+    assert len(model.expert_banks()) == len(set(banks))
+    for first, second in itertools.combinations(range(4), 2):
+        one, other = model.blocks[first].moe, model.blocks[second].moe
+        assert (one.experts is other.experts) == (banks[first] == banks[second])
+        assert one.router is not other.router and one.shared is not other.shared
+    counts = parameter_counts(model.config)
+    assert counts["total_parameters"] == sum(p.numel() for p in model.parameters())
+    private = parameter_counts(tiny_config(model__num_layers=4).model)
+    used = "active_parameters"
+    assert counts[used] == private[used], "sharing changes what is stored, not what is computed"
+
+
+def test_a_shared_bank_is_its_layers_with_tied_experts() -> None:
+    """Values and gradients of sharing are those of separate banks with equal weights, whose
+    gradients are added."""
+    shared = tiny_model(model__num_layers=2, model__experts__sharing="all").double()
+    apart = tiny_model(model__num_layers=2).double()
+    apart.load_state_dict(shared.state_dict())
+    batch = tiny_batch()
+    for model in (shared, apart):
+        output = model(batch, pools_of(pool_sizes(model, batch)))
+        output.hidden_TD.square().sum().backward()
+    for name, parameter in shared.named_parameters():
+        if "moe.experts" in name:
+            other = name.replace("blocks.0", "blocks.1")
+            expected = apart.get_parameter(name).grad + apart.get_parameter(other).grad
+            torch.testing.assert_close(parameter.grad, expected)
+        elif name != "head.weight":
+            torch.testing.assert_close(parameter.grad, apart.get_parameter(name).grad)

@@ -13,8 +13,8 @@ from emotrain.kernels import SortedSlots, grouped_mlp
 
 
 class RoutedExperts(nn.Module):
-    """The N routed experts of a layer (spec 3.2); under expert parallelism, this rank's part of
-    them."""
+    """A bank of N routed experts (spec 3.2), of one layer or shared by several; under expert
+    parallelism, this rank's part of them."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()

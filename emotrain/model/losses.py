@@ -48,25 +48,30 @@ def language_model_sums(
 
 
 def load_balance_loss(
-    counts_N: Tensor, probability_sum_N: Tensor, num_tokens: Tensor | float
+    counts_LN: Tensor, probability_sum_LN: Tensor, num_tokens: Tensor | float
 ) -> Tensor:
-    """N * sum_i f_i P_i: 1 when balanced, up to N when all tokens go to one expert (spec 2.6).
+    """N * sum_i f_i P_i over one bank of experts: 1 when balanced, up to N when all tokens go to
+    one expert (spec 2.6). Where L layers share the bank, f_i and P_i are means over them (UniPool,
+    arXiv 2605.06665, section 3).
 
     Args:
-        counts_N: slots routed to each expert over the scope of the balance; no gradient. f_i is its
-            share of the slots.
-        probability_sum_N: sums over some tokens of the routing probabilities, with gradient.
+        counts_LN: slots routed to each expert over the scope of the balance; no gradient. f_i is
+            its share of a layer's slots.
+        probability_sum_LN: sums over some tokens of the routing probabilities, with gradient.
         num_tokens: what makes these sums P_i: the number of tokens of the whole scope, so that the
             losses of its parts add up.
     """
-    share_N = counts_N.to(probability_sum_N.dtype) / counts_N.sum().clamp(min=1)
-    return counts_N.shape[0] * (share_N * probability_sum_N).sum() / num_tokens
+    counts_LN = counts_LN.to(probability_sum_LN.dtype)
+    share_LN = counts_LN / counts_LN.sum(dim=1, keepdim=True).clamp(min=1)
+    balance = (share_LN.mean(dim=0) * probability_sum_LN.mean(dim=0)).sum()
+    return counts_LN.shape[1] * balance / num_tokens
 
 
 def router_loss(
     report: RoutingReport, counts: Sequence[Tensor], num_tokens: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Balance and z-loss of one micro-batch, each the mean over layers, unweighted.
+    """Balance loss, the mean over banks of experts, and z-loss, the mean over layers, of one
+    micro-batch; both unweighted.
 
     Args:
         counts: for each layer, the slots of each expert over the balance scope.
@@ -75,11 +80,16 @@ def router_loss(
     if not report.layers:
         zero = report.num_tokens.new_zeros((), dtype=torch.float32)
         return zero, zero
-    balance = torch.stack(
-        [
-            load_balance_loss(c, layer.probability_sum_N, num_tokens)
-            for c, layer in zip(counts, report.layers, strict=True)
-        ]
-    ).mean()
+    banks: dict[int, list[int]] = {}
+    for index, layer in enumerate(report.layers):
+        banks.setdefault(layer.bank, []).append(index)
+    balance = [
+        load_balance_loss(
+            torch.stack([counts[i] for i in layers]),
+            torch.stack([report.layers[i].probability_sum_N for i in layers]),
+            num_tokens,
+        )
+        for layers in banks.values()
+    ]
     z = torch.stack([layer.z_sum for layer in report.layers]).mean() / num_tokens
-    return balance, z
+    return torch.stack(balance).mean(), z

@@ -39,11 +39,11 @@ class MoELayer(nn.Module):
     """x -> sum of the token's routed experts, weighted, plus its shared experts; and the statistics
     of the layer's routing."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, experts: RoutedExperts | None):
+        """`experts`: the bank that the layer uses; None makes it dense."""
         super().__init__()
-        has_routed = config.routed_in_layer(layer) > 0
-        self.router = DocumentPoolRouter(config, layer) if has_routed else None
-        self.experts = RoutedExperts(config, layer) if has_routed else None
+        self.router = DocumentPoolRouter(config, layer) if experts is not None else None
+        self.experts = experts
         self.shared = SharedExperts(config) if config.experts.shared else None
         self.dispatcher = LocalDispatcher()
 

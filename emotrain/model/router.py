@@ -286,6 +286,8 @@ class LayerStatistics:
     """exp(entropy of a document's mean routing before a pool was drawn), for each document."""
     pool_size_G: Tensor | None
     """int64 pool size of each document; None without drawn sizes."""
+    bank: int
+    """The bank of routed experts that the layer uses: load is balanced over a bank."""
     details: RoutingDetails | None
     """Token by token, where the request asked for it."""
 
@@ -323,6 +325,7 @@ class DocumentPoolRouter(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.bank = config.bank_of_layer(layer)
         self.num_routed = config.routed_in_layer(layer)
         self.num_chosen = config.chosen_in_layer(layer)
         self.config = config.router
@@ -383,6 +386,7 @@ class DocumentPoolRouter(nn.Module):
             entropy_sum,
             effective_G,
             request.pool_size_G,
+            self.bank,
             details,
         )
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.model.attention import Attention, TokenView
+from emotrain.model.experts import RoutedExperts
 from emotrain.model.moe import MoELayer
 from emotrain.model.router import (
     LayerRequest,
@@ -90,12 +91,12 @@ class _RMSNormOnCPU(torch.autograd.Function):
 class Block(nn.Module):
     """h = x + attention(norm(x)); out = h + experts(norm(h))."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, experts: RoutedExperts | None):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attention = Attention(config)
         self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.moe = MoELayer(config, layer)
+        self.moe = MoELayer(config, layer, experts)
 
     def forward(
         self, x_BSD: Tensor, batch: PackedBatch, view: TokenView, request: LayerRequest
@@ -116,7 +117,15 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.d_model), freeze=False
         )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        banks: dict[int, RoutedExperts | None] = {}
+        for layer in range(config.num_layers):
+            if (bank := config.bank_of_layer(layer)) not in banks:
+                routed = config.routed_in_layer(layer)
+                banks[bank] = RoutedExperts(config, layer) if routed else None
+        self.blocks = nn.ModuleList(
+            Block(config, layer, banks[config.bank_of_layer(layer)])
+            for layer in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
@@ -146,6 +155,11 @@ class Transformer(nn.Module):
         if torch.is_autocast_enabled(x_BSD.device.type):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
         return x_BSD, TokenView.of(batch, self.config)
+
+    def expert_banks(self) -> list[RoutedExperts]:
+        """Every bank of routed experts once, in the order of the layers. A bank is a part of each
+        layer that uses it; its parameters have the name of the first."""
+        return list(dict.fromkeys(b.moe.experts for b in self.blocks if b.moe.experts is not None))
 
     def logits(self, output: ModelOutput) -> Tensor:
         """Logits [T, V] of a forward pass."""
@@ -188,7 +202,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     """Parameter counts by part, in total, and active for one token (spec 1.6), without allocating
     the model.
 
-    Routers count as active with all their rows.
+    Routers count as active with all their rows. Active experts are those that layers apply to a
+    token: one that two layers of a shared bank apply counts twice, as its FLOPs do.
     """
     with torch.device("meta"):
         model = Transformer(config)
@@ -210,13 +225,13 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         )
         counts[part] += parameter.numel()
     one_expert = 3 * config.d_model * config.experts.hidden
-    idle = sum(
-        max(0, config.experts_in_layer(layer) - config.experts.per_token)
+    applied = sum(
+        min(config.experts_in_layer(layer), config.experts.per_token)
         for layer in range(config.num_layers)
     )
     total = sum(counts.values())
     return {
         **{f"{part}_parameters": count for part, count in counts.items()},
         "total_parameters": total,
-        "active_parameters": total - idle * one_expert,
+        "active_parameters": total - counts["experts"] + applied * one_expert,
     }
