@@ -4,7 +4,7 @@ apply."""
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from functools import cache, partial
 from typing import Any
 
@@ -117,42 +117,41 @@ def num_copies(tensor: torch.Tensor) -> int:
 
 
 def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
-    """Give this rank its part of every layer's routed experts, and dispatchers that take tokens
-    to the others'."""
-    for index, block in enumerate(model.blocks):
-        if block.moe.experts is None:
-            continue
-        experts = block.moe.experts
+    """Give this rank its part of every bank of routed experts, and every layer a dispatcher that
+    takes tokens to the others'."""
+    for experts in model.expert_banks():
         for name, parameter in experts.named_parameters():
             spread = distribute_tensor(
                 parameter.detach(), meshes.ep, [Shard(0)], src_data_rank=None
             )
             setattr(experts, name, nn.Parameter(spread))
         experts.local = local_part
-        block.moe.dispatcher = AllToAllDispatcher(
-            meshes.ep.get_group(), config.model.routed_in_layer(index), config.model.experts.backend
-        )
+    for index, block in enumerate(model.blocks):
+        if block.moe.experts is not None:
+            block.moe.dispatcher = AllToAllDispatcher(
+                meshes.ep.get_group(),
+                config.model.routed_in_layer(index),
+                config.model.experts.backend,
+            )
 
 
 def _recompute(model: Transformer, scope: str) -> None:
     """Have backward compute activations again: of the experts, which hold most of them, or of
     whole blocks."""
-    for block in model.blocks:
-        parts = (
-            [block]
-            if scope == "full"
-            else [part for part in (block.moe.experts, block.moe.shared) if part is not None]
+    parts: list[nn.Module] = list(model.blocks)
+    if scope == "selective":
+        shared = [block.moe.shared for block in model.blocks if block.moe.shared is not None]
+        parts = [*model.expert_banks(), *shared]
+    for part in parts:
+        # Nothing on the way draws random numbers, so that there is no generator's state to
+        # restore.
+        part.forward = partial(
+            checkpoint,
+            part.forward,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=_decided_once,
         )
-        for part in parts:
-            # Nothing on the way draws random numbers, so that there is no generator's state to
-            # restore.
-            part.forward = partial(
-                checkpoint,
-                part.forward,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                context_fn=_decided_once,
-            )
 
 
 def _decided_once() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -206,15 +205,15 @@ def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
     cut = partial(_cut, num_ranks=meshes.dense.size(-1))
     # Spread over ep, experts are cut along their hidden width, which expert_dp divides.
     cut_experts = (lambda _: Shard(1)) if meshes.ep is not None else cut
+    for experts in model.expert_banks():
+        fully_shard(
+            experts,
+            mesh=meshes.experts,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=cut_experts,
+        )
     for block in model.blocks:
-        if block.moe.experts is not None:
-            fully_shard(
-                block.moe.experts,
-                mesh=meshes.experts,
-                mp_policy=policy,
-                reshard_after_forward=reshard,
-                shard_placement_fn=cut_experts,
-            )
         fully_shard(
             block,
             mesh=meshes.dense,
@@ -261,8 +260,11 @@ def _order_prefetches(model: Transformer) -> None:
     """Gather the next parameters while the present ones are in use, also where the host waits
     for split sizes."""
     groups = []
+    layers = Counter(block.moe.experts for block in model.blocks)
     for block in model.blocks:
-        groups += [block] if block.moe.experts is None else [block, block.moe.experts]
+        # A bank that several layers use has no one place in the order: it is gathered when needed.
+        own = block.moe.experts is not None and layers[block.moe.experts] == 1
+        groups += [block, block.moe.experts] if own else [block]
     for this, following in zip(groups, groups[1:], strict=False):
         this.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([this])
