@@ -72,9 +72,9 @@ def case_config(
                 "num_layers": 3 if small else 4,
                 "num_heads": 4,
                 "experts": {
-                    "count": 33,
+                    "routed": 32,
                     "shared": 1,
-                    "per_token": 5,
+                    "top_k": 4,
                     "hidden": hidden,
                     "backend": "torch",
                 },

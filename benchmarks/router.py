@@ -66,6 +66,7 @@ class Arms:
     def __init__(self, batch: PackedBatch, width: int, routed: int, chosen: int):
         generator = torch.Generator().manual_seed(0)
         pool = {"kind": "uniform", "min": min(chosen + 1, routed), "max": routed + 1}
+        pool["allow_larger"] = True  # the published range ends one above the experts
         config = config_from_dict(
             {
                 "model": {
@@ -73,7 +74,7 @@ class Arms:
                     "num_heads": 1,
                     "num_layers": 1,
                     "router": {"pool": pool},
-                    "experts": {"count": routed + 1, "shared": 1, "per_token": chosen + 1},
+                    "experts": {"routed": routed, "shared": 1, "top_k": chosen},
                 }
             }
         )

@@ -78,8 +78,8 @@ def hf_step(
             num_attention_heads=model_config.num_heads,
             num_key_value_heads=model_config.kv_heads,
             max_position_embeddings=config.data.sequence_length,
-            num_experts=model_config.experts.count,
-            num_experts_per_tok=model_config.experts.per_token,
+            num_experts=model_config.experts_in_layer(0),
+            num_experts_per_tok=model_config.experts.top_k + model_config.experts.shared,
             initializer_range=model_config.init_std,
             rms_norm_eps=model_config.norm_eps,
             output_router_logits=True,
@@ -158,7 +158,7 @@ def _batched_mm_bytes(config: Config) -> int:
     one_layer = (
         config.training.micro_batch
         * config.data.sequence_length
-        * experts.per_token
+        * (experts.top_k + experts.shared)
         * 3
         * experts.hidden
         * config.model.d_model

@@ -28,7 +28,7 @@ def run_costs(config: Config) -> dict[str, Any]:
         "experts_per_layer": [
             config.model.experts_in_layer(layer) for layer in range(config.model.num_layers)
         ],
-        "experts_per_token": config.model.experts.per_token,
+        "experts_per_token": config.model.experts.top_k + config.model.experts.shared,
         "shared_experts": config.model.experts.shared,
         "tokens_per_step": config.tokens_per_step,
         "steps": config.num_steps,

@@ -102,7 +102,7 @@ def tiny_settings(data: Path, run_dir: Path, **training) -> dict:
             "d_model": 16,
             "num_layers": 2,
             "num_heads": 2,
-            "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
+            "experts": {"routed": 7, "shared": 1, "top_k": 2, "hidden": 8},
             "router": {"pool": {"min": 2, "max": 7}},
         },
         "data": {"path": str(data), "sequence_length": 32},

@@ -21,12 +21,12 @@ TINY: dict[str, Any] = {
     "model.d_model": 16,
     "model.num_layers": 2,
     "model.num_heads": 2,
-    "model.experts.count": 9,
+    "model.experts.routed": 8,
     "model.experts.shared": 1,
-    "model.experts.per_token": 4,
+    "model.experts.top_k": 3,
     "model.experts.hidden": 8,
     "model.router.pool.min": 3,
-    "model.router.pool.max": 8,
+    "model.router.pool.max": 0,
     "data.sequence_length": 16,
     "training.global_batch": 4,
     "training.micro_batch": 2,
@@ -35,7 +35,7 @@ TINY: dict[str, Any] = {
 
 
 def tiny_config(**overrides: Any) -> Config:
-    """The tiny run; overrides name settings with `__` for the dot: `model__experts__count=5`."""
+    """The tiny run; overrides name settings with `__` for the dot: `model__experts__routed=5`."""
     settings: dict[str, Any] = {}
     for key, value in {
         **TINY,

@@ -62,7 +62,7 @@ class Arrangement:
                     "d_model": 16,
                     "num_layers": 1,
                     "num_heads": 2,
-                    "experts": {"count": 9, "shared": 2, "per_token": 4, "hidden": 8},
+                    "experts": {"routed": 7, "shared": 2, "top_k": 2, "hidden": 8},
                     "router": {"pool": {"min": 2, "max": 7}},
                 },
                 "data": {"sequence_length": 16},

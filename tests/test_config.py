@@ -96,9 +96,9 @@ def test_an_override_is_key_equals_value(tmp_path: Path, override: str) -> None:
 def test_a_list_and_a_text_with_an_equals_sign_on_the_command_line(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path / "a.yaml", ""),
-        ["model.num_layers=2", "model.experts.count_per_layer=[9,12]", "data.path=a=b"],
+        ["model.num_layers=2", "model.experts.routed_per_layer=[9,12]", "data.path=a=b"],
     )
-    assert config.model.experts.count_per_layer == (9, 12) and config.data.path == "a=b"
+    assert config.model.experts.routed_per_layer == (9, 12) and config.data.path == "a=b"
 
 
 # ---- files
@@ -143,14 +143,14 @@ def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:
 def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
     for source in sorted((ROOT / "configs").glob("*.yaml")):
         config = load_config(
-            source, ["training.run_dir='a: #b'", "model.experts.count_per_layer=[]"]
+            source, ["training.run_dir='a: #b'", "model.experts.routed_per_layer=[]"]
         )
         save_config(config, tmp_path / "saved.yaml")
         assert load_config(tmp_path / "saved.yaml") == config
         assert config_from_dict(config_to_dict(config)) == config
     per_layer = load_config(
         ROOT / "configs/emo_1b14b_1t.yaml",
-        ["model.num_layers=2", "model.experts.count_per_layer=[9,128]"],
+        ["model.num_layers=2", "model.experts.routed_per_layer=[9,128]"],
     )
     save_config(per_layer, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == per_layer
@@ -167,7 +167,7 @@ def test_a_saved_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("optimizer.betas", "optimizer.beta1"),
         ("training.batch_size", "training.global_batch"),
         ("model.layers", "model.num_layers"),
-        ("model.experts.cuont", "model.experts.count"),
+        ("model.experts.ruoted", "model.experts.routed"),
         ("seed", "training.seed"),
         ("data.seq_len", "data.sequence_length"),
         ("training.max_steps", "training.steps"),
@@ -210,9 +210,9 @@ def test_a_setting_below_a_value_is_refused(tmp_path: Path) -> None:
         ("training.compile", "yes"),
         ("data.path", 3),
         ("data.path", None),
-        ("model.experts.count_per_layer", 3),
-        ("model.experts.count_per_layer", [1, 2.0]),
-        ("model.experts.count_per_layer", [True]),
+        ("model.experts.routed_per_layer", 3),
+        ("model.experts.routed_per_layer", [1, 2.0]),
+        ("model.experts.routed_per_layer", [True]),
     ],
 )
 def test_wrong_types_are_refused(key: str, value: Any) -> None:
@@ -255,10 +255,14 @@ def test_numbers_are_finite(value: float) -> None:
         ({"model.d_model": 100, "model.num_heads": 3}, "not a multiple of model.num_heads=3"),
         ({"model.d_model": 48}, "3 wide"),
         ({"model.num_kv_heads": 5}, "not a multiple of model.num_kv_heads=5"),
-        ({"model.experts.count_per_layer": [8, 9]}, "2 entries for 16 layers"),
-        ({"model.experts.shared": 9}, "per_token=8 counts the shared experts"),
-        ({"model.experts.count": 4}, "needs 7 routed experts, layer 0 has 3"),
-        ({"model.experts.shared": 8}, "tokens choose none of them"),
+        ({"model.experts.routed_per_layer": [8, 9]}, "2 entries for 16 layers"),
+        ({"model.experts.routed": 4}, "top_k=7 is more than model.experts.routed=4"),
+        ({"model.experts.top_k": 0}, "layer 0 has 127 routed experts and model.experts.top_k=0"),
+        ({"model.experts.routed": 0}, "layer 0 has 0 routed experts and model.experts.top_k=7"),
+        (
+            {"model.experts.routed": 0, "model.experts.shared": 0, "model.experts.top_k": 0},
+            "leave no experts",
+        ),
         ({"model.router.pool.min": 9, "model.router.pool.max": 8}, "min=9 is above"),
         ({"data.sequence_length": 1}, "leaves nothing to predict"),
         ({"data.repetition_filter.min_period": 14}, "min_period=14 is above"),
@@ -280,6 +284,139 @@ def test_combinations_that_cannot_work_are_refused(
         load_config(
             write(tmp_path / "a.yaml", ""), [f"{key}={value}" for key, value in settings.items()]
         )
+
+
+# ---- document pools and the experts that there are
+
+
+def of_pool(routed: int = 31, **pool: Any) -> dict[str, Any]:
+    return {"model": {"experts": {"routed": routed, "top_k": 3}, "router": {"pool": pool}}}
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ({"max": 500}, "model.router.pool.max=500 is more than the 31 routed experts of layer 0"),
+        ({"max": 32}, r"lower it \(0 means all\), or set model.router.pool.allow_larger=true"),
+        ({"min": 32}, "model.router.pool.min=32 is more than the 31"),
+        ({"kind": "fixed", "size": 999}, "model.router.pool.size=999 is more than the 31"),
+        ({"min": 31}, "min=31 makes every pool all 31 routed experts, which is a standard MoE"),
+        ({"min": 31, "max": 31}, "or set model.router.pool.kind=none"),
+        ({"kind": "fixed", "size": 31}, "size=31 makes every pool all 31 routed experts"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused_unless_asked_for(
+    pool: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        config_from_dict(of_pool(**pool))
+    assert "\n" not in str(caught.value)
+    config_from_dict(of_pool(**{"max": 40, **pool}, allow_larger=True))
+
+
+def test_a_pool_may_be_as_large_as_the_smallest_layer() -> None:
+    settings = of_pool(max=5)
+    settings["model"] |= {"num_layers": 3}
+    settings["model"]["experts"]["routed_per_layer"] = [9, 4, 7]
+    with pytest.raises(ValueError, match="min=8 is above"):
+        config_from_dict(settings)
+    settings["model"]["router"]["pool"]["min"] = 2
+    with pytest.raises(ValueError, match="max=5 is more than the 4 routed experts of layer 1"):
+        config_from_dict(settings)
+    settings["model"]["router"]["pool"]["max"] = 0
+    assert config_from_dict(settings).model.pool.max == 9
+
+
+def test_the_default_pool_goes_up_to_all_routed_experts() -> None:
+    for routed in (12, 31, 127):
+        model = config_from_dict(of_pool(routed)).model
+        assert (model.router.pool.max, model.pool.max, model.pool.min) == (0, routed, 8)
+
+
+@pytest.mark.parametrize("kind", ["none", "uniform", "fixed"])
+def test_models_without_a_pool_are_not_asked_about_its_size(kind: str) -> None:
+    config_from_dict(of_pool(kind="none", size=999, max=999))
+    dense = {"experts": {"routed": 0, "top_k": 0}, "router": {"pool": {"kind": kind}}}
+    config_from_dict({"model": dense})
+
+
+# ---- names that settings had before
+
+
+def test_old_names_of_expert_counts_are_translated_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write(
+        tmp_path / "old.yaml",
+        "model: {num_layers: 2, experts: {count: 32, shared: 1, per_token: 4},\n"
+        "        router: {pool: {max: 128}}}\n",
+    )
+    experts = load_config(file, ["model.experts.count_per_layer=[32,9]"]).model.experts
+    assert (experts.routed, experts.shared, experts.top_k) == (31, 1, 3)
+    assert experts.routed_per_layer == (31, 8)
+    (line,) = caplog.messages
+    assert line == (
+        f"{file}: model.experts counts routed experts alone now; write model.experts.routed=31, "
+        "model.experts.routed_per_layer=[31,8], model.experts.top_k=3, "
+        "model.router.pool.allow_larger=true instead of the old names"
+    )
+
+
+def test_the_new_names_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    for file in sorted((ROOT / "configs").glob("*.yaml")):
+        load_config(file)
+    assert not caplog.messages
+
+
+def test_old_names_mean_what_they_meant_wherever_the_shared_experts_are_said(
+    tmp_path: Path,
+) -> None:
+    base = write(tmp_path / "base.yaml", "model: {experts: {shared: 2}}\n")
+    top = write(tmp_path / "top.yaml", "base: base.yaml\nmodel: {experts: {count: 20}}\n")
+    assert base.is_file()
+    experts = load_config(top).model.experts
+    assert (experts.routed, experts.shared, experts.top_k) == (18, 2, 6)
+    experts = load_config(
+        top, ["model.experts.shared=0", "model.experts.per_token=3"]
+    ).model.experts
+    assert (experts.routed, experts.shared, experts.top_k) == (20, 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.experts.routed=31"], "write model.experts.routed, which leaves out the shared"),
+        (["model.experts.top_k=3"], "model.experts.count .an old name. and model.experts.top_k"),
+        (["model.experts.shared=40"], "count=32 .an old name. counts model.experts.shared=40 too"),
+        (["model.experts.count=many"], "model.experts.routed='many' must be a whole number"),
+        (["model.experts=3"], "model.experts=3 is a group of settings"),
+    ],
+)
+def test_old_names_that_cannot_be_translated_are_refused(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    file = write(tmp_path / "old.yaml", "model: {experts: {count: 32}}\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        load_config(file, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_from_before_goes_on_with_the_pools_that_it_drew(tmp_path: Path) -> None:
+    """Its saved configuration holds pools of 8 to 128 of 31 routed experts: no mistake now."""
+    old = write(
+        tmp_path / "config.yaml",
+        "model:\n  experts: {count: 32, shared: 1, per_token: 4, count_per_layer: []}\n"
+        "  router: {pool: {kind: uniform, min: 8, max: 128, size: 32, per: layer}}\n",
+    )
+    config = load_config(old)
+    assert config.model.pool.allow_larger and (config.model.pool.min, config.model.pool.max) == (
+        8,
+        128,
+    )
+    save_config(config, tmp_path / "new.yaml")
+    assert load_config(tmp_path / "new.yaml") == config
+    within = old.read_text().replace("128", "31")
+    assert not load_config(write(tmp_path / "within.yaml", within)).model.pool.allow_larger
 
 
 def test_steps() -> None:

@@ -38,8 +38,8 @@ def bank(num_experts: int) -> RoutedExperts:
     """All experts of a layer, the same in every process, in fp64."""
     experts = RoutedExperts(
         tiny_config(
-            model__experts__count=num_experts + 1,
-            model__experts__per_token=2,
+            model__experts__routed=num_experts,
+            model__experts__top_k=1,
             model__router__pool__max=num_experts,
             model__router__pool__min=1,
         ).model,

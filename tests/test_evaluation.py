@@ -113,15 +113,15 @@ def test_all_experts_kept_is_the_full_model():
 def sliced(model, kept):
     """A model that holds only the kept routed experts and the shared ones."""
     config, shared = model.config, model.config.experts.shared
-    counts = tuple(int(mask_N.sum()) + shared for mask_N in kept)
+    counts = tuple(int(mask_N.sum()) for mask_N in kept)
     small = Transformer(
         dataclasses.replace(
             config,
             experts=dataclasses.replace(
                 config.experts,
-                count=max(counts),
-                count_per_layer=counts,
-                per_token=min(config.experts.per_token, *counts),
+                routed=max(counts),
+                routed_per_layer=counts,
+                top_k=min(config.experts.top_k, *counts),
             ),
         )
     )

@@ -195,7 +195,7 @@ def test_missing_or_foreign_inputs_are_one_line(run_dir, data, tmp_path, capsys)
         "has a vocabulary of 65 tokens, the model has model.vocab_size=64",
         capsys,
     )
-    dense = write_run(tmp_path / "dense", model__experts__count=1, model__experts__per_token=1)
+    dense = write_run(tmp_path / "dense", model__experts__routed=0, model__experts__top_k=0)
     assert_refused(evaluate_arguments(dense, data), "the model is dense", capsys)
 
 

@@ -416,9 +416,9 @@ def test_processes_that_compile_at_once_end_with_one_library(uncompiled: Path) -
 def shared_experts(shared: int) -> SharedExperts:
     experts = SharedExperts(
         tiny_config(
-            model__experts__count=NUM_EXPERTS + 1,
+            model__experts__routed=NUM_EXPERTS,
             model__experts__shared=shared,
-            model__experts__per_token=shared + 2,
+            model__experts__top_k=2,
         ).model
     )
     for parameter in experts.parameters():

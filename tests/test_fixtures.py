@@ -41,17 +41,18 @@ def run_router(
     config: ModelConfig = tiny_config(
         model__d_model=x_TD.shape[1],
         model__num_heads=1,
-        model__experts__count=weight_ED.shape[0],
+        model__experts__routed=weight_ED.shape[0] - shared,
         model__experts__shared=shared,
-        model__experts__per_token=per_token,
+        model__experts__top_k=per_token - shared,
         model__router__pool__kind="fixed",
         model__router__pool__size=pool,
+        model__router__pool__allow_larger=True,
     ).model
     router = DocumentPoolRouter(config, layer=0)
     router.weight_ED.data.copy_(weight_ED)
     documents, document_BS = torch.unique(document_BS, return_inverse=True)
     batch = PackedBatch(document_BS, document_BS, document_BS, documents)
-    sizes_LG = draw_pool_sizes(config.router.pool, documents, num_layers=1, seed=0, step=0)
+    sizes_LG = draw_pool_sizes(config.pool, documents, num_layers=1, seed=0, step=0)
     routing = route_all(router, x_TD, batch, sizes_LG[0])
     report = Transformer._report(batch, [routing])
     return routing, router_loss(report, [routing.counts_N], report.num_tokens), router

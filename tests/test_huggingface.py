@@ -144,11 +144,11 @@ def test_every_tensor_lands_in_its_place(tmp_path: Path) -> None:
         ]
         assert torch.equal(state[f"blocks.0.moe.{gate_up}"][i], torch.cat(theirs[:2]))
         assert torch.equal(state[f"blocks.0.moe.{down}"][i], theirs[2].T)
-    assert (config.rope_theta, config.norm_eps, config.kv_heads, config.experts.per_token) == (
+    assert (config.rope_theta, config.norm_eps, config.kv_heads, config.experts.top_k) == (
         10000.0,
         1e-5,
         2,
-        3,
+        2,
     )
     assert (
         config.router.pool.kind == "none"
@@ -179,7 +179,7 @@ def test_layers_may_have_different_numbers_of_experts(tmp_path: Path) -> None:
     config, model = load_huggingface(
         write(tmp_path, published_tensors({**CONFIG, **settings}), **settings)
     )
-    assert config.experts.count_per_layer == (4, 9)
+    assert config.experts.routed_per_layer == (3, 8)
     assert [
         layer.counts_N.shape[0]
         for layer in model(PackedBatch.from_rows(torch.arange(12)[None])).routing.layers
@@ -216,7 +216,7 @@ def test_unknown_settings_are_named_in_a_warning(tmp_path: Path) -> None:
 
 
 def test_views_cover_every_parameter_once() -> None:
-    model = tiny_model(model__experts__count_per_layer=[5, 9])
+    model = tiny_model(model__experts__routed_per_layer=[4, 8])
     views = published_views(model)
     assert sum(view.numel() for view in views.values()) == sum(
         parameter.numel() for parameter in model.parameters()

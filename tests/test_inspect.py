@@ -69,9 +69,9 @@ def test_parts_of_the_released_model() -> None:
     ],
 )
 def test_banks_of_k_experts(kept: int, total: int, exported: int) -> None:
-    assert costs_of("emo_1b14b_1t", f"model.experts.count={kept}")["total_parameters"] == total
+    assert costs_of("emo_1b14b_1t", f"model.experts.routed={kept - 1}")["total_parameters"] == total
     assert (
-        costs_of("emo_1b14b_1t", f"model.experts.count={kept}", "model.vocab_size=100278")[
+        costs_of("emo_1b14b_1t", f"model.experts.routed={kept - 1}", "model.vocab_size=100278")[
             "total_parameters"
         ]
         == exported
@@ -113,8 +113,8 @@ def test_published_runs_differ_only_where_the_method_does() -> None:
     )
     assert {key for key in emo if emo[key] != dense[key]} == {
         "model.router.pool.kind",
-        "model.experts.count",
-        "model.experts.per_token",
+        "model.experts.routed",
+        "model.experts.top_k",
         "model.experts.hidden",
         "optimizer.weight_decay",
         "training.run_dir",
@@ -140,7 +140,7 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for shown in ("13,568,641,024", "1,489,045,504", "238,419", "0.004", "50.55 GiB", "101.09 GiB"):
         assert shown in text
-    assert main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "model.expert.count=3"]) == 2
+    assert main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "model.expert.routed=3"]) == 2
     assert "did you mean model.experts?" in capsys.readouterr().err
 
 

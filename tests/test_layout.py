@@ -45,7 +45,7 @@ def config(parallel: dict | None = None, **losses) -> Config:
                 "num_layers": 2,
                 "num_heads": 2,
                 "init_std": 0.2,
-                "experts": {"count": 8, "shared": 1, "per_token": 3, "hidden": 8},
+                "experts": {"routed": 7, "shared": 1, "top_k": 2, "hidden": 8},
                 "router": {"pool": {"kind": "uniform", "min": 1, "max": 7}},
             },
             "losses": losses,

@@ -181,7 +181,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
     that holds both."""
     model, whole = tiny_model(), tiny_batch(((5, 7, 4), (9, 7)))
     model.double()
-    sizes_LG = draw_pool_sizes(model.config.router.pool, whole.document_ids_G, 2, seed=0, step=1)
+    sizes_LG = draw_pool_sizes(model.config.pool, whole.document_ids_G, 2, seed=0, step=1)
     report = model(whole, pools_of(sizes_LG)).routing
     counts = [layer.counts_N for layer in report.layers]
     balance, z = router_loss(report, counts, report.num_tokens)
@@ -206,7 +206,7 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
 
 
 def test_a_dense_model_has_no_router_loss() -> None:
-    dense = tiny_model(model__experts__count=1, model__experts__per_token=1)
+    dense = tiny_model(model__experts__routed=0, model__experts__top_k=0)
     report = dense(tiny_batch()).routing
     assert report.layers == () and report.num_tokens == 32
     assert [value.item() for value in router_loss(report, [], report.num_tokens)] == [0, 0]

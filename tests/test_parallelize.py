@@ -95,10 +95,11 @@ def test_every_layer_must_have_experts_for_every_rank(
             "model": {
                 "num_layers": len(routed),
                 "experts": {
-                    "count_per_layer": [count + 1 for count in routed],
+                    "routed_per_layer": routed,
                     "shared": 1,
-                    "per_token": 2,
+                    "top_k": 1,
                 },
+                "router": {"pool": {"kind": "none"}},
             },
             "parallel": {"ep": ep},
             "training": {"global_batch": ep, "micro_batch": 1},
@@ -122,7 +123,7 @@ def test_experts_are_dealt_as_torch_chunks_them(num_experts: int, num_ranks: int
 
 def test_a_dense_model_has_no_experts_to_spread() -> None:
     dense = config_from_dict(
-        {"model": {"experts": {"count": 1, "shared": 1, "per_token": 1}}, "parallel": {"ep": 2}}
+        {"model": {"experts": {"routed": 0, "shared": 1, "top_k": 0}}, "parallel": {"ep": 2}}
     )
     with pytest.raises(ValueError, match="leaves ranks without any of the 0 routed experts"):
         Layout.of(dense, 2)

@@ -39,7 +39,7 @@ def config(**overrides) -> Config:
             "model__num_layers": 4,
             "model__vocab_size": 512,
             "model__d_model": 32,
-            "model__experts__count": 17,
+            "model__experts__routed": 16,
             "model__experts__hidden": 32,
             "model__router__pool__max": 16,
             "data__sequence_length": 64,
@@ -107,7 +107,7 @@ def test_flops_by_part_are_those_of_the_formula() -> None:
     scores = layers * batch.tokens_BS.shape[0] * 16 * 16 * width
     assert flops["attention"] == 6 * layers * tokens * 4 * width * width + 14 * scores
     assert flops["shared"] == 6 * layers * tokens * 3 * width * hidden
-    assert flops["router"] == 6 * layers * tokens * settings.model.experts.count * width
+    assert flops["router"] == 6 * layers * tokens * settings.model.experts_in_layer(0) * width
 
 
 # ---- the dry run
@@ -130,7 +130,7 @@ def test_a_rank_holds_its_part_of_the_state() -> None:
         )  # doubling the experts adds as much as they were, and the shared ones
         assert state["gradients"] == state["parameters"]
         assert 2 * state["parameters"] < state["optimizer"] < 2 * state["parameters"] + 4 * 100
-    assert settings.model.experts.count == 17
+    assert settings.model.experts.routed == 16
 
 
 @pytest.mark.parametrize(("ep", "replicate"), [(2, 1), (4, 1), (2, 2)])
@@ -385,8 +385,8 @@ def run_plan(*arguments: str) -> int:
 def test_the_command_prints_every_part(tmp_path, capsys) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(
-        "model: {vocab_size: 512, d_model: 32, num_layers: 2, num_heads: 2, experts: {count: 17, "
-        "shared: 1, per_token: 4, "
+        "model: {vocab_size: 512, d_model: 32, num_layers: 2, num_heads: 2, experts: {routed: 16, "
+        "shared: 1, top_k: 3, "
         "hidden: 32}}\ndata: {sequence_length: 64}\ntraining: {global_batch: 16, micro_batch: 1}\n"
     )
     assert run_plan(str(path), "parallel.ep=4", "--json") == 0

@@ -26,7 +26,7 @@ TINY = ModelConfig(
     num_layers=3,
     num_heads=2,
     init_std=0.3,
-    experts=ExpertsConfig(count=9, shared=1, per_token=3, hidden=8),
+    experts=ExpertsConfig(routed=8, shared=1, top_k=2, hidden=8),
 )
 
 
@@ -83,7 +83,7 @@ def greedy_by_hand(model, documents, counts):
     [
         TINY,
         dataclasses.replace(
-            TINY, experts=dataclasses.replace(TINY.experts, count_per_layer=(9, 5, 7))
+            TINY, experts=dataclasses.replace(TINY.experts, routed_per_layer=(8, 4, 6))
         ),
     ],
     ids=["equal layers", "layers of different size"],
@@ -180,7 +180,7 @@ def test_neither_order_nor_packing_of_the_documents_matters():
 )
 def test_kept_experts_count_the_shared_ones(count, shared, fraction, kept):
     config = ModelConfig(
-        num_layers=2, experts=ExpertsConfig(count=count, shared=shared, per_token=shared + 1)
+        num_layers=2, experts=ExpertsConfig(routed=count - shared, shared=shared, top_k=1)
     )
     assert experts_kept(config, fraction) == (kept, kept)
     for mask_JN in random_select(config, 5, (kept, kept), seed=0):
@@ -190,7 +190,7 @@ def test_kept_experts_count_the_shared_ones(count, shared, fraction, kept):
 
 def test_layers_without_routed_experts_stay_as_they_are():
     config = ModelConfig(
-        num_layers=2, experts=ExpertsConfig(shared=1, per_token=1, count_per_layer=(1, 8))
+        num_layers=2, experts=ExpertsConfig(shared=1, top_k=0, routed_per_layer=(0, 7))
     )
     assert experts_kept(config, 0.5) == (1, 4)
 
@@ -227,7 +227,7 @@ def test_an_impossible_share_is_one_line(fraction):
 
 def test_a_dense_model_has_nothing_to_select():
     with pytest.raises(ValueError, match="the model is dense"):
-        experts_kept(ModelConfig(experts=ExpertsConfig(count=1, shared=1, per_token=1)), 0.5)
+        experts_kept(ModelConfig(experts=ExpertsConfig(routed=0, shared=1, top_k=0)), 0.5)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from emotrain.model.losses import language_model_sums
 from emotrain.model.router import draw_pool_sizes, select_pool
 from emotrain.model.transformer import Transformer, parameter_counts
 
-DENSE = {"model__experts__count": 1, "model__experts__per_token": 1, "model__experts__hidden": 32}
+DENSE = {"model__experts__routed": 0, "model__experts__top_k": 0, "model__experts__hidden": 32}
 STANDARD = {"model__router__pool__kind": "none"}
 
 
@@ -32,7 +32,7 @@ def seeded() -> None:
 
 def pool_sizes(model: Transformer, batch: PackedBatch, step: int = 1) -> Tensor | None:
     return draw_pool_sizes(
-        model.config.router.pool, batch.document_ids_G, model.config.num_layers, seed=0, step=step
+        model.config.pool, batch.document_ids_G, model.config.num_layers, seed=0, step=step
     )
 
 
@@ -318,7 +318,7 @@ def test_parameter_names_shapes_and_types() -> None:
         {},
         STANDARD,
         DENSE,
-        {"model__experts__count_per_layer": [5, 9]},
+        {"model__experts__routed_per_layer": [4, 8]},
         {"model__experts__shared": 2},
     ],
 )
@@ -334,12 +334,15 @@ def test_parameter_counts_are_those_of_the_real_model(overrides: dict) -> None:
         for name, p in model.named_parameters()
         if ".experts." not in name and ".shared." not in name
     )
-    assert counts["active_parameters"] == used + 2 * experts.per_token * 3 * 16 * experts.hidden
+    assert (
+        counts["active_parameters"]
+        == used + 2 * (experts.top_k + experts.shared) * 3 * 16 * experts.hidden
+    )
 
 
 def test_initialization_is_a_normal_cut_at_three_deviations() -> None:
     std = 0.02
-    model = tiny_model(std=std, model__vocab_size=4096, model__experts__count=65)
+    model = tiny_model(std=std, model__vocab_size=4096, model__experts__routed=64)
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             assert (parameter == 1).all(), name
@@ -456,7 +459,7 @@ def test_a_tiny_model_learns_a_batch_by_heart(overrides: dict) -> None:
 
 def test_a_layer_pruned_below_the_choices_uses_all_it_has() -> None:
     """A pruned model may hold fewer routed experts in a layer than its tokens choose elsewhere."""
-    model = tiny_model(model__experts__count_per_layer=[9, 3])
+    model = tiny_model(model__experts__routed_per_layer=[8, 2], model__router__pool__min=1)
     output = model(tiny_batch(), pools_of(None, details=True))
     assert [layer.details.experts_TK.shape[1] for layer in output.routing.layers] == [3, 2]
     torch.testing.assert_close(

@@ -82,7 +82,7 @@ def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
     """What was trained, in one sentence."""
     from emotrain.model.transformer import parameter_counts
 
-    model, experts, pool = config.model, config.model.experts, config.model.router.pool
+    model, experts, pool = config.model, config.model.experts, config.model.pool
     counts = parameter_counts(model)
     if all(model.routed_in_layer(layer) == 0 for layer in range(model.num_layers)):
         kind = "Dense model"
@@ -92,7 +92,7 @@ def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
             "fixed": f"EMO with a document pool of {pool.size} experts",
             "uniform": f"EMO with document pools of {pool.min} to {pool.max} experts",
         }[pool.kind]
-    per_layer = {model.experts_in_layer(layer) for layer in range(model.num_layers)}
+    per_layer = {model.routed_in_layer(layer) for layer in range(model.num_layers)}
     count = "/".join(map(str, sorted(per_layer)))
     done = (
         f", trained on {metrics[-1]['tokens']:,} tokens"
@@ -101,8 +101,8 @@ def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
     )
     total, active = (counts[key] / 1e6 for key in ("total_parameters", "active_parameters"))
     return (
-        f"{kind}: {model.num_layers} layers of {count} experts ({experts.shared} shared, "
-        f"{experts.per_token} for a token), "
+        f"{kind}: {model.num_layers} layers of {count} routed experts ({experts.top_k} for a "
+        f"token) and {experts.shared} shared, "
         f"{total:,.1f} million parameters of which {active:,.1f} work on a token{done}."
     )
 

@@ -221,7 +221,7 @@ def sweep(
             model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
         ],
         "shared": model.config.experts.shared,
-        "per_token": model.config.experts.per_token,
+        "per_token": model.config.experts.top_k + model.config.experts.shared,
         "kept_per_layer": {keep: list(kept) for keep, kept in counts.items()},
     }
     return {

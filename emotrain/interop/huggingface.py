@@ -249,6 +249,16 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
             f"{num_tensors} tensors "
             f"of the weights; config.json belongs to another checkpoint"
         )
+
+    def routed(count: int, name: str) -> int:
+        # The published format counts the shared experts too.
+        if count < shared:
+            raise UserError(
+                f"{file}: {name}={count} counts num_shared_experts={shared} too and is fewer; "
+                f"correct it"
+            )
+        return count - shared
+
     shared_per_layer = settings.pop("num_shared_experts_per_layer", None)
     if shared_per_layer not in (None, [shared] * layers):
         raise UserError(
@@ -271,11 +281,13 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         "rope_theta": _rope_theta(settings, file),
         "norm_eps": settings.pop("rms_norm_eps", 1e-6),
         "experts": {
-            "count": experts,
+            "routed": routed(experts, "num_experts"),
             "shared": shared,
-            "per_token": take("num_experts_per_tok"),
+            "top_k": routed(take("num_experts_per_tok"), "num_experts_per_tok"),
             "hidden": take("intermediate_size"),
-            "count_per_layer": per_layer,
+            "routed_per_layer": [
+                routed(count, "an entry of num_experts_per_layer") for count in per_layer
+            ],
         },
         "router": {
             "normalize_weights": normalize,
@@ -296,7 +308,7 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         config = config_from_dict({"model": model}).model
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    if config.experts.per_token == shared:
+    if config.experts.top_k == 0:
         raise UserError(
             f"{file}: num_experts_per_tok={shared} are all shared experts; the published format "
             f"needs a routed one"

@@ -69,7 +69,7 @@ def training_request(
     model: ModelConfig, batch: PackedBatch, seed: int, step: int, z_logits: str = "pool"
 ) -> RoutingRequest:
     """What training asks for: pools as configured, drawn anew in every step."""
-    pool = model.router.pool
+    pool = model.pool
     if pool.kind == "none":
         return RoutingRequest(z_logits=z_logits)
     sizes_LG = draw_pool_sizes(pool, batch.document_ids_G, model.num_layers, seed, step)
@@ -91,6 +91,7 @@ def draw_pool_sizes(
         return torch.full(
             (num_layers, document_ids_G.shape[0]), pool.size, device=document_ids_G.device
         )
+    assert pool.min <= pool.max, "a setting of 0 is resolved by ModelConfig.pool"
     layers_L = torch.arange(num_layers, device=document_ids_G.device)
     layer_key_L = layers_L if pool.per == "layer" else torch.zeros_like(layers_L)
     key = _mix64(_mix64(torch.full((), seed, device=document_ids_G.device)) + step)

@@ -226,8 +226,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         counts[part] += parameter.numel()
     one_expert = 3 * config.d_model * config.experts.hidden
     applied = sum(
-        min(config.experts_in_layer(layer), config.experts.per_token)
-        for layer in range(config.num_layers)
+        config.chosen_in_layer(layer) + config.experts.shared for layer in range(config.num_layers)
     )
     total = sum(counts.values())
     return {

@@ -57,8 +57,7 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
     if all(count == shared for count in all_experts):
         raise UserError(
             "the model is dense: it has no routed experts to choose from; use a model with "
-            "model.experts.count "
-            "above model.experts.shared"
+            "model.experts.routed above 0"
         )
     return tuple(
         count if count == shared else max(shared + 1, round(fraction * count))

@@ -85,7 +85,7 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
         "router",
         "forward",
         measured.layout.world_size,
-        8 * config.model.experts.count,
+        8 * config.model.experts_in_layer(0),
     )
     collectives[balance] = 2 * passes
     rows = config.training.micro_batch

@@ -82,7 +82,7 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
     micro_batches = config.training.global_batch // (
         config.training.micro_batch * cluster.world_size
     )
-    if layers <= 3 or config.model.experts.count_per_layer:
+    if layers <= 3 or config.model.experts.routed_per_layer:
         return dry_run(config, cluster.world_size, cluster.gpu.target, routing)
 
     def small(num_layers: int, count: int) -> Measured:

@@ -528,7 +528,7 @@ def _expert_marker(config: Config) -> nn.Module:
     class HasExperts(MoE):
         def __init__(self) -> None:
             nn.Module.__init__(self)
-            self.num_experts = config.model.experts.count
+            self.num_experts = config.model.experts.routed
 
         def set_deepspeed_parallelism(self, *_: Any, **__: Any) -> None:
             """Its groups are made before."""

@@ -1,0 +1,53 @@
+"""Every setting of a run: the dataclasses (`schema`), what is refused (`rules`), and how files and
+the command line become them (`reading`).
+
+Precedence, lowest first: the defaults < the files named by `base:` < the configuration file <
+`key=value` on the command line. `configs/quickstart.yaml` with `optimizer.lr=1e-3` trains the
+quickstart with that learning rate. An unknown setting, a value of the wrong type and a combination
+that cannot work are refused before anything starts.
+"""
+
+from emotrain.config.reading import config_from_dict, config_to_dict, load_config, save_config
+from emotrain.config.rules import CHOICES, MAY_BE_ZERO, check
+from emotrain.config.schema import (
+    AnnealConfig,
+    AttentionConfig,
+    Config,
+    DataConfig,
+    ExpertsConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PoolConfig,
+    ProfileConfig,
+    RepetitionFilterConfig,
+    RouterConfig,
+    TrainingConfig,
+    flatten,
+)
+
+__all__ = [
+    "CHOICES",
+    "MAY_BE_ZERO",
+    "AnnealConfig",
+    "AttentionConfig",
+    "Config",
+    "DataConfig",
+    "ExpertsConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PoolConfig",
+    "ProfileConfig",
+    "RepetitionFilterConfig",
+    "RouterConfig",
+    "TrainingConfig",
+    "check",
+    "config_from_dict",
+    "config_to_dict",
+    "flatten",
+    "load_config",
+    "save_config",
+]

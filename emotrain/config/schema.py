@@ -1,0 +1,372 @@
+"""Every setting of a run, as frozen dataclasses with a docstring under each field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PoolConfig:
+    """The document pool: the experts that the tokens of one document may choose from (spec 2.3)."""
+
+    kind: str = "uniform"
+    """`uniform`: a size drawn from U{min..max}; `fixed`: always `size`; `none`: no pool (a
+    standard MoE)."""
+    min: int = 8
+    """Smallest pool drawn by `uniform`, in routed experts."""
+    max: int = 0
+    """Largest pool drawn by `uniform`, in routed experts; 0 means all routed experts of a layer (of
+    the largest layer, where layers differ)."""
+    size: int = 32
+    """Pool size of `fixed`, in routed experts."""
+    per: str = "layer"
+    """`layer`: each layer draws its own size for a document; `document`: one size for all
+    layers."""
+    allow_larger: bool = False
+    """Whether pools may be larger than the routed experts of a layer. Such a pool restricts
+    nothing. The published models drew 8 to 128 of 127; elsewhere a larger pool is a mistake and is
+    refused."""
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a token chooses its experts."""
+
+    gating: str = "softmax"
+    """`softmax` over the routed experts, or `sigmoid` of each logit (plus 1e-7, as the
+    reference)."""
+    normalize_weights: bool = False
+    """Whether the weights of a token's routed experts are divided by their sum. The published
+    models do not."""
+    shared_weight: str = "one"
+    """Weight of shared experts: `one` each (training), or `softmax` over their own logits (the
+    published Hugging Face code; the same thing for one shared expert)."""
+    pool: PoolConfig = field(default_factory=PoolConfig)
+    """The document pool."""
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """The experts of each layer: N routed ones, of which a token uses K, and M shared ones. The
+    published names count differently: their 128 experts, 8 a token, are 127 routed ones, 7 a token,
+    and 1 shared one."""
+
+    routed: int = 127
+    """N: experts of a layer that tokens choose from. With 0 (and `top_k` 0) the model is dense."""
+    shared: int = 1
+    """M: experts of a layer that every token uses, besides the routed ones."""
+    top_k: int = 7
+    """K: routed experts that a token uses."""
+    hidden: int = 1024
+    """Hidden width of one expert."""
+    routed_per_layer: tuple[int, ...] = ()
+    """Routed experts of each layer where layers differ (a pruned model); empty means `routed`
+    everywhere."""
+    sharing: str = "none"
+    """Which layers share a bank of routed experts: `none`, each layer has its own; `groups` of
+    `layers_per_bank` neighbouring layers; `all` layers (UniPool, arXiv 2605.06665). A router,
+    and shared experts, stay a layer's own; load is balanced over a bank's layers together."""
+    layers_per_bank: int = 2
+    """Layers of a bank under `sharing=groups`; it divides `model.num_layers`."""
+    backend: str = "auto"
+    """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts
+    alone), or `auto`, the best one for the device."""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Self-attention."""
+
+    document_mask: bool = True
+    """Whether a token sees only its own document. On for every kind of model, so that
+    comparisons are fair."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The transformer of spec 1.2."""
+
+    vocab_size: int = 100352
+    """Rows of the embedding and of the output head."""
+    d_model: int = 2048
+    """Width of the residual stream."""
+    num_layers: int = 16
+    """Transformer blocks."""
+    num_heads: int = 16
+    """Attention heads."""
+    num_kv_heads: int = 0
+    """Key and value heads; 0 means as many as `num_heads`."""
+    rope_theta: float = 500000.0
+    """Base of the rotary position frequencies."""
+    norm_eps: float = 1e-6
+    """Epsilon of RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of every matrix at the start; a normal cut at three deviations."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Self-attention."""
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """The expert banks."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """The router."""
+
+    def routed_in_layer(self, layer: int) -> int:
+        """N: routed experts of a layer."""
+        of_layer = self.experts.routed_per_layer
+        return of_layer[layer] if of_layer else self.experts.routed
+
+    def experts_in_layer(self, layer: int) -> int:
+        """E = N + M: routed and shared experts of a layer."""
+        return self.routed_in_layer(layer) + self.experts.shared
+
+    def chosen_in_layer(self, layer: int) -> int:
+        """K: routed experts that a token uses; all of them in a layer that was pruned to fewer than
+        `top_k`."""
+        return min(self.experts.top_k, self.routed_in_layer(layer))
+
+    def bank_of_layer(self, layer: int) -> int:
+        """The bank of routed experts that a layer uses: banks are numbered in the order of the
+        layers, and layers of one bank share their experts."""
+        sharing, size = self.experts.sharing, self.experts.layers_per_bank
+        return {"none": layer, "groups": layer // size, "all": 0}[sharing]
+
+    @property
+    def pool(self) -> PoolConfig:
+        """The document pool as it is drawn: `max` is a number of experts, also where the setting
+        is 0, and a dense model has no pool."""
+        pool = self.router.pool
+        most = max(self.routed_in_layer(layer) for layer in range(self.num_layers))
+        return replace(pool, max=pool.max or most) if most else replace(pool, kind="none")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Loss terms. Router terms are averaged over layers."""
+
+    balance: float = 0.1
+    """Weight of the load-balance loss (spec 2.6)."""
+    balance_scope: str = "global_batch"
+    """Tokens over which expert load is balanced: `global_batch` (every document of the optimizer
+    step), `data_parallel` (one micro-batch across ranks, as the reference), or `micro_batch`."""
+    balance_schedule: str = "joint"
+    """How `global_batch` treats several micro-batches a step. `joint`: forward all, then backward
+    all (exact; keeps the activations of every micro-batch). `running`: counts of the step so far
+    (approximate, no extra memory)."""
+    router_z: float = 0.001
+    """Weight of the router z-loss (spec 2.7)."""
+    router_z_logits: str = "pool"
+    """Logits under the router z-loss: those of the document's `pool`, or `all` routed experts."""
+    z: float = 1e-5
+    """Weight of the z-loss on the language-model logits."""
+
+
+@dataclass(frozen=True)
+class RepetitionFilterConfig:
+    """Sequences with long periodic repetitions get no loss (spec 4.4); they still pass through
+    the model."""
+
+    enabled: bool = False
+    """Whether to filter."""
+    min_period: int = 1
+    """Shortest period looked for, in tokens."""
+    max_period: int = 13
+    """Longest period looked for, in tokens."""
+    max_count: int = 32
+    """A sequence is filtered when a period repeats at least this often."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from."""
+
+    path: str = ""
+    """Folder written by `emotrain prepare`."""
+    sequence_length: int = 4096
+    """Tokens of one packed sequence."""
+    cross_document_targets: bool = True
+    """Whether the last token of a document is trained to predict the first of the next one in its
+    sequence, as the reference does (spec 4.3)."""
+    verify_checksums: bool = True
+    """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in
+    evaluation, and for data sets prepared without checksums of blocks, whole shards (a second or
+    two a gigabyte)."""
+    repetition_filter: RepetitionFilterConfig = field(default_factory=RepetitionFilterConfig)
+    """Filter of periodic sequences."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (spec 5)."""
+
+    lr: float = 4e-3
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of every parameter but the input embedding."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: str = "cosine"
+    """`cosine`: warm-up, then cosine to `final_ratio`; `linear`: warm-up, then linear to
+    `final_ratio`."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up."""
+    final_ratio: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+
+
+@dataclass(frozen=True)
+class AnnealConfig:
+    """Anneal a trained model: its optimizer state and data order go on, the learning rate falls
+    linearly to zero from where it stood (spec 5.1)."""
+
+    checkpoint: str = ""
+    """Checkpoint folder to start from; empty means no annealing."""
+    tokens: int = 0
+    """Tokens of the anneal; whole steps, rounded down as the reference does."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The run."""
+
+    run_dir: str = ""
+    """Folder of checkpoints, metrics and the resolved configuration."""
+    seed: int = 0
+    """Seed of the initial weights, the data order and the pool sizes."""
+    steps: int = 0
+    """Optimizer steps; 0 means as many as `tokens` needs."""
+    tokens: int = 0
+    """Tokens to train on; the steps are rounded up. Used when `steps` is 0."""
+    global_batch: int = 1024
+    """Sequences of one optimizer step, over all ranks."""
+    micro_batch: int = 4
+    """Sequences of one forward pass on one rank."""
+    precision: str = "auto"
+    """`float32`, `bfloat16` (autocast; fp32 parameters and optimizer), or `auto`: bfloat16 on a
+    GPU, float32 on a CPU, where it is the faster one without AMX."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`."""
+    compile: bool = False
+    """Whether blocks run through torch.compile."""
+    resume: str = "auto"
+    """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder
+    with checkpoints; or the path of a checkpoint."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; 0 means only at the end and on SIGTERM or SIGINT."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer
+    one is whole."""
+    async_checkpoints: bool = True
+    """Whether training goes on while a checkpoint is written (from a copy in host memory)."""
+    on_checkpoint_error: str = "stop"
+    """What a checkpoint that cannot be written (disk full, folder not writable) does to the run:
+    `stop`, or `warn`: say so and go on to the next one. The last whole checkpoint stays either
+    way."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    tensorboard: bool = True
+    """Whether metrics also go to TensorBoard files, where the package is installed."""
+    max_skipped_steps: int = 10
+    """Abort after this many updates in a row were skipped for a loss or gradient that is not
+    finite."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a collective that does not end stops the run, naming rank, step and
+    collective."""
+    peak_tflops: float = 0.0
+    """Peak of one device in TFLOP/s, for MFU; 0 means the known value of the device, or none."""
+
+    def uses_bfloat16(self, device_type: str) -> bool:
+        """Whether `precision` means autocast to bfloat16 on a device of this type."""
+        return self.precision == "bfloat16" or (self.precision == "auto" and device_type == "cuda")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share the model. Every process has its own data; processes =
+    replicate * shard, and shard = ep * expert_dp. The layout does not change the result."""
+
+    replicate: int = 1
+    """Copies of the model (HSDP). Each is spread over `shard` processes; copies sum their
+    gradients."""
+    shard: int = 0
+    """Processes that one copy of parameters, gradients and optimizer state is spread over (FSDP2);
+    0 means all that `replicate` leaves."""
+    ep: int = 1
+    """Processes that the routed experts of a layer are spread over (expert parallelism), folded out
+    of `shard`. Neighbouring ranks: at most the GPUs of a node keeps the exchange of tokens on
+    NVLink."""
+    recompute: str = "none"
+    """What backward computes again to save memory: `none`, `selective` (the inside of the experts,
+    where most of it is), or `full` (whole blocks). Routing decisions are never made twice."""
+    reshard_after_forward: bool = True
+    """Whether parameters are gathered again in backward. False keeps them gathered after forward:
+    more memory, less communication."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in
+    RUN_DIR/profile."""
+
+    start: int = 0
+    """First step profiled; 0 means no profile."""
+    steps: int = 3
+    """Steps profiled."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    losses: LossConfig = field(default_factory=LossConfig)
+    """Loss terms."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training data."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length, batch, checkpoints, logging."""
+    anneal: AnnealConfig = field(default_factory=AnnealConfig)
+    """Annealing from a checkpoint."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How processes share the model."""
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    """Profiling."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch * self.data.sequence_length
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the run; for an anneal, those of the anneal alone."""
+        if self.anneal.checkpoint or (self.anneal.tokens and not self.training.steps):
+            return self.anneal.tokens // self.tokens_per_step
+        return self.training.steps or math.ceil(self.training.tokens / self.tokens_per_step)
+
+
+def flatten(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """All leaf settings as (dotted key, value), in order of definition."""
+    leaves = []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        key = f"{prefix}{item.name}"
+        leaves += flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else [(key, value)]
+    return leaves
