@@ -1,0 +1,108 @@
+"""The one table: for a terminal, for a plain stream, for Markdown, for HTML."""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import rich.table
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a header. Names and notes are aligned to the left, numbers between them
+    to the right. Cells are plain text, never markup."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int = 1
+    """How many first columns hold names."""
+    notes: int = 0
+    """How many last columns hold notes."""
+
+    def text(self) -> str:
+        """For stdout: a drawn table where it is a terminal, else plain columns."""
+        if not sys.stdout.isatty():
+            return self.plain()
+        from rich.console import Console
+
+        console = Console()
+        with console.capture() as capture:
+            console.print(self.rich())
+        return capture.get().rstrip()
+
+    def plain(self) -> str:
+        """Columns with two spaces between them, below the title."""
+        lines = [tuple(map(_on_one_line, row)) for row in (self.header, *self.rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        columns = [
+            "  ".join(
+                cell.ljust(width) if self._is_text(i) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*([self.title] if self.title else []), *columns])
+
+    def markdown(self) -> str:
+        lines = [
+            self.header,
+            tuple(":--" if self._is_text(i) else "--:" for i in range(len(self.header))),
+            *self.rows,
+        ]
+        cells = (
+            " | ".join(_on_one_line(cell).replace("|", "\\|") for cell in line) for line in lines
+        )
+        return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in cells), ""])
+
+    def html(self) -> str:
+        def line(cells: Sequence[str], tag: str) -> str:
+            kinds = (' class="name"' if self._is_text(i) else "" for i in range(len(cells)))
+            filled = "".join(
+                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+                for cell, kind in zip(cells, kinds, strict=True)
+            )
+            return f"<tr>{filled}</tr>"
+
+        head, body = line(self.header, "th"), "".join(line(row, "td") for row in self.rows)
+        return (
+            f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
+            f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
+        )
+
+    def rich(self) -> rich.table.Table:
+        from rich import box
+        from rich.cells import cell_len
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(
+            title=Text(self.title) if self.title else None,
+            box=box.SIMPLE,
+            title_justify="left",
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for index, (name, *cells) in enumerate(zip(self.header, *self.rows, strict=True)):
+            # Cells and the words of the header stay whole, so that a narrow terminal folds headers
+            # and loses no name. Notes fold.
+            whole = index < len(self.header) - self.notes
+            width = max(map(cell_len, [*name.split(), *cells]), default=0) if whole else None
+            table.add_column(
+                Text(name), justify="left" if self._is_text(index) else "right", min_width=width
+            )
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return table
+
+    def _is_text(self, column: int) -> bool:
+        return column < self.names or column >= len(self.header) - self.notes
+
+
+def _on_one_line(cell: str) -> str:
+    return cell if cell.isprintable() else " ".join(cell.split())
