@@ -1,10 +1,13 @@
-"""Files that are whole or not there, and the proof that they have not changed."""
+"""Files that are whole or not there, the proof that they have not changed, and their JSON."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, content: bytes) -> Path:
@@ -28,3 +31,21 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal digest of a file's bytes, read in pieces."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
+    """JSON that every reader takes: a number that is not finite becomes null. (Python writes a bare
+    NaN, which is no JSON.)"""
+    return json.dumps(
+        _finite_or_null(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False
+    )
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_null(item) for item in value]
+    return value

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
+
+from emotrain.files import json_text
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -17,4 +18,4 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:
     """Print a command's result: JSON where asked for, else text."""
-    print(json.dumps(result) if args.json else text)
+    print(json_text(result) if args.json else text)

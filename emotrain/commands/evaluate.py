@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from emotrain.commands.common import add_json
 from emotrain.evaluation.progress import progress_bar
 from emotrain.evaluation.sweep import SweepSettings, default_folder, evaluate, tables, write_results
+from emotrain.files import json_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
         result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"]))
     )
     if args.json:
-        print(json.dumps(result))
+        print(json_text(result))
     else:
         from rich.console import Console
 

@@ -32,7 +32,7 @@ from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
-from emotrain.files import write_whole
+from emotrain.files import json_text, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import (
     Subsets,
@@ -460,7 +460,7 @@ def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
     written = [
         write_whole(
             folder / "evaluation.json",
-            (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode(),
+            (json_text(result, indent=1, ensure_ascii=False) + "\n").encode(),
         ),
         write_whole(
             folder / "evaluation.md",

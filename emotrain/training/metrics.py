@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
-from emotrain.files import write_whole
+from emotrain.files import json_text, write_whole
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import parameter_counts
 
@@ -164,7 +164,7 @@ class MetricsWriter:
         return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        self._file.write(json_text(metrics) + "\n")
         self._file.flush()
         if self._board is None:
             return

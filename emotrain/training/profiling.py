@@ -15,7 +15,6 @@ profiled is not seen.
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
 from collections.abc import Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from emotrain.config import ProfileConfig
 from emotrain.distributed.ranks import Ranks
-from emotrain.files import write_whole
+from emotrain.files import json_text, write_whole
 
 log = logging.getLogger("emotrain")
 
@@ -337,7 +336,7 @@ def _report(window: _Window, ranks: Ranks, folder: Path) -> None:
         row_limit=SHOWN_OPERATIONS,
         max_name_column_width=60,
     )
-    write_whole(folder / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    write_whole(folder / "summary.json", (json_text(summary, indent=1) + "\n").encode())
     write_whole(
         folder / "rank-0.txt",
         f"{text}\n\noperations of rank 0 by their own time\n{longest}\n".encode(),
