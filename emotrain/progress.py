@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
 if TYPE_CHECKING:
@@ -16,6 +16,15 @@ Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30
 """What takes less says nothing where there is no terminal."""
+
+Track = Callable[[Sequence[Item], str], Iterable[Item]]
+"""Passes items through and shows how far one got: (items, what is being done) -> the same items.
+`ProgressBar.track` is one."""
+
+
+def untracked(items: Sequence[Item], _what: str) -> Iterable[Item]:
+    """The `Track` that shows nothing."""
+    return items
 
 
 class ProgressBar:
@@ -38,7 +47,8 @@ class ProgressBar:
     ):
         """
         Args:
-            unit: what is counted; `bytes` are shown as MB and MB/s.
+            unit: what is counted; `bytes` are shown as MB and MB/s, and without a unit the bar
+                shows per cent.
             shown: whether to show anything (one rank of many does).
             stays: whether the bar stays on the terminal after its end.
             stream: where to, stderr if not given.
@@ -103,8 +113,10 @@ class ProgressBar:
     def _line(self) -> str:
         if self._unit == "bytes":
             count = f"{self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
+        elif self._unit:
+            count = f"{self._done:g}/{self._total:g} {self._unit}"
         else:
-            count = f"{self._done:g}/{self._total:g}{' ' + self._unit if self._unit else ''}"
+            count = f"{self._done / self._total if self._total else 1:.0%}"
         return f"{self._what} {count}{'  ' + self._note if self._note else ''}"
 
 
@@ -115,16 +127,20 @@ def _live_bar(unit: str, stays: bool, stream: TextIO) -> Progress:
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        TaskProgressColumn,
         TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
-    counts = (
-        (DownloadColumn(), TransferSpeedColumn())
-        if unit == "bytes"
-        else (MofNCompleteColumn(), TextColumn(unit, markup=False))
-    )
+    counts: tuple[ProgressColumn, ...]
+    if unit == "bytes":
+        counts = (DownloadColumn(), TransferSpeedColumn())
+    elif unit:
+        counts = (MofNCompleteColumn(), TextColumn(unit, markup=False))
+    else:
+        counts = (TaskProgressColumn(),)
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

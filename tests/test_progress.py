@@ -43,6 +43,16 @@ def test_a_line_can_be_asked_for_and_bytes_are_megabytes() -> None:
     assert stream.getvalue() == "verifying 2,000 of 5,000 MB  disk a\n"
 
 
+def test_without_a_unit_it_is_per_cent() -> None:
+    stream = io.StringIO()
+    with ProgressBar(stream=stream, clock=Clock()) as bar:
+        bar.start("encoding", 2e9)
+        bar.update(5e8, line=True)
+        bar.start("nothing to do", 0)
+        bar.update(0, line=True)
+    assert stream.getvalue().splitlines() == ["encoding 25%", "nothing to do 100%"]
+
+
 def test_hidden_bars_and_closed_ones_say_nothing() -> None:
     for stream in (io.StringIO(), Terminal()):
         with ProgressBar(shown=False, stream=stream) as bar:

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from emotrain.commands.common import add_json
-from emotrain.evaluation.progress import progress_bar
 from emotrain.evaluation.sweep import SweepSettings, default_folder, evaluate, tables, write_results
 from emotrain.files import json_text
+from emotrain.progress import ProgressBar
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,14 +113,14 @@ def run(args: argparse.Namespace) -> int:
         args.random_seeds,
         args.cross_domain,
     )
-    with progress_bar() as track:
+    with ProgressBar("batches") as bar:
         result = evaluate(
             args.checkpoint,
             args.data,
             settings,
             device=args.device,
             micro_batch=args.micro_batch,
-            track=track,
+            track=bar.track,
         )
     written = write_results(
         result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"]))

@@ -20,7 +20,8 @@ from emotrain.batch import IGNORE, PackedBatch
 from emotrain.data.packing import pack_documents
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
-from emotrain.modular.select import Subsets, Track, group_of_documents, untracked
+from emotrain.modular.select import Subsets, group_of_documents
+from emotrain.progress import Track, untracked
 
 BLOCK_TOKENS = 256
 """Tokens whose logits exist at once: rows enough for a full-speed GEMM, 100 MB of fp32 at a
@@ -87,7 +88,7 @@ def document_losses(
     batches: Sequence[PackedBatch],
     document_group_U: Tensor,
     subsets: Subsets | None = None,
-    track: Track = untracked,
+    track: Track[PackedBatch] = untracked,
     description: str = "held-out documents",
     precision: torch.dtype | None = None,
 ) -> DocumentLosses:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
@@ -36,13 +37,12 @@ from emotrain.files import json_text, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import (
     Subsets,
-    Track,
     cross_domain,
     experts_kept,
     greedy_select,
     random_select,
-    untracked,
 )
+from emotrain.progress import Track, untracked
 from emotrain.training.checkpoint import find, load_model, load_state
 
 log = logging.getLogger("emotrain")
@@ -113,7 +113,7 @@ def evaluate(
     *,
     device: str = "auto",
     micro_batch: int = 0,
-    track: Track = untracked,
+    track: Track[PackedBatch] = untracked,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the held-out documents of a prepared data set; the result is ready
     for JSON.
@@ -166,7 +166,7 @@ def sweep(
     row_length: int,
     rows_per_batch: int,
     precision: torch.dtype | None = None,
-    track: Track = untracked,
+    track: Track[PackedBatch] = untracked,
 ) -> dict[str, Any]:
     """Select experts for all domains at once and measure every arm; see `evaluate`."""
     names = sorted(domains)

@@ -11,7 +11,7 @@ for each document, one pass serves them all. Two letters besides those of the pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,18 +21,10 @@ from emotrain.config import ModelConfig
 from emotrain.errors import UserError
 from emotrain.model.router import RoutingRequest, select_pool, sum_by_document
 from emotrain.model.transformer import Transformer
+from emotrain.progress import Track, untracked
 
 Subsets = tuple[Tensor, ...]
 """For each layer, bool [J, N]: the routed experts that each group keeps."""
-
-Track = Callable[[Sequence[PackedBatch], str], Iterable[PackedBatch]]
-"""Passes batches through and shows how far one got: (batches, what is being done) -> the same
-batches."""
-
-
-def untracked(batches: Sequence[PackedBatch], _description: str) -> Iterable[PackedBatch]:
-    """The `Track` that shows nothing."""
-    return batches
 
 
 def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
@@ -72,7 +64,7 @@ def greedy_select(
     document_group_U: Tensor,
     num_groups: int,
     counts: Sequence[int],
-    track: Track = untracked,
+    track: Track[PackedBatch] = untracked,
 ) -> Subsets:
     """The published selection: layer by layer, keep the experts that a group's tokens give the most
     routing probability.

@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -25,6 +24,7 @@ from emotrain.model.transformer import parameter_counts
 from emotrain.planning.dry_run import Measured, Routing, dry_run
 from emotrain.planning.hardware import Cluster
 from emotrain.planning.plan import Plan, make_plan
+from emotrain.progress import ProgressBar
 
 WHOLE = 3
 """Layouts of the first pass that are measured whole."""
@@ -141,13 +141,14 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
     """Layouts that fit, fastest first; the best of them measured whole."""
     families = list(_families(config, cluster))
     found: list[Change] = []
-    with _workers(len(families)) as workers, _progress("layouts", len(families)) as advance:
+    with _workers(len(families)) as workers, ProgressBar("families of layouts") as bar:
+        bar.start("planning", len(families))
         pending = [
             workers.submit(_best_of_family, config, cluster, routing, family) for family in families
         ]
         for done in as_completed(pending):
             found += [done.result()] if done.result() else []
-            advance()
+            bar.advance()
     found.sort(key=lambda change: -change.tokens_per_second)
     whole: list[Change] = []
     for change in found:
@@ -300,24 +301,3 @@ def _workers(tasks: int) -> Iterator[ProcessPoolExecutor]:
         max(1, min(tasks, os.cpu_count() or 1)), mp_context=get_context("spawn")
     ) as workers:
         yield workers
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal, a line now and then elsewhere, on stderr."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import Progress
-
-        with Progress(console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=total)
-            yield lambda: bar.advance(task)
-        return
-    done = itertools.count(1)
-
-    def advance() -> None:
-        number = next(done)
-        if number == total or number % 8 == 0:
-            print(f"{what}: {number} of {total}", file=sys.stderr, flush=True)
-
-    yield advance

@@ -3,12 +3,11 @@ or removed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from emotrain.errors import MissingFileError
+from emotrain.progress import ProgressBar
 
 
 def verify_all(paths: list[Path]) -> dict[str, Any]:
@@ -31,10 +30,11 @@ def verify_all(paths: list[Path]) -> dict[str, Any]:
         for folder in folders
     }
     checkpoints = []
-    with _progress_bar(sum(num_bytes.values())) as track:
+    with ProgressBar("bytes") as bar:
+        bar.start("verifying", sum(num_bytes.values()))
         for folder in folders:
             try:
-                verify(folder, track=track)
+                verify(folder, track=bar.advance)
                 error = None
             except (ValueError, OSError) as failure:
                 error = " ".join(str(failure).split())
@@ -91,31 +91,3 @@ def _checkpoints(path: Path) -> list[Path]:
             f"RUN_DIR/checkpoints/step-…"
         )
     return found
-
-
-@contextmanager
-def _progress_bar(num_bytes: int) -> Iterator[Callable[[int], object]]:
-    """Bytes read so far, on stderr; only a terminal shows it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("verifying"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task("verifying", total=num_bytes)
-        yield lambda read: progress.advance(task, read)
