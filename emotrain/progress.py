@@ -62,9 +62,6 @@ class ProgressBar:
         self._last_line = clock()
 
     def __enter__(self: Self) -> Self:
-        if self._shown and self._stream.isatty():
-            self._live = _live_bar(self._unit, self._stays, self._stream)
-            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,6 +70,9 @@ class ProgressBar:
     def start(self, what: str, total: float, done: float = 0) -> None:
         """Begin a pass; the bar shows it in place of the one before."""
         self._what, self._total, self._done, self._note = what, total, done, ""
+        if self._shown and self._live is None and self._stream.isatty():
+            self._live = _live_bar(self._unit, self._stays, self._stream)
+            self._live.start()
         if self._live is not None:
             for task in self._live.task_ids:
                 self._live.remove_task(task)

@@ -8,6 +8,7 @@ from emotrain.commands.common import add_json, finish
 from emotrain.data.documents import REASONS, Fields
 from emotrain.data.prepare import SHARD_TOKENS, prepare
 from emotrain.data.tokenizer import EOS_TOKEN
+from emotrain.progress import ProgressBar
 
 EPILOG = """\
 example:
@@ -109,25 +110,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """`emotrain prepare`: progress on stderr, the result on stdout."""
-    from rich.console import Console
-
     fields = Fields(**{name: getattr(args, f"{name}_field") for name in vars(Fields())})
-    report = prepare(
-        args.inputs,
-        args.out,
-        tokenizer=args.tokenizer,
-        train_tokenizer=args.train_tokenizer,
-        vocab_size=args.vocab_size,
-        eos_token=args.eos_token,
-        shard_tokens=args.shard_tokens,
-        valid_fraction=args.valid_fraction,
-        seed=args.seed,
-        workers=args.workers,
-        strict=args.strict,
-        overwrite=args.overwrite,
-        fields=fields,
-        console=Console(stderr=True),
-    )
+    with ProgressBar() as bar:
+        report = prepare(
+            args.inputs,
+            args.out,
+            tokenizer=args.tokenizer,
+            train_tokenizer=args.train_tokenizer,
+            vocab_size=args.vocab_size,
+            eos_token=args.eos_token,
+            shard_tokens=args.shard_tokens,
+            valid_fraction=args.valid_fraction,
+            seed=args.seed,
+            workers=args.workers,
+            strict=args.strict,
+            overwrite=args.overwrite,
+            fields=fields,
+            bar=bar,
+        )
     skipped = ", ".join(
         f"{report[f'skipped_{reason}_documents']:,} {reason.replace('_', ' ')}"
         for reason in REASONS

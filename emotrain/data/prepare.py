@@ -24,9 +24,9 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -50,9 +50,7 @@ from emotrain.data.tokenizer import (
     train_tokenizer as train_bpe,
 )
 from emotrain.errors import UserError
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from emotrain.progress import ProgressBar
 
 SAMPLE = "sample"
 """The input that names the embedded corpus (a folder of that name is `./sample`)."""
@@ -96,7 +94,7 @@ def prepare(
     strict: bool = False,
     overwrite: bool = False,
     fields: Fields = Fields(),
-    console: Console | None = None,
+    bar: ProgressBar | None = None,
 ) -> dict[str, Any]:
     """Make a data set out of documents.
 
@@ -112,7 +110,7 @@ def prepare(
         strict: refuse the first bad document instead of skipping and counting it.
         overwrite: replace an older data set at `out`, once the new one is complete.
         fields: names of the keys or columns that hold a document.
-        console: where progress is shown, if anywhere.
+        bar: where progress is shown, if anywhere.
     Returns:
         The report that `--json` prints: counts, sizes in bytes and `seconds`.
     Raises:
@@ -127,10 +125,11 @@ def prepare(
     _check_arguments(tokenizer, train_tokenizer, shard_tokens, valid_fraction, seed, workers)
     files = find_files([SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs])
     reader = DocumentReader(fields, strict)
-    with Staging(out, overwrite) as staging, _progress(console) as show:
+    bar = bar or ProgressBar(shown=False)
+    with Staging(out, overwrite) as staging:
         if train_tokenizer:
             encoder = train_bpe(
-                _training_texts(files, DocumentReader(fields, strict), show), vocab_size, eos_token
+                _training_texts(files, DocumentReader(fields, strict), bar), vocab_size, eos_token
             )
         else:
             encoder = load_tokenizer(tokenizer, eos_token)
@@ -143,13 +142,13 @@ def prepare(
         spill = _Spill(staging.folder, buckets, seed, token_dtype(encoder.vocab_size))
         number = text_bytes = 0
         with closing(
-            _encode(_read(files, reader, show), encoder, workers or _usable_cores())
+            _encode(_read(files, reader, bar), encoder, workers or _usable_cores())
         ) as batches:
             for documents, tokens in batches:
                 spill.add(number, documents, tokens, valid_fraction)
                 number += len(documents)
                 text_bytes += sum(document.size for document in documents)
-        splits = spill.finish(show)
+        splits = spill.finish(bar)
         if not splits["train"]["shards"]:
             skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
             raise UserError(
@@ -217,17 +216,19 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _read(files: Sequence[Path], reader: DocumentReader, show: _Show) -> Iterator[Document]:
-    show("encoding", total=sum(path.stat().st_size for path in files))
+def _read(files: Sequence[Path], reader: DocumentReader, bar: ProgressBar) -> Iterator[Document]:
+    bar.start("encoding", sum(path.stat().st_size for path in files))
     for path in files:
         yield from reader.read(path)
-        show.advance(path.stat().st_size)
+        bar.advance(path.stat().st_size)
 
 
-def _training_texts(files: Sequence[Path], reader: DocumentReader, show: _Show) -> Iterator[str]:
+def _training_texts(
+    files: Sequence[Path], reader: DocumentReader, bar: ProgressBar
+) -> Iterator[str]:
     """Documents to train a tokenizer on: none that is marked held-out, about as many bytes of
     each file."""
-    show("training the tokenizer", total=len(files))
+    bar.start("training the tokenizer", len(files))
     for path in files:
         left = TOKENIZER_BYTES // len(files)
         for document in reader.read(path):
@@ -236,7 +237,7 @@ def _training_texts(files: Sequence[Path], reader: DocumentReader, show: _Show) 
                 left -= document.size
             if left <= 0:
                 break
-        show.advance(1)
+        bar.advance(1)
 
 
 def _encode(
@@ -321,11 +322,11 @@ class _Spill:
         if self.buffered >= BUFFER_BYTES:
             self._flush()
 
-    def finish(self, show: _Show) -> dict[str, dict[str, Any]]:
+    def finish(self, bar: ProgressBar) -> dict[str, dict[str, Any]]:
         """Write the shards, removing each bucket after it; for each split, ShardInfos and counts
         by domain."""
         self._flush()
-        show("writing shards", total=sum(self.buckets.values()))
+        bar.start("writing shards", sum(self.buckets.values()))
         splits: dict[str, dict[str, Any]] = {}
         for split in SPLITS:
             shards: list[ShardInfo] = []
@@ -333,7 +334,7 @@ class _Spill:
             for number in range(self.buckets[split]):
                 if self._paths((split, number))[0].exists():
                     shards.append(self._finish_bucket((split, number), len(shards), counts))
-                show.advance(1)
+                bar.advance(1)
             splits[split] = {
                 "shards": shards,
                 "domains": {domain: dict(counts[domain]) for domain in sorted(counts)},
@@ -378,34 +379,6 @@ class _Spill:
     def _paths(self, bucket: tuple[str, int]) -> tuple[Path, Path]:
         stem = f"{bucket[0]}-{bucket[1]:05d}"
         return self.folder / f"{stem}.tokens", self.folder / f"{stem}.lines"
-
-
-class _Show:
-    """What the pass is doing, on a progress bar or nowhere."""
-
-    def __init__(self, progress: Any = None):
-        self.progress, self.task = progress, None
-
-    def __call__(self, doing: str, total: int) -> None:
-        if self.progress:
-            if self.task is not None:
-                self.progress.update(self.task, visible=False)
-            self.task = self.progress.add_task(doing, total=total)
-
-    def advance(self, amount: int) -> None:
-        if self.progress:
-            self.progress.advance(self.task, amount)
-
-
-@contextmanager
-def _progress(console: Console | None) -> Iterator[_Show]:
-    if console is None or not console.is_terminal:
-        yield _Show()
-        return
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as progress:
-        yield _Show(progress)
 
 
 def _report(

@@ -19,6 +19,7 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.files import json_text, write_whole
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import parameter_counts
+from emotrain.progress import ProgressBar
 
 if TYPE_CHECKING:
     from emotrain.training.checkpoint import TrainingState
@@ -184,46 +185,6 @@ class MetricsWriter:
             self._board.close()
 
 
-class ProgressBar:
-    """A live bar on a terminal; elsewhere a plain line at every logged step. Both on stderr."""
-
-    def __init__(self, start_step: int, num_steps: int, shown: bool):
-        self._last, self._live = num_steps, None
-        self._shown = shown
-        if shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
-
-            self._live = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[note]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._live.start()
-            self._task = self._live.add_task(
-                "training", total=num_steps, completed=start_step, note=""
-            )
-
-    def update(self, step: int, note: str, logged: bool) -> None:
-        if self._live is not None:
-            self._live.update(self._task, completed=step, note=note)
-        elif self._shown and logged:
-            print(f"step {step}/{self._last}  {note}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
@@ -245,7 +206,8 @@ class RunLog:
             if ranks.is_first
             else None
         )
-        self.bar = ProgressBar(first_step, last_step, shown=ranks.is_first)
+        self.bar = ProgressBar("steps", shown=ranks.is_first, stays=True)
+        self.bar.start("training", last_step, first_step)
         self.flops, self.peak = flops_per_token(config), peak_flops(config, ranks.device)
         self.first_step = self.logged_step = first_step
         self.started = self.logged_time = time.perf_counter()
@@ -262,7 +224,7 @@ class RunLog:
         note = f"loss {result.cross_entropy:.3f}  {self.tokens_per_second:,.0f} tokens/s"
         if "load_imbalance" in self.metrics:
             note += f"  load max/mean {mean(self.metrics['load_imbalance']):.2f}"
-        self.bar.update(state.step, note, logged)
+        self.bar.update(state.step, note, line=logged)
 
     def _measure(self, state: TrainingState, result: StepResult) -> None:
         now = time.perf_counter()
