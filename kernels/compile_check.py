@@ -83,6 +83,21 @@ class Row:
     float_atomics: int = 0
     """Instructions that add floats to memory in whatever order they come."""
 
+    def cells(self) -> tuple[str, ...]:
+        """What stands under `HEADER`."""
+        return (
+            self.target,
+            self.kernel,
+            self.dtype,
+            self.tile,
+            "" if self.default else "space",
+            str(self.registers),
+            str(self.spills),
+            f"{self.shared / 1024:.0f}",
+            f"{self.occupancy:.0%}",
+            self.instruction,
+        )
+
     def failures(self) -> list[str]:
         """What must not ship, a line each."""
         device, name = (
@@ -128,39 +143,19 @@ def summarize(rows: list[Row], failures: list[str]) -> dict[str, Any]:
     return {**result, "failures": failures, "rows": [dataclasses.asdict(row) for row in rows]}
 
 
-def table(rows: list[Row]) -> str:
-    header = (
-        "target",
-        "kernel",
-        "dtype",
-        "tile",
-        "",
-        "registers",
-        "spills",
-        "shared KiB",
-        "occupancy",
-        "instruction",
-    )
-    lines = [header] + [
-        (
-            row.target,
-            row.kernel,
-            row.dtype,
-            row.tile,
-            "" if row.default else "space",
-            str(row.registers),
-            str(row.spills),
-            f"{row.shared / 1024:.0f}",
-            f"{row.occupancy:.0%}",
-            row.instruction,
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+HEADER = (
+    "target",
+    "kernel",
+    "dtype",
+    "tile",
+    "",
+    "registers",
+    "spills",
+    "shared KiB",
+    "occupancy",
+    "instruction",
+)
+"""What the cells of a row are: five names, four numbers, one note."""
 
 
 def compile_all(targets: list[str], with_space: bool) -> list[Row]:

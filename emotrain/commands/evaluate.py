@@ -128,10 +128,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json_text(result))
     else:
-        from rich.console import Console
-
-        console = Console()
-        for table in tables(result):
-            console.print(table.rich())
+        print(*(table.text() for table in tables(result)), sep="\n\n")
         print(*(f"wrote {path}" for path in written), sep="\n")
     return 0

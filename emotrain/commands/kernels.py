@@ -7,7 +7,8 @@ import sys
 
 from emotrain.commands.common import add_json, finish
 from emotrain.errors import UserError
-from emotrain.kernels.compile_check import DEVICES, compile_all, summarize, table
+from emotrain.kernels.compile_check import DEVICES, HEADER, compile_all, summarize
+from emotrain.tables import Table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
     rows = compile_all(targets, with_space=not args.defaults_only)
     failures = [line for row in rows for line in row.failures()]
-    finish(args, summarize(rows, failures), table(rows))
+    table = Table("", HEADER, tuple(row.cells() for row in rows), names=5, notes=1)
+    finish(args, summarize(rows, failures), table.text())
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failures else 0

@@ -1,78 +1,14 @@
-"""The numbers of an evaluation as tables: for a terminal, for Markdown, for HTML."""
+"""The numbers of an evaluation as tables."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import rich.table
+from emotrain.tables import Table
 
 ARM_NAMES = {"selected": "own choice", "random": "random", "cross_domain": "another domain's"}
 """What a reader calls the arms of a sweep."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of text under a header; the first columns, which hold names, are aligned to the left."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    names: int = 1
-    """How many first columns hold names."""
-
-    def markdown(self) -> str:
-        lines = [
-            self.header,
-            tuple(":--" if i < self.names else "--:" for i in range(len(self.header))),
-            *self.rows,
-        ]
-        cells = (
-            " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line)
-            for line in lines
-        )
-        return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in cells), ""])
-
-    def html(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            kinds = (' class="name"' if i < self.names else "" for i in range(len(cells)))
-            filled = "".join(
-                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-                for cell, kind in zip(cells, kinds, strict=True)
-            )
-            return f"<tr>{filled}</tr>"
-
-        head, body = line(self.header, "th"), "".join(line(row, "td") for row in self.rows)
-        return (
-            f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
-            f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
-        )
-
-    def rich(self) -> rich.table.Table:
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table as RichTable
-
-        table = RichTable(
-            title=escape(self.title),
-            box=box.SIMPLE,
-            title_justify="left",
-            pad_edge=False,
-            collapse_padding=True,
-        )
-        for index, (name, *cells) in enumerate(zip(self.header, *self.rows, strict=True)):
-            # Cells and the words of the header stay whole, so that a narrow terminal folds headers
-            # and loses no name.
-            width = max(map(len, [*name.split(), *cells]), default=0)
-            table.add_column(
-                escape(name), justify="left" if index < self.names else "right", min_width=width
-            )
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        return table
 
 
 def mean_table(evaluations: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from emotrain.tables import Table
 
 if TYPE_CHECKING:
     from emotrain.config import Config
@@ -53,6 +52,7 @@ def describe(plan: Plan, changes: Sequence[Change] = ()) -> str:
                 ("peak", _number(plan.peak_gib), ""),
                 ("usable", _number(plan.usable_gib), f"of {cluster.gpu.memory_gib:.1f}"),
             ],
+            notes=1,
         )
     )
     lines.append(
@@ -70,6 +70,7 @@ def describe(plan: Plan, changes: Sequence[Change] = ()) -> str:
                 for kind, axes in result["communication_bytes"].items()
                 for axis, size in axes.items()
             ],
+            notes=1,
         )
     )
     compute = plan.times["expected"].compute
@@ -144,7 +145,7 @@ def search_table(config: Config, cluster: Cluster, found: Sequence[Change]) -> s
     ]
     best = found[0].plan
     title = f"layouts on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {config.training.global_batch} sequences a step"
-    text = _table(title, ("settings", "GiB", "tokens/s a GPU", "ms a step", "measured"), rows)
+    text = _table(title, ("settings", "GiB", "tokens/s a GPU", "ms a step", "measured"), rows, 1)
     return text if best is None else f"{text}\n\nThe best of them:\n{describe(best)}"
 
 
@@ -167,29 +168,7 @@ def _number(value: float) -> str:
     return f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
 
 
-def _table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A rich table on a terminal; plain columns elsewhere."""
-    rows = [tuple(row) for row in rows]
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for index, name in enumerate(header):
-            numeric = bool(rows) and rows[0][index].replace(",", "").replace(".", "").isdigit()
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        buffer = io.StringIO()
-        Console(file=buffer, force_terminal=True, width=shutil.get_terminal_size().columns).print(
-            table
-        )
-        return buffer.getvalue().rstrip()
-    widths = [
-        max(len(row[index]) for row in [tuple(header), *rows]) for index in range(len(header))
-    ]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [tuple(header), *rows]
-    ]
-    return "\n".join([title, *lines] if title else lines)
+def _table(
+    title: str, header: tuple[str, ...], rows: Iterable[tuple[str, ...]], notes: int = 0
+) -> str:
+    return Table(title, header, tuple(rows), notes=notes).text()

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from emotrain.config import ProfileConfig
 from emotrain.distributed.ranks import Ranks
 from emotrain.files import json_text, write_whole
+from emotrain.tables import Table
 
 log = logging.getLogger("emotrain")
 
@@ -299,15 +300,8 @@ def table(summary: dict[str, Any]) -> str:
     where = f"rank 0 of {len(summary['ranks'])} ({first['host']})"
     lines = [
         f"steps {steps[0]} to {steps[-1]}: {1e3 * first['seconds']:,.1f} ms a step on {where}",
-        f"{'part':<24}{'ms':>10}{'share':>8}{'of it in collectives':>23}",
+        _parts_table(first).plain(),
     ]
-    for name, part in sorted(
-        first["parts"].items(), key=lambda item: (item[0] == OTHER, -item[1]["seconds"])
-    ):
-        lines.append(
-            f"{name:<24}{1e3 * part['seconds']:>10,.1f}{part['seconds'] / max(first['seconds'], 1e-9):>8.1%}"
-            f"{1e3 * part['collective_seconds']:>20,.1f} ms"
-        )
     slowest = summary["slowest"]
     if slowest:
         lines.append("ranks with the most time of their own (a step without its collectives):")
@@ -318,6 +312,21 @@ def table(summary: dict[str, Any]) -> str:
             )
         lines.append(f"most of the excess of rank {slowest['rank']} is in: {slowest['part']}")
     return "\n".join(lines)
+
+
+def _parts_table(rank: dict[str, Any]) -> Table:
+    """The parts of a rank's step, the longest first."""
+    parts = sorted(rank["parts"].items(), key=lambda item: (item[0] == OTHER, -item[1]["seconds"]))
+    rows = tuple(
+        (
+            name,
+            f"{1e3 * part['seconds']:,.1f}",
+            f"{part['seconds'] / max(rank['seconds'], 1e-9):.1%}",
+            f"{1e3 * part['collective_seconds']:,.1f} ms",
+        )
+        for name, part in parts
+    )
+    return Table("", ("part", "ms", "share", "of it in collectives"), rows)
 
 
 def _report(window: _Window, ranks: Ranks, folder: Path) -> None:
