@@ -33,8 +33,8 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
-from emotrain.training.engine import NativeEngine
-from emotrain.training.optimizer import build_optimizer, clip_gradients, learning_rate
+from emotrain.training.engine import NativeEngine, clip_gradients
+from emotrain.training.optimizer import build_optimizer, learning_rate
 from emotrain.training.step import train_step
 
 HF_IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")

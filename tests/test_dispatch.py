@@ -12,8 +12,7 @@ from helpers import tiny_config
 
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.kernels import Decision
-from emotrain.model.experts import RoutedExperts
-from emotrain.model.moe import LocalDispatcher
+from emotrain.model.moe import LocalDispatcher, RoutedExperts
 
 WIDTH, HIDDEN = 16, 8
 

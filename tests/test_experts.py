@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from emotrain.kernels import SortedSlots, cpu_grouped_mlp, grouped_mlp, sort_slots
 from emotrain.kernels.grouped_mlp import _grouped_mm_mlp
-from emotrain.model.experts import SharedExperts
+from emotrain.model.moe import SharedExperts
 
 NUM_EXPERTS, WIDTH, HIDDEN, CHOSEN = 5, 8, 16, 3
 """Widths are multiples of 16 bytes in every type, which grouped_mm asks of rows."""

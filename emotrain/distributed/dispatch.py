@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.kernels import Decision, SortedSlots, permute, sort_slots, unpermute
-from emotrain.model.experts import RoutedExperts
+from emotrain.model.moe import RoutedExperts
 
 Result = TypeVar("Result")
 

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
-from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.ranks import Ranks, local_part
 from emotrain.kernels.backends import HAS_TRITON
 from emotrain.model.transformer import Transformer
 
@@ -89,31 +89,6 @@ def materialize(model: Transformer, seed: int | None, device: torch.device) -> T
                 )
             local_part(parameter).copy_(local_part(values))
     return model
-
-
-def set_last_backward(model: nn.Module, is_last: bool) -> None:
-    """Tell FSDP whether the next backward pass is the last one of the step."""
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(is_last)
-        # Copies of the model sum their gradients once a step.
-        model.set_requires_all_reduce(is_last)
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def num_copies(tensor: torch.Tensor) -> int:
-    """How many processes hold each element of a tensor."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = (
-        tensor.device_mesh.size(axis)
-        for axis, placement in enumerate(tensor.placements)
-        if isinstance(placement, Replicate)
-    )
-    return torch.Size(sizes).numel()
 
 
 def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run, and the few collectives that data parallelism needs. One process needs
+"""The processes of a run, what each holds, and the few collectives that data parallelism needs. One process needs
 none of them."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, Replicate
 
 from emotrain.errors import RunError, UserError
 
@@ -111,3 +112,20 @@ class Ranks:
         broken = kind is not None and issubclass(kind, CollectiveError)
         if self.world_size > 1 and dist.is_initialized() and not broken:
             dist.destroy_process_group()
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def num_copies(tensor: torch.Tensor) -> int:
+    """How many processes hold each element of a tensor."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = (
+        tensor.device_mesh.size(axis)
+        for axis, placement in enumerate(tensor.placements)
+        if isinstance(placement, Replicate)
+    )
+    return torch.Size(sizes).numel()

@@ -135,9 +135,9 @@ class TokenView:
     """See `documents_of`; None means plain causal attention."""
 
     @classmethod
-    def of(cls, batch: PackedBatch, config: ModelConfig) -> TokenView:
+    def of(cls, batch: PackedBatch, head_dim: int, config: ModelConfig) -> TokenView:
         length, device = batch.tokens_BS.shape[1], batch.tokens_BS.device
-        cos, sin = rotary_table(length, config.head_dim, config.rope_theta, device)
+        cos, sin = rotary_table(length, head_dim, config.rope_theta, device)
         return cls(cos, sin, documents_of(batch) if config.attention.document_mask else None)
 
 

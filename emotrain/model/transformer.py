@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.model.attention import Attention, TokenView
-from emotrain.model.experts import RoutedExperts
-from emotrain.model.moe import MoELayer
+from emotrain.model.moe import MoELayer, RoutedExperts
 from emotrain.model.router import (
     LayerRequest,
     LayerStatistics,
@@ -111,7 +110,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.config = config
+        self.config, self.head_dim = config, config.head_dim
         # Without nn.Embedding's own random start, which `initialize` replaces and which on the meta
         # device costs a second.
         self.embedding = nn.Embedding.from_pretrained(
@@ -154,7 +153,7 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(batch.tokens_BS)
         if torch.is_autocast_enabled(x_BSD.device.type):
             x_BSD = x_BSD.to(torch.get_autocast_dtype(x_BSD.device.type))
-        return x_BSD, TokenView.of(batch, self.config)
+        return x_BSD, TokenView.of(batch, self.head_dim, self.config)
 
     def expert_banks(self) -> list[RoutedExperts]:
         """Every bank of routed experts once, in the order of the layers. A bank is a part of each

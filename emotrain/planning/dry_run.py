@@ -251,7 +251,7 @@ def follow_state(
     meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]
 ) -> None:
     """Tell a meter of what is there before a step: parameters, optimizer state, batches."""
-    from emotrain.distributed.parallelize import local_part
+    from emotrain.distributed.ranks import local_part
 
     for parameter in model.parameters():
         meter.follow(local_part(parameter.detach()), "parameters")
@@ -271,7 +271,7 @@ def _step(
     ranks: Ranks,
 ) -> None:
     """The loop's own step: forward and backward of every micro-batch, clipping, AdamW."""
-    from emotrain.distributed.parallelize import local_part
+    from emotrain.distributed.ranks import local_part
     from emotrain.model import losses
     from emotrain.training.engine import NativeEngine
     from emotrain.training.step import train_step
@@ -282,7 +282,9 @@ def _step(
 
     with ExitStack() as stack:
         _replace(stack, losses, "linear_cross_entropy", head)
-        train_step(NativeEngine(model), micro_batches, config, 1, ranks)
+        bfloat16 = config.training.precision == "bfloat16"
+        engine = NativeEngine(model, bfloat16=bfloat16)
+        train_step(engine, micro_batches, config, 1, ranks)
     for parameter in model.parameters():
         meter.follow(local_part(parameter.grad), "gradients")
     with meter.during("optimizer"):
@@ -290,7 +292,7 @@ def _step(
 
 
 def _state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    from emotrain.distributed.parallelize import local_part
+    from emotrain.distributed.ranks import local_part
 
     parameters = list(model.parameters())
     return {

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
-from emotrain.distributed.parallelize import build_model, set_last_backward
-from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.parallelize import build_model
+from emotrain.distributed.ranks import Ranks, local_part, num_copies
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
-from emotrain.training.optimizer import build_optimizer, clip_gradients
+from emotrain.training.optimizer import build_optimizer
 from emotrain.training.profiling import part
 
 
@@ -79,15 +80,22 @@ class NativeEngine:
     """The engine of a plain model, or one under FSDP2. Without an optimizer a step ends with the
     clipped gradient."""
 
-    def __init__(self, model: Transformer, optimizer: torch.optim.Optimizer | None = None):
-        self.model, self.optimizer = model, optimizer
+    def __init__(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer | None = None,
+        bfloat16: bool = False,
+    ):
+        """`bfloat16`: whether forward passes run under autocast to it."""
+        self.model, self.optimizer, self.bfloat16 = model, optimizer, bfloat16
 
     @classmethod
     def build(cls, config: Config, ranks: Ranks, fresh: bool) -> NativeEngine:
         """`fresh`: whether the model gets its initial values, or waits for those of a
         checkpoint."""
         model = build_model(config, ranks, fresh)
-        return cls(model, build_optimizer(model, config.optimizer))
+        bfloat16 = config.training.uses_bfloat16(ranks.device.type)
+        return cls(model, build_optimizer(model, config.optimizer), bfloat16)
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -99,14 +107,19 @@ class NativeEngine:
     def forward(
         self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[LossSums, RoutingReport]:
-        with part("forward"):
-            output = self.model(batch, request)
-        with part("loss"):
-            sums = language_model_sums(output, self.model.head, batch, z_weight)
+        device = batch.tokens_BS.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
+            with part("forward"):
+                output = self.model(batch, request)
+            with part("loss"):
+                sums = language_model_sums(output, self.model.head, batch, z_weight)
         return sums, output.routing
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
-        set_last_backward(self.model, is_last)
+        if isinstance(self.model, FSDPModule):
+            self.model.set_is_last_backward(is_last)
+            # Copies of the model sum their gradients once a step.
+            self.model.set_requires_all_reduce(is_last)
         loss.backward()
 
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
@@ -129,3 +142,24 @@ class NativeEngine:
 
     def restore(self, path: Path) -> checkpoint.TrainingState:
         return checkpoint.restore(path, self.model, self.optimizer)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> torch.Tensor:
+    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them).
+    Returns the norm before.
+
+    One norm over all parameters, wherever their parts are: each rank adds the squares of what it
+    holds, divided by how many ranks hold the same.
+    """
+    gradients = [local_part(p.grad) for p in parameters]
+    squares_P = torch.stack(torch._foreach_norm(gradients)).double().square()
+    copies_P = torch.tensor(
+        [num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device
+    )
+    norm = ranks.sum((squares_P / copies_P).sum()).sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_(
+            gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
+        )
+    return norm

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
@@ -187,11 +186,6 @@ class MetricsWriter:
 
 def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def scalar_sums(values: Sequence[Tensor]) -> Tensor:
-    """Scalars of any dtype as one float64 vector, for a single collective."""
-    return torch.stack([value.detach().double() for value in values])
 
 
 class RunLog:

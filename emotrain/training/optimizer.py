@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from emotrain.config import OptimizerConfig
-from emotrain.distributed.parallelize import local_part, num_copies
-from emotrain.distributed.ranks import Ranks
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
@@ -46,24 +44,3 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 def anneal_learning_rate(start_lr: float, start_step: int, step: int, num_steps: int) -> float:
     """Linear from `start_lr` after `start_step` to zero `num_steps` later (spec 5.1)."""
     return start_lr * max(0.0, (start_step + num_steps - step) / num_steps)
-
-
-@torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks) -> torch.Tensor:
-    """Scale gradients in place so that their global norm is at most `max_norm` (0: leave them).
-    Returns the norm before.
-
-    One norm over all parameters, wherever their parts are: each rank adds the squares of what it
-    holds, divided by how many ranks hold the same.
-    """
-    gradients = [local_part(p.grad) for p in parameters]
-    squares_P = torch.stack(torch._foreach_norm(gradients)).double().square()
-    copies_P = torch.tensor(
-        [num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device
-    )
-    norm = ranks.sum((squares_P / copies_P).sum()).sqrt()
-    if max_norm > 0:
-        torch._foreach_mul_(
-            gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)
-        )
-    return norm

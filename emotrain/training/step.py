@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
 from emotrain.model.router import RoutingReport, training_request
 from emotrain.training.engine import Engine
-from emotrain.training.metrics import scalar_sums
 from emotrain.training.profiling import part
 
 
@@ -76,8 +74,7 @@ def train_step(
         request = training_request(
             config.model, batch, config.training.seed, step, losses.router_z_logits
         )
-        with autocast:
-            return engine.forward(batch, request, losses.z)
+        return engine.forward(batch, request, losses.z)
 
     def backward(
         sums: LossSums, report: RoutingReport, counts: Sequence[Tensor], is_last: bool
@@ -103,8 +100,6 @@ def train_step(
         )
         reports.append(report.detached())
 
-    bfloat16 = config.training.uses_bfloat16(ranks.device.type)
-    autocast = torch.autocast(ranks.device.type, torch.bfloat16) if bfloat16 else nullcontext()
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         passes = [forward(batch) for batch in micro_batches]
         counts = _sum_counts([report for _, report in passes], ranks)
@@ -117,11 +112,9 @@ def train_step(
             counts = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
             backward(sums, report, counts, is_last=index == len(micro_batches) - 1)
 
-    step_sums = ranks.sum(
-        scalar_sums(
-            [*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)]
-        )
-    )
+    scalars = [*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)]
+    # One collective for all of them.
+    step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
     loss, cross_entropy, z, balance, router_z, stops = step_sums.tolist()
     return StepResult(
