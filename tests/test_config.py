@@ -4,20 +4,22 @@ page is true."""
 from __future__ import annotations
 
 import dataclasses
+import re
+import typing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from emotrain.config import (
-    CHOICES,
-    MAY_BE_ZERO,
     Config,
     config_from_dict,
     config_to_dict,
     flatten,
     load_config,
     save_config,
+    setting_types,
+    warnings_of,
 )
 from emotrain.settings import field_docs, settings_reference
 
@@ -91,6 +93,101 @@ def test_whole_floats_are_counts(tmp_path: Path) -> None:
 def test_an_override_is_key_equals_value(tmp_path: Path, override: str) -> None:
     with pytest.raises(ValueError, match="write key=value"):
         load_config(write(tmp_path / "a.yaml", ""), [override])
+
+
+@pytest.mark.parametrize(
+    "typed",
+    ["runs/exp #2", "a: b", "a=b", "@%*`!", " spaced ", "[1, 2]", "{a: 1}", "1e-3", "null", "- x"],
+)
+@pytest.mark.parametrize("key", ["training.run_dir", "data.path", "training.resume"])
+def test_text_on_the_command_line_is_taken_as_typed(tmp_path: Path, key: str, typed: str) -> None:
+    config = load_config(write(tmp_path / "a.yaml", ""), [f"{key}={typed}"])
+    assert dict(flatten(config))[key] == typed
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_quotes_that_a_file_would_need_are_no_part_of_the_text(tmp_path: Path) -> None:
+    for typed in ("'runs/exp #2'", '"runs/exp #2"'):
+        config = load_config(write(tmp_path / "a.yaml", ""), [f"training.run_dir={typed}"])
+        assert config.training.run_dir == "runs/exp #2"
+
+
+@pytest.mark.parametrize("where", ["file", "command line"])
+def test_interpolation_is_the_same_in_files_and_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setenv("SCRATCH_FOR_TEST", "/scratch #1")
+    monkeypatch.delenv("NOT_SET_FOR_TEST", raising=False)
+
+    def load(value: str) -> Config:
+        if where == "file":
+            return load_config(write(tmp_path / "a.yaml", f"training: {{run_dir: '{value}'}}\n"))
+        return load_config(write(tmp_path / "a.yaml", ""), [f"training.run_dir={value}"])
+
+    config = load("${oc.env:SCRATCH_FOR_TEST}/r")
+    assert config.training.run_dir == "/scratch #1/r"
+    save_config(config, tmp_path / "saved.yaml")
+    monkeypatch.delenv("SCRATCH_FOR_TEST")
+    assert load_config(tmp_path / "saved.yaml") == config, "resolved before it is saved"
+    for value, message in {
+        "${oc.env:NOT_SET_FOR_TEST}/r": "training.run_dir: .*NOT_SET_FOR_TEST. not found",
+        "${nothing}": "training.run_dir: Interpolation key 'nothing' not found",
+        "${": "training.run_dir",
+        "???": "training.run_dir: Missing mandatory value",
+    }.items():
+        with pytest.raises(ValueError, match=message) as caught:
+            load(value)
+        assert "\n" not in str(caught.value)
+    literal = load("\\${oc.env:X}")
+    assert literal.training.run_dir == "${oc.env:X}"
+    save_config(literal, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == literal
+
+
+def test_the_home_folder_is_expanded_in_paths_and_nowhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    paths = ("training.run_dir", "data.path", "training.resume", "anneal.checkpoint")
+    file = write(tmp_path / "a.yaml", "data: {path: ~/d}\nanneal: {tokens: 1e9}\n")
+    overrides = [f"{key}=~/d" for key in paths if key != "data.path"]
+    config = dict(flatten(load_config(file, overrides)))
+    assert [config[key] for key in paths] == ["/home/me/d"] * 4
+
+
+def test_groups_on_the_command_line_merge_as_in_a_file(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.yaml", "model: {experts: {routed: 31, top_k: 3, hidden: 128}}\n")
+    experts = load_config(file, ["model.experts={top_k: 4}", "model={d_model: 64}"]).model.experts
+    assert (experts.routed, experts.top_k, experts.hidden) == (31, 4, 128)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.d_model: 64\n", "nest it: `model: {d_model: 64}`"),
+        ("model: {experts.top_k: 3}\n", "nest it: `experts: {top_k: 3}`"),
+        ("model.dmodel: 64\n", "did you mean model.d_model?"),
+        ("3: 4\n", "3 is not a setting"),
+    ],
+)
+def test_a_dotted_name_in_a_file_is_shown_nested(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(write(tmp_path / "a.yaml", text))
+
+
+def test_a_file_that_cannot_be_read_is_no_mistake_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "a.yaml", "")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr("omegaconf.OmegaConf.load", fails)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        load_config(file)
+    assert not isinstance(caught.value, ValueError)
 
 
 def test_a_list_and_a_text_with_an_equals_sign_on_the_command_line(tmp_path: Path) -> None:
@@ -219,6 +316,14 @@ def test_wrong_types_are_refused(key: str, value: Any) -> None:
     assert refusal(nested(key, value)).startswith(f"{key}={value!r} must be ")
 
 
+TYPES = setting_types()
+CHOICES = {
+    key: typing.get_args(kind)
+    for key, kind in TYPES.items()
+    if typing.get_origin(kind) is typing.Literal
+}
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_choices_are_listed(key: str) -> None:
     message = refusal(nested(key, "other"))
@@ -240,7 +345,7 @@ def test_numbers_are_bounded_below(key: str) -> None:
     assert refusal(nested(key, -1)).startswith(f"{key}=-1") and refusal(nested(key, -1)).endswith(
         ("must be at least 0", "must be positive")
     )
-    if key not in MAY_BE_ZERO:
+    if "at least 0" not in typing.get_args(TYPES[key]):
         assert refusal(nested(key, 0)).endswith("must be positive")
 
 
@@ -268,6 +373,10 @@ def test_numbers_are_finite(value: float) -> None:
         ({"data.repetition_filter.min_period": 14}, "min_period=14 is above"),
         ({"optimizer.beta2": 1.0}, "must be below 1"),
         (
+            {"model.router.normalize_weights": "true", "model.experts.top_k": 1},
+            "makes the one weight of a token always 1, and the router learns nothing",
+        ),
+        (
             {"training.micro_batch": 3},
             "global_batch=1024 is not a multiple of training.micro_batch=3",
         ),
@@ -284,6 +393,21 @@ def test_combinations_that_cannot_work_are_refused(
         load_config(
             write(tmp_path / "a.yaml", ""), [f"{key}={value}" for key, value in settings.items()]
         )
+
+
+def test_a_warm_up_that_never_ends_is_one_warning() -> None:
+    def warned(warmup: int, steps: int, **settings: Any) -> list[str]:
+        return warnings_of(
+            config_from_dict(
+                {"optimizer": {"warmup_steps": warmup}, "training": {"steps": steps}, **settings}
+            )
+        )
+
+    assert not warned(5, 6) and not warned(0, 6) and not warned(2000, 0)
+    assert not warned(9, 6, anneal={"checkpoint": "a", "tokens": 10**8}), "an anneal has no warm-up"
+    for warmup, steps in ((6, 6), (2000, 60)):
+        (line,) = warned(warmup, steps)
+        assert f"optimizer.warmup_steps={warmup} is not less than the {steps} steps" in line
 
 
 # ---- document pools and the experts that there are
@@ -331,6 +455,12 @@ def test_the_default_pool_goes_up_to_all_routed_experts() -> None:
     for routed in (12, 31, 127):
         model = config_from_dict(of_pool(routed)).model
         assert (model.router.pool.max, model.pool.max, model.pool.min) == (0, routed, 8)
+
+
+def test_a_larger_pool_has_a_largest_size() -> None:
+    """Sizes are drawn between the two: 0 for the largest cannot stand below the smallest."""
+    with pytest.raises(ValueError, match="min=40 needs a model.router.pool.max of at least that"):
+        config_from_dict(of_pool(min=40, allow_larger=True))
 
 
 @pytest.mark.parametrize("kind", ["none", "uniform", "fixed"])

@@ -8,7 +8,7 @@ that cannot work are refused before anything starts.
 """
 
 from emotrain.config.reading import config_from_dict, config_to_dict, load_config, save_config
-from emotrain.config.rules import CHOICES, MAY_BE_ZERO, check
+from emotrain.config.rules import check, warnings_of
 from emotrain.config.schema import (
     AnnealConfig,
     AttentionConfig,
@@ -25,11 +25,10 @@ from emotrain.config.schema import (
     RouterConfig,
     TrainingConfig,
     flatten,
+    setting_types,
 )
 
 __all__ = [
-    "CHOICES",
-    "MAY_BE_ZERO",
     "AnnealConfig",
     "AttentionConfig",
     "Config",
@@ -50,4 +49,6 @@ __all__ = [
     "flatten",
     "load_config",
     "save_config",
+    "setting_types",
+    "warnings_of",
 ]

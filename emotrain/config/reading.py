@@ -1,19 +1,46 @@
-"""Settings from YAML files and the command line, and back into a file."""
+"""Settings from YAML files and the command line, and back into a file.
+
+OmegaConf reads the YAML, merges and interpolates. The types are checked here, because OmegaConf
+turns "2" into 2 and 1 into true, and a mistake should be said instead.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emotrain.config.old_names import translate, warn_of_old_names
 from emotrain.config.rules import check, pool_fault
-from emotrain.config.schema import Config, flatten
+from emotrain.config.schema import PATH, Config, flatten, setting_types
 from emotrain.errors import MissingFileError, UserError
+
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OTHER_NAMES = {
+    "betas": "optimizer.beta1",
+    "batch_size": "training.global_batch",
+    "grad_clip": "optimizer.clip_norm",
+    "hidden_size": "model.d_model",
+    "learning_rate": "optimizer.lr",
+    "max_grad_norm": "optimizer.clip_norm",
+    "max_lr": "optimizer.lr",
+    "max_seq_len": "data.sequence_length",
+    "max_steps": "training.steps",
+    "n_layers": "model.num_layers",
+    "num_experts": "model.experts.routed",
+    "num_experts_per_tok": "model.experts.top_k",
+    "output_dir": "training.run_dir",
+    "save_every": "training.checkpoint_every",
+}
+"""Names that other trainers use for our settings and that look too different to be guessed."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -21,19 +48,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     result.
 
     Raises:
-        ValueError: an unknown setting (names the nearest known one), a wrong type, a value out of
-            range or a combination that cannot work. FileNotFoundError: no such file.
+        UserError: an unknown setting (names the nearest known one), a wrong type, a value out of
+            range or a combination that cannot work. MissingFileError: no such file.
     """
+    from omegaconf import OmegaConf
+
     path = Path(path)
-    settings = _read_yaml_chain(path, ())
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise UserError(
-                f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3"
-            )
-        _set(settings, key.strip(), _parse_scalar(key, value))
-    return config_from_dict(settings, f"{path}: ")
+    merged = OmegaConf.merge(_read_file(path, ()), *map(_read_override, overrides))
+    with _one_line(f"{path}"):
+        settings = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    assert isinstance(settings, dict)
+    return config_from_dict({str(name): value for name, value in settings.items()}, f"{path}: ")
 
 
 def config_from_dict(settings: dict[str, Any], source: str = "") -> Config:
@@ -54,13 +79,6 @@ def config_from_dict(settings: dict[str, Any], source: str = "") -> Config:
     return config
 
 
-def _allow_larger_pools(config: Config) -> Config:
-    router = config.model.router
-    pool = dataclasses.replace(router.pool, allow_larger=True)
-    router = dataclasses.replace(router, pool=pool)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
-
-
 def config_to_dict(config: Config) -> dict[str, Any]:
     """Nested plain dictionaries, the inverse of `config_from_dict`."""
     return dataclasses.asdict(config)
@@ -72,15 +90,28 @@ def save_config(config: Config, path: str | Path) -> None:
 
     settings = config_to_dict(config)
     settings["model"]["experts"]["routed_per_layer"] = list(config.model.experts.routed_per_layer)
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(settings)), encoding="utf-8")
+    text = OmegaConf.to_yaml(OmegaConf.create(_without_interpolation(settings)))
+    Path(path).write_text(text, encoding="utf-8")
 
 
-def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _without_interpolation(value: Any) -> Any:
+    """Settings whose texts are read back as they are, `${` in them too."""
+    if isinstance(value, dict):
+        return {name: _without_interpolation(item) for name, item in value.items()}
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _allow_larger_pools(config: Config) -> Config:
+    router = config.model.router
+    pool = dataclasses.replace(router.pool, allow_larger=True)
+    router = dataclasses.replace(router, pool=pool)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
+
+
+def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
     """The file's settings over those of the file its `base:` names (relative to the file
     itself)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from omegaconf import DictConfig, OmegaConf
 
     path = path.resolve()
     if path in seen:
@@ -90,49 +121,65 @@ def _read_yaml_chain(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
             f"{path}: no such configuration file; `ls configs` shows those that come with the "
             f"project"
         )
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must hold `key: value` settings, not a {type(settings).__name__}")
+    with _one_line(f"{path}: not readable as YAML"):
+        settings = OmegaConf.load(path)
+    if not isinstance(settings, DictConfig):
+        raise UserError(f"{path}: must hold `key: value` settings, not a list")
     base = settings.pop("base", None)
     if base is None:
         return settings
     if not isinstance(base, str):
         raise UserError(f"{path}: base={base!r} must be the name of one file")
-    merged = _read_yaml_chain(path.parent / base, (*seen, path))
-    _merge(merged, settings)
+    merged = OmegaConf.merge(_read_file(path.parent / base, (*seen, path)), settings)
+    assert isinstance(merged, DictConfig)
     return merged
 
 
-def _merge(into: dict[str, Any], settings: dict[str, Any]) -> None:
-    for key, value in settings.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, leaf = dotted.split(".")
-    for parent in parents:
-        child = settings.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"{dotted}: {parent} is a value, not a group of settings")
-        settings = child
-    settings[leaf] = value
-
-
-def _parse_scalar(key: str, text: str) -> Any:
+def _read_override(override: str) -> DictConfig:
+    """`key=value` as settings: text is taken as typed, other values are read as in a file."""
     from omegaconf import OmegaConf
+
+    key, equals, value = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(
+            f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3"
+        )
+    with _one_line(f"{key}={value} is not readable"):
+        if _is_text(setting_types().get(key)):
+            return OmegaConf.create(_nested(key, _unquoted(value)))
+        return OmegaConf.from_dotlist([f"{key}={value}"])
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    first, _, rest = key.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def _unquoted(text: str) -> str:
+    """Text without the quotes around it that a file would need."""
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Errors of YAML and OmegaConf in one line, with the setting they are about."""
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}={text} is not readable: {' '.join(str(error).split())}") from None
+        yield
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving ")
+        key = f": {error.full_key}" if error.full_key else ""
+        raise UserError(f"{what}{key}: {reason}") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        if error.errno is not None:  # the disk, and no fault of the content
+            raise
+        raise UserError(f"{what}: {' '.join(str(error).split())}") from None
 
 
 def _build(cls: type, settings: Any, prefix: str) -> Any:
@@ -142,77 +189,79 @@ def _build(cls: type, settings: Any, prefix: str) -> Any:
             f"{prefix.rstrip('.')}={settings!r} is a group of settings; give it as `name: value` "
             f"lines"
         )
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    for name in settings:
-        if name not in known:
-            raise UserError(_unknown(f"{prefix}{name}"))
-    types = typing.get_type_hints(cls)
+    types = typing.get_type_hints(cls, include_extras=True)
     values = {}
     for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if name not in types:
+            raise UserError(_unknown(key, str(name), value))
         if dataclasses.is_dataclass(types[name]):
-            values[name] = _build(types[name], value, f"{prefix}{name}.")
+            values[name] = _build(types[name], value, f"{key}.")
         else:
-            values[name] = _coerce(f"{prefix}{name}", value, types[name])
+            values[name] = _coerce(key, value, types[name])
     return cls(**values)
 
 
-def _unknown(key: str) -> str:
+def _unknown(key: str, name: str, value: Any) -> str:
     known = {name for name, _ in flatten(Config())}
-    known |= {name[:dot] for name in known for dot, letter in enumerate(name) if letter == "."}
-    nearest = max(sorted(known), key=lambda name: _likeness(key, name))
-    hint = (
-        f"did you mean {nearest}?"
-        if _likeness(key, nearest) >= 0.6
-        else "`emotrain settings` lists them all"
-    )
+    if "." in name and key in known:
+        *groups, leaf = name.split(".")
+        nested = f"{leaf}: {value}"
+        for group in reversed(groups):
+            nested = f"{group}: {{{nested}}}"
+        return f"{name} is one name with a dot in it; nest it: `{nested}`"
+    nearest = _nearest(key)
+    hint = f"did you mean {nearest}?" if nearest else "`emotrain settings` lists them all"
     return f"{key} is not a setting; {hint}"
 
 
-def _likeness(wanted: str, known: str) -> float:
-    """How well a known setting answers a wanted one: by its last word, and more so in the same
-    section."""
-    (section, _, leaf), (known_section, _, known_leaf) = (
-        wanted.rpartition("."),
-        known.rpartition("."),
-    )
-    words, known_words = leaf.split("_"), known_leaf.split("_")
-    alike = difflib.SequenceMatcher(None, leaf, known_leaf).ratio()
-    if len(words) > 1 and known_leaf == "".join(word[:1] for word in words):  # learning_rate, lr
-        alike = 0.9
-    if common := max(
-        (len(word) for word in words if word in known_words), default=0
-    ):  # batch_size, global_batch
-        alike = max(alike, 0.6 + 0.01 * common)
-    return alike + 0.2 * (section == known_section) if alike >= 0.6 else 0.0
+def _nearest(key: str) -> str | None:
+    """The setting or group that a wrong key most likely means: one of its section before any
+    other."""
+    section, _, leaf = key.rpartition(".")
+    if leaf in OTHER_NAMES:
+        return OTHER_NAMES[leaf]
+    leaves = [name for name, _ in flatten(Config())]
+    groups = {name[:dot] for name in leaves for dot, letter in enumerate(name) if letter == "."}
+    every = [*leaves, *sorted(groups, key=len)]
+    here = [name for name in every if name.rpartition(".")[0] == section]
+    for candidates in (here, every):
+        # Of equal last words the first one counts.
+        by_leaf = {name.rpartition(".")[2]: name for name in reversed(candidates)}
+        if close := difflib.get_close_matches(leaf, by_leaf, n=1):
+            return by_leaf[close[0]]
+    return None
+
+
+def _is_text(kind: Any) -> bool:
+    return _plain(kind) is str
+
+
+def _plain(kind: Any) -> Any:
+    """The type of a setting without what bounds it."""
+    if typing.get_origin(kind) is Literal:
+        return str
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
 
 
 def _coerce(key: str, value: Any, kind: Any) -> Any:
     """`value` as the type of its field. Whole floats pass as integers, so that `tokens: 130e9`
     can be written."""
-    if kind is bool and isinstance(value, bool):
+    plain = _plain(kind)
+    if plain is bool and isinstance(value, bool):
         return value
-    if kind is str and isinstance(value, str):
-        return value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if (
-        kind is int
-        and is_number
-        and (isinstance(value, int) or value.is_integer())
-        and abs(value) < 2**63
-    ):
-        return int(value)
-    if (
-        kind is float
-        and is_number
-        and not (isinstance(value, int) and abs(value) > sys.float_info.max)
-    ):
-        return float(value)
-    if (
-        kind == tuple[int, ...]
-        and isinstance(value, (list, tuple))
-        and all(type(v) is int and v >= 0 for v in value)
-    ):
+    if plain is str and isinstance(value, str):
+        return os.path.expanduser(value) if PATH in typing.get_args(kind) else value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if plain is int and _is_whole(value):
+            return int(value)
+        if plain is float and not (isinstance(value, int) and abs(value) > sys.float_info.max):
+            return float(value)
+    is_list = plain == tuple[int, ...] and isinstance(value, (list, tuple))
+    if is_list and all(type(count) is int and count >= 0 for count in value):
         return tuple(value)
+    if isinstance(value, dict):
+        raise UserError(f"{key} is a value, not a group of settings; give it as {key}=VALUE")
     names = {
         bool: "true or false",
         str: "text",
@@ -220,4 +269,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         float: "a number",
         tuple[int, ...]: "a list of whole numbers",
     }
-    raise UserError(f"{key}={value!r} must be {names[kind]}")
+    raise UserError(f"{key}={value!r} must be {names[plain]}")
+
+
+def _is_whole(value: float) -> bool:
+    return (isinstance(value, int) or value.is_integer()) and abs(value) < 2**63

@@ -1,28 +1,38 @@
-"""Every setting of a run, as frozen dataclasses with a docstring under each field."""
+"""Every setting of a run, as frozen dataclasses with a docstring under each field.
+
+The type of a field says what the setting may be. A plain `int` or `float` is positive.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
+
+AT_LEAST_0, PATH = "at least 0", "path"
+NonNegativeInt = Annotated[int, AT_LEAST_0]
+NonNegativeFloat = Annotated[float, AT_LEAST_0]
+PathText = Annotated[str, PATH]
+"""A path; `~` is the home folder."""
 
 
 @dataclass(frozen=True)
 class PoolConfig:
     """The document pool: the experts that the tokens of one document may choose from (spec 2.3)."""
 
-    kind: str = "uniform"
+    kind: Literal["none", "fixed", "uniform"] = "uniform"
     """`uniform`: a size drawn from U{min..max}; `fixed`: always `size`; `none`: no pool (a
     standard MoE)."""
     min: int = 8
     """Smallest pool drawn by `uniform`, in routed experts."""
-    max: int = 0
+    max: NonNegativeInt = 0
     """Largest pool drawn by `uniform`, in routed experts; 0 means all routed experts of a layer (of
     the largest layer, where layers differ)."""
     size: int = 32
     """Pool size of `fixed`, in routed experts."""
-    per: str = "layer"
+    per: Literal["layer", "document"] = "layer"
     """`layer`: each layer draws its own size for a document; `document`: one size for all
     layers."""
     allow_larger: bool = False
@@ -35,13 +45,13 @@ class PoolConfig:
 class RouterConfig:
     """How a token chooses its experts."""
 
-    gating: str = "softmax"
+    gating: Literal["softmax", "sigmoid"] = "softmax"
     """`softmax` over the routed experts, or `sigmoid` of each logit (plus 1e-7, as the
     reference)."""
     normalize_weights: bool = False
     """Whether the weights of a token's routed experts are divided by their sum. The published
     models do not."""
-    shared_weight: str = "one"
+    shared_weight: Literal["one", "softmax"] = "one"
     """Weight of shared experts: `one` each (training), or `softmax` over their own logits (the
     published Hugging Face code; the same thing for one shared expert)."""
     pool: PoolConfig = field(default_factory=PoolConfig)
@@ -54,24 +64,24 @@ class ExpertsConfig:
     published names count differently: their 128 experts, 8 a token, are 127 routed ones, 7 a token,
     and 1 shared one."""
 
-    routed: int = 127
+    routed: NonNegativeInt = 127
     """N: experts of a layer that tokens choose from. With 0 (and `top_k` 0) the model is dense."""
-    shared: int = 1
+    shared: NonNegativeInt = 1
     """M: experts of a layer that every token uses, besides the routed ones."""
-    top_k: int = 7
+    top_k: NonNegativeInt = 7
     """K: routed experts that a token uses."""
     hidden: int = 1024
     """Hidden width of one expert."""
     routed_per_layer: tuple[int, ...] = ()
     """Routed experts of each layer where layers differ (a pruned model); empty means `routed`
     everywhere."""
-    sharing: str = "none"
+    sharing: Literal["none", "groups", "all"] = "none"
     """Which layers share a bank of routed experts: `none`, each layer has its own; `groups` of
     `layers_per_bank` neighbouring layers; `all` layers (UniPool, arXiv 2605.06665). A router,
     and shared experts, stay a layer's own; load is balanced over a bank's layers together."""
     layers_per_bank: int = 2
     """Layers of a bank under `sharing=groups`; it divides `model.num_layers`."""
-    backend: str = "auto"
+    backend: Literal["auto", "torch", "triton", "megablocks"] = "auto"
     """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts
     alone), or `auto`, the best one for the device."""
 
@@ -97,7 +107,7 @@ class ModelConfig:
     """Transformer blocks."""
     num_heads: int = 16
     """Attention heads."""
-    num_kv_heads: int = 0
+    num_kv_heads: NonNegativeInt = 0
     """Key and value heads; 0 means as many as `num_heads`."""
     rope_theta: float = 500000.0
     """Base of the rotary position frequencies."""
@@ -137,7 +147,7 @@ class ModelConfig:
         """The document pool as it is drawn: `max` is a number of experts, also where the setting
         is 0, and a dense model has no pool."""
         pool = self.router.pool
-        most = max(self.routed_in_layer(layer) for layer in range(self.num_layers))
+        most = max(self.experts.routed_per_layer or (self.experts.routed,))
         return replace(pool, max=pool.max or most) if most else replace(pool, kind="none")
 
     @property
@@ -153,20 +163,20 @@ class ModelConfig:
 class LossConfig:
     """Loss terms. Router terms are averaged over layers."""
 
-    balance: float = 0.1
+    balance: NonNegativeFloat = 0.1
     """Weight of the load-balance loss (spec 2.6)."""
-    balance_scope: str = "global_batch"
+    balance_scope: Literal["global_batch", "data_parallel", "micro_batch"] = "global_batch"
     """Tokens over which expert load is balanced: `global_batch` (every document of the optimizer
     step), `data_parallel` (one micro-batch across ranks, as the reference), or `micro_batch`."""
-    balance_schedule: str = "joint"
+    balance_schedule: Literal["joint", "running"] = "joint"
     """How `global_batch` treats several micro-batches a step. `joint`: forward all, then backward
     all (exact; keeps the activations of every micro-batch). `running`: counts of the step so far
     (approximate, no extra memory)."""
-    router_z: float = 0.001
+    router_z: NonNegativeFloat = 0.001
     """Weight of the router z-loss (spec 2.7)."""
-    router_z_logits: str = "pool"
+    router_z_logits: Literal["pool", "all"] = "pool"
     """Logits under the router z-loss: those of the document's `pool`, or `all` routed experts."""
-    z: float = 1e-5
+    z: NonNegativeFloat = 1e-5
     """Weight of the z-loss on the language-model logits."""
 
 
@@ -189,7 +199,7 @@ class RepetitionFilterConfig:
 class DataConfig:
     """Where the tokens come from."""
 
-    path: str = ""
+    path: PathText = ""
     """Folder written by `emotrain prepare`."""
     sequence_length: int = 4096
     """Tokens of one packed sequence."""
@@ -208,24 +218,24 @@ class DataConfig:
 class OptimizerConfig:
     """AdamW (spec 5)."""
 
-    lr: float = 4e-3
+    lr: NonNegativeFloat = 4e-3
     """Peak learning rate."""
-    beta1: float = 0.9
+    beta1: NonNegativeFloat = 0.9
     """Decay of the first moment."""
-    beta2: float = 0.95
+    beta2: NonNegativeFloat = 0.95
     """Decay of the second moment."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of every parameter but the input embedding."""
-    clip_norm: float = 1.0
+    clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    schedule: str = "cosine"
+    schedule: Literal["cosine", "linear"] = "cosine"
     """`cosine`: warm-up, then cosine to `final_ratio`; `linear`: warm-up, then linear to
     `final_ratio`."""
-    warmup_steps: int = 2000
+    warmup_steps: NonNegativeInt = 2000
     """Steps of linear warm-up."""
-    final_ratio: float = 0.1
+    final_ratio: NonNegativeFloat = 0.1
     """Learning rate at the end, as a share of the peak."""
 
 
@@ -234,9 +244,9 @@ class AnnealConfig:
     """Anneal a trained model: its optimizer state and data order go on, the learning rate falls
     linearly to zero from where it stood (spec 5.1)."""
 
-    checkpoint: str = ""
+    checkpoint: PathText = ""
     """Checkpoint folder to start from; empty means no annealing."""
-    tokens: int = 0
+    tokens: NonNegativeInt = 0
     """Tokens of the anneal; whole steps, rounded down as the reference does."""
 
 
@@ -244,36 +254,36 @@ class AnnealConfig:
 class TrainingConfig:
     """The run."""
 
-    run_dir: str = ""
+    run_dir: PathText = ""
     """Folder of checkpoints, metrics and the resolved configuration."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the initial weights, the data order and the pool sizes."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Optimizer steps; 0 means as many as `tokens` needs."""
-    tokens: int = 0
+    tokens: NonNegativeInt = 0
     """Tokens to train on; the steps are rounded up. Used when `steps` is 0."""
     global_batch: int = 1024
     """Sequences of one optimizer step, over all ranks."""
     micro_batch: int = 4
     """Sequences of one forward pass on one rank."""
-    precision: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`float32`, `bfloat16` (autocast; fp32 parameters and optimizer), or `auto`: bfloat16 on a
     GPU, float32 on a CPU, where it is the faster one without AMX."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu`, `cuda`, or `auto`."""
     compile: bool = False
     """Whether blocks run through torch.compile."""
-    resume: str = "auto"
+    resume: PathText = "auto"
     """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder
     with checkpoints; or the path of a checkpoint."""
-    checkpoint_every: int = 1000
+    checkpoint_every: NonNegativeInt = 1000
     """Steps between checkpoints; 0 means only at the end and on SIGTERM or SIGINT."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: NonNegativeInt = 2
     """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer
     one is whole."""
     async_checkpoints: bool = True
     """Whether training goes on while a checkpoint is written (from a copy in host memory)."""
-    on_checkpoint_error: str = "stop"
+    on_checkpoint_error: Literal["stop", "warn"] = "stop"
     """What a checkpoint that cannot be written (disk full, folder not writable) does to the run:
     `stop`, or `warn`: say so and go on to the next one. The last whole checkpoint stays either
     way."""
@@ -287,7 +297,7 @@ class TrainingConfig:
     collective_timeout_s: float = 600.0
     """Seconds after which a collective that does not end stops the run, naming rank, step and
     collective."""
-    peak_tflops: float = 0.0
+    peak_tflops: NonNegativeFloat = 0.0
     """Peak of one device in TFLOP/s, for MFU; 0 means the known value of the device, or none."""
 
     def uses_bfloat16(self, device_type: str) -> bool:
@@ -303,14 +313,14 @@ class ParallelConfig:
     replicate: int = 1
     """Copies of the model (HSDP). Each is spread over `shard` processes; copies sum their
     gradients."""
-    shard: int = 0
+    shard: NonNegativeInt = 0
     """Processes that one copy of parameters, gradients and optimizer state is spread over (FSDP2);
     0 means all that `replicate` leaves."""
     ep: int = 1
     """Processes that the routed experts of a layer are spread over (expert parallelism), folded out
     of `shard`. Neighbouring ranks: at most the GPUs of a node keeps the exchange of tokens on
     NVLink."""
-    recompute: str = "none"
+    recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory: `none`, `selective` (the inside of the experts,
     where most of it is), or `full` (whole blocks). Routing decisions are never made twice."""
     reshard_after_forward: bool = True
@@ -323,7 +333,7 @@ class ProfileConfig:
     """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in
     RUN_DIR/profile."""
 
-    start: int = 0
+    start: NonNegativeInt = 0
     """First step profiled; 0 means no profile."""
     steps: int = 3
     """Steps profiled."""
@@ -370,3 +380,13 @@ def flatten(config: Any, prefix: str = "") -> list[tuple[str, Any]]:
         key = f"{prefix}{item.name}"
         leaves += flatten(value, f"{key}.") if dataclasses.is_dataclass(value) else [(key, value)]
     return leaves
+
+
+def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The type of every leaf setting, by its dotted key, in order of definition."""
+    types: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(cls, include_extras=True).items():
+        key = f"{prefix}{name}"
+        is_group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        types |= setting_types(kind, f"{key}.") if is_group else {key: kind}
+    return types
