@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from _measure import arguments, report
@@ -34,7 +34,7 @@ from emotrain.training.optimizer import build_optimizer, learning_rate
 from emotrain.training.step import train_step
 
 
-def with_schedule(config: Config, schedule: str) -> Config:
+def with_schedule(config: Config, schedule: Literal["joint", "running"]) -> Config:
     # Without clipping, which would hide a difference in length.
     return dataclasses.replace(
         config,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
-from emotrain.config import PoolConfig, config_from_dict
+from emotrain.config import config_from_dict
 from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics, draw_pool_sizes
 
 
@@ -85,7 +85,7 @@ class Arms:
         self.grad_TK = torch.randn(num_tokens, chosen, generator=generator) / num_tokens
         self.share_N = torch.rand(routed, generator=generator) / num_tokens
         self.pool_size_G = draw_pool_sizes(
-            PoolConfig(**pool), batch.document_ids_G, 1, seed=0, step=1
+            config.model.pool, batch.document_ids_G, 1, seed=0, step=1
         )[0]
 
     def plain(self) -> LayerStatistics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ def decision_of(
     pool_size_G: torch.Tensor | None = None,
     kept_GN: torch.Tensor | None = None,
     valid_T: torch.Tensor | None = None,
-    gating: str = "softmax",
+    gating: Literal["softmax", "sigmoid"] = "softmax",
     normalize: bool = False,
     backend: str = "auto",
 ) -> Decision:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -142,10 +143,10 @@ def test_weights_are_the_probabilities_of_the_chosen_not_renormalised() -> None:
 
 def sizes(
     ids: list[int] | Tensor,
-    kind: str = "uniform",
+    kind: Literal["none", "fixed", "uniform"] = "uniform",
     low: int = 8,
     high: int = 128,
-    per: str = "layer",
+    per: Literal["layer", "document"] = "layer",
     layers: int = 4,
     seed: int = 0,
     step: int = 0,
@@ -511,7 +512,7 @@ def test_a_new_rule_runs_everywhere_or_is_refused(monkeypatch: pytest.MonkeyPatc
         lambda backend, *_: "triton" if backend in ("auto", "triton") else backend,
     )
     logits_TN, document_T = torch.randn(20, 6), torch.arange(20) // 7
-    batch, request = flat_batch(document_T), LayerRequest(PoolConfig(kind="upper_half"))
+    batch, request = flat_batch(document_T), LayerRequest(PoolConfig(kind=cast(Any, "upper_half")))
     decision = decide(logits_TN, batch, 2, RouterConfig(), request)
     scores_GN = sum_by_document(logits_TN.softmax(dim=1), document_T, 3)
     assert torch.equal(decision.pool_GN, upper_half(scores_GN, request))
