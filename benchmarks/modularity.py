@@ -27,7 +27,8 @@ KEEP = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from emotrain.cli import add_json, guarded
+    from emotrain.cli import guarded
+    from emotrain.commands.common import add_json
 
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="models trained at a time, on one thread each (default: %(default)s)",
     )
     add_json(parser)
-    return guarded(run, parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    return guarded(lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:

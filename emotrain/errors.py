@@ -11,6 +11,8 @@ EXIT_FAILED = 1
 """The command broke on the way, or the environment did: the same command may pass later."""
 EXIT_MISTAKE = 2
 """Something a person has to mend: the same command ends alike every time."""
+EXIT_PIPE = 141
+"""Nobody reads the output any more, as in `emotrain settings | head`."""
 EXIT_INTERRUPTED = 75
 """Training was asked to stop and saved a checkpoint: the same command goes on from there."""
 

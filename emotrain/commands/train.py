@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from functools import partial
+from typing import Any
 
 from emotrain.commands.common import add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
@@ -39,17 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from emotrain.config import load_config
+    from emotrain.config import load_config, warnings_of
     from emotrain.distributed.ranks import Ranks
     from emotrain.training.run import train
 
-    engine = {}
+    engine: dict[str, Any] = {}
     if args.deepspeed:
         from emotrain.training.deepspeed import DeepSpeedEngine
 
         engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
     config = load_config(args.config, args.settings)
     with Ranks.join(config.training.device, config.training.collective_timeout_s) as ranks:
+        for line in warnings_of(config) if ranks.is_first else ():
+            logging.getLogger(__name__).warning("warning: %s", line)
         summary = train(config, ranks, **engine)
     if ranks.is_first:
         last = summary["metrics"].get("loss")

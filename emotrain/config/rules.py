@@ -29,9 +29,9 @@ def warnings_of(config: Config) -> list[str]:
     if config.anneal.checkpoint or not 0 < steps <= warmup:
         return []
     return [
-        f"optimizer.warmup_steps={warmup} is not less than the {steps} steps of the run: the "
-        f"learning rate never gets to optimizer.lr={config.optimizer.lr:g} and never falls; lower "
-        f"it, for example to {steps // 10}"
+        f"optimizer.warmup_steps={warmup} is not less than the {steps} steps of the run, which "
+        f"ends while the learning rate still rises to optimizer.lr={config.optimizer.lr:g}; lower "
+        f"warmup_steps"
     ]
 
 

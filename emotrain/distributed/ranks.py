@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, Replicate
 
+from emotrain.distributed.launcher import Launch
 from emotrain.errors import RunError, UserError
 
 
@@ -40,8 +41,10 @@ class Ranks:
             device: `auto`, `cpu` or `cuda`.
             timeout_s: seconds after which a collective that does not end is an error.
         Raises:
-            ValueError: device=cuda without a usable GPU.
+            UserError: device=cuda without a usable GPU, or launcher variables that cannot be.
+            RunError: the processes did not find each other.
         """
+        launch = Launch.read()
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "training.device=cuda needs a GPU and a CUDA build of torch, none was found; use "
@@ -53,29 +56,19 @@ class Ranks:
             # Some schedulers show each process its own GPU alone.
             chosen = torch.device(
                 "cuda",
-                int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.device_count() > 1 else 0,
+                launch.local_rank if torch.cuda.device_count() > 1 else 0,
             )
             torch.cuda.set_device(chosen)
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        if world_size > 1 and not dist.is_initialized():
-            limit = timedelta(seconds=timeout_s)
-            store, *_ = next(rendezvous("env://", timeout=limit))
-            # torchrun keeps its store when it starts processes again, with the addresses of the
-            # dead in it. Its count of starts may differ between nodes; there launch/torchrun.sh has
-            # it make a new store each time.
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-            # torch's record of the last collectives: it is what an error names the one at fault by.
-            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-            dist.init_process_group(
-                "nccl" if use_cuda else "gloo",
-                timeout=limit,
-                store=store,
-                rank=int(os.environ["RANK"]),
-                world_size=world_size,
-                device_id=chosen if use_cuda else None,
-            )
-        return cls(int(os.environ.get("RANK", "0")), world_size, chosen)
+        if launch.world_size > 1 and not dist.is_initialized():
+            try:
+                _init_process_group(launch, timeout_s, chosen if use_cuda else None)
+            except dist.DistError as error:
+                raise RunError(
+                    f"rank {launch.rank} of {launch.world_size} did not find the others at "
+                    f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {timeout_s:g} "
+                    f"s: {error}"
+                ) from None
+        return cls(launch.rank, launch.world_size, chosen)
 
     @property
     def is_first(self) -> bool:
@@ -129,3 +122,23 @@ def num_copies(tensor: torch.Tensor) -> int:
         if isinstance(placement, Replicate)
     )
     return torch.Size(sizes).numel()
+
+
+def _init_process_group(launch: Launch, timeout_s: float, gpu: torch.device | None) -> None:
+    limit = timedelta(seconds=timeout_s)
+    store, *_ = next(rendezvous("env://", timeout=limit))
+    # torchrun keeps its store when it starts processes again, with the addresses of the dead in it.
+    # Its count of starts may differ between nodes; there launch/torchrun.sh has it make a new store
+    # each time.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    # torch's record of the last collectives: it is what an error names the one at fault by.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    dist.init_process_group(
+        "gloo" if gpu is None else "nccl",
+        timeout=limit,
+        store=store,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        device_id=gpu,
+    )

@@ -1,0 +1,54 @@
+"""What a launcher (torchrun, deepspeed, srun with the right variables) tells each process. Without
+its variables a process trains alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from emotrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process among those of a run."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Its number on its machine."""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Launch:
+        """Read and check the launcher's variables.
+
+        Raises:
+            UserError: a variable is missing, no number, or out of range.
+        """
+        world_size = _number(environ, "WORLD_SIZE", 1, least=1)
+        rank = _number(environ, "RANK", 0)
+        if world_size > 1:
+            for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+                if not environ.get(name):
+                    raise UserError(
+                        f"WORLD_SIZE={world_size} without {name}; start the run with a launcher "
+                        f"that sets both, such as torchrun, or unset WORLD_SIZE"
+                    )
+            if _number(environ, "MASTER_PORT", 0) > 65535:
+                raise UserError(f"MASTER_PORT={environ['MASTER_PORT']} is above 65535; lower it")
+        if rank >= world_size:
+            raise UserError(
+                f"RANK={rank} is not below WORLD_SIZE={world_size}; start the run with one launcher"
+            )
+        return cls(rank, world_size, _number(environ, "LOCAL_RANK", 0))
+
+
+def _number(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:
+    text = environ.get(name, str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(
+            f"{name}={text!r} must be a whole number of at least {least}; a launcher sets it, "
+            f"or unset it to train in one process"
+        )
+    return int(text)
