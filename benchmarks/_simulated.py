@@ -176,7 +176,9 @@ def save_metadata(
     """
     from torch.distributed.checkpoint.storage import WriteResult
 
-    from emotrain.training.checkpoint import TrainingState, _StagedFolder
+    from emotrain.folders import StagedFolder
+    from emotrain.training.checkpoint import TrainingState
+    from emotrain.training.checkpoint_folders import commit_checkpoint
     from emotrain.training.tensor_files import (
         TensorFilesWriter,
         WrittenFile,
@@ -191,10 +193,12 @@ def save_metadata(
         planner.set_up_planner(parts, is_coordinator=True)
         plans.append(pickle.dumps(planner.create_local_plan()))
     state = TrainingState(1, 1, "0" * 16, 0, 1024, 0.0)
-    staged = _StagedFolder(
-        Path(folder) / "checkpoints/step-00000001", configured, state, 1, None, 0
-    )
-    staged.staging.mkdir(parents=True)
+    staged = StagedFolder(Path(folder) / "checkpoints/step-00000001")
+    staged.make()
+
+    def commit(files: list[WrittenFile], index: dict[str, Any]) -> None:
+        commit_checkpoint(staged, files, index, configured, state, 1, None)
+
     watch = Watch()
     # Plans come to the first rank pickled (torch.distributed.gather_object).
     plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in plans])
@@ -209,7 +213,7 @@ def save_metadata(
             for stem, size in sizes.items()
         }
         for file in files.values():
-            with open(staged.staging / file.name, "wb") as stream:
+            with open(staged.path / file.name, "wb") as stream:
                 stream.truncate(file.bytes)
         num_bytes += sum(sizes.values())
         results.append(
@@ -223,7 +227,7 @@ def save_metadata(
             ]
         )
     watch = Watch()
-    TensorFilesWriter(staged.staging, staged.begin, staged.commit).finish(metadata, results)
+    TensorFilesWriter(staged.path, lambda _: None, commit).finish(metadata, results)
     result |= watch.so_far("write")
     of_metadata = [
         file.stat().st_size for file in staged.target.iterdir() if file.suffix != ".safetensors"

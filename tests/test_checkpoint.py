@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import pickletools
+import shutil
 import threading
 
 import pytest
@@ -18,8 +19,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from emotrain import verify as verify_command
+from emotrain.commands import verify as verify_command
 from emotrain.config import config_from_dict
+from emotrain.files import sha256_of
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint, tensor_files
 from emotrain.training.checkpoint import CheckpointWriter, TrainingState
@@ -157,11 +159,11 @@ def fail(*_args, **_options):
 @pytest.mark.parametrize(
     "place",
     [
-        "shutil.disk_usage",
-        "tensor_files._write_file",
-        "checkpoint.save_config",
-        "checkpoint.flush_to_disk",
-        "os.rename",
+        "emotrain.folders.shutil.disk_usage",
+        "emotrain.training.tensor_files._write_file",
+        "emotrain.training.checkpoint_folders.save_config",
+        "emotrain.folders.flush_to_disk",
+        "emotrain.folders.os.rename",
     ],
 )
 def test_old_checkpoints_go_only_after_a_newer_one_is_whole(
@@ -174,14 +176,7 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_whole(
     assert names(tmp_path) == ["step-00000002", "step-00000003"]
     caplog.clear()
     with monkeypatch.context() as patch:
-        module, name = place.split(".")
-        patch.setattr(
-            {"checkpoint": checkpoint, "tensor_files": tensor_files}.get(
-                module, getattr(checkpoint, module, None)
-            ),
-            name,
-            fail,
-        )
+        patch.setattr(place, fail)
         expected = (
             f"{tmp_path}/checkpoints/step-00000004: could not be written (No space left on "
             f"device); "
@@ -206,11 +201,11 @@ def test_old_checkpoints_go_only_after_a_newer_one_is_whole(
 
 def test_a_checkpoint_that_cannot_fit_is_refused_before_it_is_begun(tmp_path, monkeypatch):
     config, network, optimizer = setup()
-    usage = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=12_345))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12_345))
     with pytest.raises(
         OSError,
-        match=r"\(it needs 0\.\d MB and 0\.0 MB are free\); there is no earlier checkpoint; free "
+        match=r"\(it needs 0\.\d MB and 0\.0 MB are free\); there is no earlier one; free "
         r"space",
     ):
         checkpoint.save(tmp_path, network, optimizer, config, STATE)
@@ -224,8 +219,7 @@ def test_an_unwritable_folder_is_said_in_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(
         OSError,
-        match=r"could not be written \(File exists: .*/checkpoints\); there is no earlier "
-        r"checkpoint",
+        match=r"could not be written \(File exists: .*/checkpoints\); there is no earlier one",
     ) as error:
         checkpoint.save(tmp_path, network, optimizer, config, STATE)
     assert "\n" not in str(error.value)
@@ -331,7 +325,7 @@ def edit(path, name, change) -> None:
     changed = change(values)
     (path / name).write_text(json.dumps(values if changed is None else changed))
     if name != "manifest.json":
-        entry = {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256_of(path / name)}
+        entry = {"bytes": (path / name).stat().st_size, "sha256": sha256_of(path / name)}
         edit(path, "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
 
 
@@ -491,7 +485,7 @@ def test_json_that_nests_without_end_is_refused(name, tmp_path):
     deep = "[" * 100_000
     (path / name).write_text(deep)
     if name != "manifest.json":
-        entry = {"bytes": len(deep), "sha256": checkpoint.sha256_of(path / name)}
+        entry = {"bytes": len(deep), "sha256": sha256_of(path / name)}
         edit(path, "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
     with pytest.raises(ValueError, match=f"{name} is not readable"):
         checkpoint.restore(path, network, optimizer)

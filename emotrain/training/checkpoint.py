@@ -17,16 +17,12 @@ share the file system that RUN_DIR is on.
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
-import os
-import re
-import shutil
+import secrets
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -38,56 +34,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emotrain.config import Config, load_config, save_config
-from emotrain.errors import MissingFileError, UserError
-from emotrain.files import flush_to_disk, sha256_of
+from emotrain.config import Config, load_config
+from emotrain.errors import UserError
+from emotrain.folders import StagedFolder, remove
 from emotrain.model.transformer import Transformer
+from emotrain.training.checkpoint_folders import (
+    TrainingState,
+    commit_checkpoint,
+    find,
+    list_checkpoints,
+    list_leftovers,
+    prune,
+    read_state,
+    verify,
+)
 from emotrain.training.tensor_files import (
-    INDEX,
     StoredTensors,
     TensorFilesWriter,
     TensorPart,
     WrittenFile,
     load_parts,
-    read_index,
     save_parts,
 )
 
 log = logging.getLogger("emotrain")
 
-NAME = re.compile(r"step-(\d{8})")
-LEFTOVER = re.compile(r"\.step-\d{8}\.(partial|removed)")
-"""Folders that a killed process leaves: a checkpoint on its way in, or on its way out."""
-MANIFEST = "manifest.json"
-FORMAT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a run needs besides tensors to go on exactly."""
-
-    step: int
-    """Optimizer steps done."""
-    tokens: int
-    """Tokens seen."""
-    data_fingerprint: str
-    """Of the data set and its sequence length: a checkpoint goes on only with the data it was
-    trained on."""
-    seed: int
-    """Seed of data order and pool sizes."""
-    global_batch: int
-    """Sequences a step; the data position is step * global_batch."""
-    lr: float
-    """Learning rate of the last update."""
-    skipped_steps: int = 0
-    """Updates skipped so far for a loss or gradient that was not finite."""
-    anneal_start_step: int = -1
-    """Step at which annealing began; -1 without annealing."""
-    anneal_start_lr: float = 0.0
-    """Learning rate at which annealing began."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +96,19 @@ class CheckpointWriter:
         on_error: str = "stop",
         timeout_s: float = 1800,
         alone: bool = False,
+        permanent_every: int = 0,
     ):
         """
         Args:
             keep: how many of the newest checkpoints stay; 0 keeps all.
+            permanent_every: checkpoints of a multiple of this many steps stay too; 0: none.
             on_error: what a full disk or an unwritable folder does: `stop` raises OSError on every
                 rank, from the next `save` or `wait`; `warn` logs one line.
             timeout_s: how long a rank waits for the files of the others before it raises.
             alone: whether only this process of several writes, because it holds the whole model.
         """
-        self.run_dir, self.keep, self.asynchronous, self.on_error = (
-            Path(run_dir),
-            keep,
-            asynchronous,
-            on_error,
-        )
+        self.run_dir, self.asynchronous, self.on_error = Path(run_dir), asynchronous, on_error
+        self.keep, self.permanent_every = keep, permanent_every
         self.last: Written | None = None
         """The newest checkpoint that this writer has finished."""
         self._group = None
@@ -144,6 +116,9 @@ class CheckpointWriter:
             self._group = dist.new_group(
                 backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="checkpoints"
             )
+        # The folders of this writer have names of their own while they are written, the same on
+        # all ranks.
+        self._token = _agreed(secrets.token_hex(4), self._group)
         self._host: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -247,138 +222,66 @@ class CheckpointWriter:
     ) -> None:
         """Write one checkpoint; its outcome, the same on every rank, goes to `last` or `_error`."""
         started = time.perf_counter()
-        folder = _StagedFolder(
-            self.run_dir / "checkpoints" / f"step-{state.step:08d}",
-            config,
-            state,
-            num_updates,
-            tokenizer,
-            self.keep,
-        )
+        target = self.run_dir / "checkpoints" / f"step-{state.step:08d}"
+        folder = StagedFolder(target, self._token)
+        num_bytes = 0
         is_first = self._group is None or dist.get_rank(self._group) == 0
+
+        def begin(total: int) -> None:
+            nonlocal num_bytes
+            num_bytes = total
+            for leftover in list_leftovers(self.run_dir):
+                remove(leftover)
+            folder.make(total)
+
+        def commit(files: list[WrittenFile], index: dict[str, Any]) -> None:
+            commit_checkpoint(folder, files, index, config, state, num_updates, tokenizer)
+            prune(self.run_dir, target.name, self.keep, self.permanent_every)
+
         try:
-            save_parts(
-                parts, TensorFilesWriter(folder.staging, folder.begin, folder.commit), self._group
-            )
-        except OSError as error:
-            reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-            if is_first:
-                shutil.rmtree(folder.staging, ignore_errors=True)
-            whole = list_checkpoints(self.run_dir)
-            last = (
-                f"the last whole checkpoint is {whole[-1]}"
-                if whole
-                else "there is no earlier checkpoint"
-            )
-            failure = f"{folder.target}: could not be written ({reason}); {last}"
-            if self.on_error == "stop":
-                self._error = OSError(
-                    f"{failure}; free space or choose another training.run_dir, and start again"
-                )
-            elif is_first:
-                log.warning("%s; training goes on (training.on_checkpoint_error=warn)", failure)
+            save_parts(parts, TensorFilesWriter(folder.path, begin, commit), self._group)
         except BaseException as error:
             if is_first:
-                shutil.rmtree(folder.staging, ignore_errors=True)
-            self._error = error
-        else:
-            write_s = time.perf_counter() - started
-            if not self.asynchronous:
-                snapshot_s += write_s
-            self.last = Written(folder.target, state.step, snapshot_s, write_s, folder.bytes)
-            if is_first:
-                log.info(
-                    "checkpoint %s: %.1f MB, training waited %.2f s, written in %.2f s (%.0f MB/s)",
-                    folder.target,
-                    folder.bytes / 1e6,
-                    snapshot_s,
-                    write_s,
-                    folder.bytes / 1e6 / max(write_s, 1e-9),
-                )
-
-
-@dataclass
-class _StagedFolder:
-    """The folder of one checkpoint, on the first rank: what happens before and after all ranks
-    have written their tensors."""
-
-    target: Path
-    config: Config
-    state: TrainingState
-    num_updates: int
-    tokenizer: Path | None
-    keep: int
-    bytes: int = 0
-
-    @property
-    def staging(self) -> Path:
-        return self.target.with_name(f".{self.target.name}.partial")
-
-    def begin(self, num_bytes: int) -> None:
-        """Make room for `num_bytes` of tensors."""
-        self.bytes = num_bytes
-        root = self.target.parent
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in list_leftovers(root.parent):
-            shutil.rmtree(leftover)
-        free = shutil.disk_usage(root).free
-        if free < num_bytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"it needs {num_bytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free",
+                folder.discard()
+            self._error = self._failure(target, error, is_first)
+            return
+        write_s = time.perf_counter() - started
+        if not self.asynchronous:
+            snapshot_s += write_s
+        self.last = Written(target, state.step, snapshot_s, write_s, num_bytes)
+        if is_first:
+            log.info(
+                "checkpoint %s: %.1f MB, training waited %.2f s, written in %.2f s (%.0f MB/s)",
+                target,
+                num_bytes / 1e6,
+                snapshot_s,
+                write_s,
+                num_bytes / 1e6 / max(write_s, 1e-9),
             )
-        self.staging.mkdir()
 
-    def commit(self, files: list[WrittenFile], index: dict[str, Any]) -> None:
-        """Add what is not a tensor, and give the folder its name."""
-        staging, manifest = self.staging, {}
-        for file in files:
-            if (
-                not (staging / file.name).is_file()
-                or (staging / file.name).stat().st_size != file.bytes
-            ):
-                raise OSError(
-                    f"{file.name}, which another process wrote, is not seen by the first one: all "
-                    f"nodes must share this folder"
-                )
-            manifest[file.name] = {"bytes": file.bytes, "sha256": file.sha256}
-        (staging / INDEX).write_text(json.dumps(index, separators=(",", ":")), encoding="utf-8")
-        save_config(self.config, staging / "config.yaml")
-        state = {**vars(self.state), "num_updates": self.num_updates}
-        (staging / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        if self.tokenizer is not None and self.tokenizer.is_file():
-            (staging / "tokenizer.json").write_bytes(self.tokenizer.read_bytes())
-        for file in sorted(staging.iterdir()):
-            if file.name not in manifest:
-                flush_to_disk(file)
-                manifest[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        (staging / MANIFEST).write_text(
-            json.dumps({"format": FORMAT, "files": manifest}, indent=1), encoding="utf-8"
-        )
-        flush_to_disk(staging / MANIFEST)
-        flush_to_disk(staging)
-        if self.target.exists():
-            # Only a run that went back to an earlier checkpoint comes here a second time, and it
-            # still has the earlier one.
-            _remove(self.target)
-        os.rename(staging, self.target)
-        flush_to_disk(self.target.parent)
-        self._prune()
-
-    def _prune(self) -> None:
-        """Remove checkpoints of earlier steps, now that this one is whole."""
-        older = [
-            path
-            for path in list_checkpoints(self.target.parents[1])
-            if path.name < self.target.name
-        ]
-        try:
-            for path in older[: max(0, len(older) + 1 - self.keep)] if self.keep else []:
-                _remove(path)
-        except OSError as error:
-            log.warning(
-                "%s: an old checkpoint could not be removed (%s)", path, error.strerror or error
+    def _failure(self, target: Path, error: BaseException, is_first: bool) -> BaseException | None:
+        """The error that a failed write raises, if it raises one."""
+        if not isinstance(error, OSError):
+            return error
+        reason = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        whole = list_checkpoints(self.run_dir)
+        last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier one"
+        failure = f"{target}: could not be written ({reason}); {last}"
+        if self.on_error == "stop":
+            return OSError(
+                f"{failure}; free space or choose another training.run_dir, and start again"
             )
+        if is_first:
+            log.warning("%s; training goes on (training.on_checkpoint_error=warn)", failure)
+        return None
+
+
+def _agreed(value: str, group: dist.ProcessGroup | None) -> str:
+    """The first rank's value, on every rank."""
+    values = [value]
+    if group is not None:
+        dist.broadcast_object_list(values, group_src=0, group=group)
+    return values[0]
 
 
 def save(
@@ -397,112 +300,9 @@ def save(
     return writer.last.path
 
 
-def list_checkpoints(run_dir: Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
-    found = [
-        path
-        for path in (Path(run_dir) / "checkpoints").glob("step-*")
-        if NAME.fullmatch(path.name) and (path / MANIFEST).is_file()
-    ]
-    return sorted(found)
-
-
-def list_leftovers(run_dir: Path) -> list[Path]:
-    """What killed processes have left among the checkpoints of a run. The next save removes it."""
-    return sorted(
-        path
-        for path in (Path(run_dir) / "checkpoints").glob(".step-*")
-        if LEFTOVER.fullmatch(path.name)
-    )
-
-
-def find(path: str | Path) -> Path:
-    """A checkpoint folder from its own path or that of its run (then the newest).
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    path = Path(path)
-    if (path / MANIFEST).is_file() and (path / "state.json").is_file():
-        return path
-    found = list_checkpoints(path)
-    if not found:
-        raise MissingFileError(
-            f"{path}: no checkpoint here; give a folder like RUN_DIR/checkpoints/step-00001000, or "
-            f"a RUN_DIR "
-            f"that has one"
-        )
-    return found[-1]
-
-
-def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file of a checkpoint, by its name.
-
-    Raises:
-        ValueError: not a manifest, or one that names files it must not.
-    """
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError(
-                f"format {manifest['format']!r} is not {FORMAT}, the one this version reads"
-            )
-        entries = {
-            name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()
-        }
-        for name, (size, digest) in entries.items():
-            if type(size) is not int or not isinstance(digest, str):
-                raise UserError(f"size and checksum of {name!r} are {size!r} and {digest!r}")
-            if Path(name).name != name or "\\" in name or "\0" in name or name in ("", ".", ".."):
-                raise UserError(f"{name!r} is not the name of a file in it")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}: its {MANIFEST} is not readable ({error}); use another checkpoint"
-        ) from None
-    for name in (INDEX, "state.json", "config.yaml"):
-        if name not in entries:
-            raise UserError(f"{path}: {name} is not in its {MANIFEST}; use another checkpoint")
-    return entries
-
-
-def verify(
-    path: Path,
-    hashed: Callable[[list[str]], Iterable[str]] = lambda names: names,
-    track: Callable[[int], object] = lambda num_bytes: None,
-) -> StoredTensors:
-    """Check every file of a checkpoint against its manifest. Returns where its tensors lie.
-
-    Args:
-        hashed: picks those of the named files whose contents are read, all by default; sizes are
-            checked of all.
-        track: told the bytes of each file that was read.
-
-    Raises:
-        ValueError: a file is missing, of another size, or damaged; names the file.
-    """
-    entries = read_manifest(path)
-    for name, (size, _) in entries.items():
-        file = path / name
-        if file.is_symlink() or not file.is_file():
-            raise UserError(f"{path}: {name} is missing; use another checkpoint")
-        if file.stat().st_size != size:
-            raise UserError(
-                f"{file}: {file.stat().st_size} bytes where {size} were written; use another "
-                f"checkpoint"
-            )
-    for name in hashed(sorted(entries)):
-        if sha256_of(path / name) != entries[name][1]:
-            raise UserError(
-                f"{path / name}: contents differ from the checksum in {MANIFEST}; use another "
-                f"checkpoint"
-            )
-        track(entries[name][0])
-    return read_index(path, entries)
-
-
 def load_state(path: Path) -> TrainingState:
     """The `state.json` of a checkpoint."""
-    return _read_state(path)[0]
+    return read_state(path)[0]
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Config, Transformer]:
@@ -573,7 +373,7 @@ def restore_parts(
 
     def check() -> tuple[TrainingState, int, StoredTensors, dict[str, TensorPart]]:
         stored = verify(path, lambda names: names[rank::world_size])
-        state, num_updates = _read_state(path)
+        state, num_updates = read_state(path)
         parts = wanted(num_updates)
         _require_match(path, stored, parts)
         return state, num_updates, stored, parts
@@ -633,26 +433,3 @@ def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, Tensor
         raise UserError(
             f"{path}: {difference}; use the configuration the checkpoint was written with"
         )
-
-
-def _read_state(path: Path) -> tuple[TrainingState, int]:
-    """The training state, and AdamW's count of updates."""
-    try:
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        num_updates = values.pop("num_updates")
-        for name, kind in {**typing.get_type_hints(TrainingState), "num_updates": int}.items():
-            value = num_updates if name == "num_updates" else values.get(name, kind())
-            if type(value) is not kind and not (kind is float and type(value) is int):
-                raise UserError(f"{name}={value!r} is not of type {kind.__name__}")
-        return TrainingState(**values), num_updates
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path}/state.json is not readable ({error}); use another checkpoint"
-        ) from None
-
-
-def _remove(checkpoint: Path) -> None:
-    """Remove a checkpoint: it is out of sight at once, whoever dies on the way."""
-    doomed = checkpoint.with_name(f".{checkpoint.name}.removed")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)

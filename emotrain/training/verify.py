@@ -19,7 +19,7 @@ def verify_all(paths: list[Path]) -> dict[str, Any]:
     Raises:
         FileNotFoundError: a path that holds no checkpoint, whole or not.
     """
-    from emotrain.training.checkpoint import list_leftovers, verify
+    from emotrain.training.checkpoint_folders import list_leftovers, verify
 
     folders, leftovers = [], []
     for path in paths:
@@ -71,7 +71,8 @@ def describe(result: dict[str, Any]) -> str:
 def _checkpoints(path: Path) -> list[Path]:
     """The checkpoint at a path, or those of the run there. Those without a manifest count too:
     they are damaged."""
-    from emotrain.training.checkpoint import MANIFEST, NAME
+    from emotrain.folders import MANIFEST
+    from emotrain.training.checkpoint_folders import NAME
 
     if (
         NAME.fullmatch(path.name)
