@@ -37,5 +37,9 @@ class MissingPackageError(UserError, ModuleNotFoundError):
     """An optional package is asked for and not installed."""
 
 
+class DivergedError(UserError, RuntimeError):
+    """Training that cannot go on as it is configured: the same command would end alike."""
+
+
 class RunError(RuntimeError):
     """A run that broke on the way, for a reason that one line can tell: a lost rank, a full disk."""

@@ -210,6 +210,9 @@ class DataConfig:
     """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in
     evaluation, and for data sets prepared without checksums of blocks, whole shards (a second or
     two a gigabyte)."""
+    allow_change: bool = False
+    """Whether a checkpoint may go on with other data, another sequence length, batch or seed than
+    it was trained with. The data are then read from their start."""
     repetition_filter: RepetitionFilterConfig = field(default_factory=RepetitionFilterConfig)
     """Filter of periodic sequences."""
 
@@ -275,12 +278,16 @@ class TrainingConfig:
     """Whether blocks run through torch.compile."""
     resume: PathText = "auto"
     """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder
-    with checkpoints; or the path of a checkpoint."""
+    with checkpoints; or the path of a checkpoint where the run begins: once the run has written
+    checkpoints of its own since, it goes on from the newest of those. Going back to a checkpoint
+    of `run_dir` itself sets the later ones aside."""
     checkpoint_every: NonNegativeInt = 1000
     """Steps between checkpoints; 0 means only at the end and on SIGTERM or SIGINT."""
     keep_checkpoints: NonNegativeInt = 2
     """How many of the newest checkpoints to keep; 0 keeps all. Old ones go only after a newer
     one is whole."""
+    permanent_every: NonNegativeInt = 0
+    """Checkpoints of a multiple of this many steps are never removed; 0: none are kept for good."""
     async_checkpoints: bool = True
     """Whether training goes on while a checkpoint is written (from a copy in host memory)."""
     on_checkpoint_error: Literal["stop", "warn"] = "stop"

@@ -46,7 +46,7 @@ import numpy as np
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
-from emotrain.data.formats import Dataset
+from emotrain.data.formats import TOKENIZER, Dataset
 from emotrain.data.order import keyed, permute
 from emotrain.data.packing import documents_in_window
 from emotrain.errors import UserError
@@ -120,6 +120,11 @@ class Loader:
     @property
     def vocab_size(self) -> int:
         return self.dataset.vocab_size
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer that the documents were encoded with."""
+        return self.dataset.path / TOKENIZER
 
     @property
     def eos_id(self) -> int:

@@ -43,7 +43,7 @@ def collective_errors(ranks: Ranks, timeout_s: float, step: Callable[[], int]) -
     Args:
         timeout_s: seconds a collective may take; on a GPU the process ends (EXIT_BROKE) when one
             takes longer.
-        step: the step under way.
+        step: the step under way, 0 before the first.
     """
     watch = (
         _Watch(ranks, timeout_s, step)
@@ -73,17 +73,20 @@ def describe(
     """One line on the collective at fault: the first one under way, or the last one of a backend
     (gloo) that does not say which are."""
     entry = in_flight(record) or (record[-1] if record else None)
-    name = "a collective"
+    name, when = "a collective", f"step {step}" if step else "before the first step"
     if entry is not None:
         sizes = ", ".join("x".join(map(str, size)) for size in entry["input_sizes"])
         name = f"{entry['profiling_name']} of {sizes} in group {entry['process_group'][1] or entry['process_group'][0]}"
     if "Timed out" in error or "timeout" in error.lower():
         return (
-            f"rank {ranks.rank}, step {step}: {name} did not end within {timeout_s:g} s "
+            f"rank {ranks.rank}, {when}: {name} did not end within {timeout_s:g} s "
             f"(training.collective_timeout_s); another rank "
             f"is stuck, gone or slow: the ranks that say nothing are the ones to look at"
         )
-    return f"rank {ranks.rank}, step {step}: {name} broke off, the process of another rank has ended; its own error says why"
+    return (
+        f"rank {ranks.rank}, {when}: {name} broke off, the process of another rank has ended; its own "
+        f"error says why"
+    )
 
 
 def flight_record() -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ class Launch:
         Raises:
             UserError: a variable is missing, no number, or out of range.
         """
+        _refuse_tasks_apart(environ)
         world_size = _number(environ, "WORLD_SIZE", 1, least=1)
         rank = _number(environ, "RANK", 0)
         if world_size > 1:
@@ -52,3 +53,21 @@ def _number(environ: Mapping[str, str], name: str, default: int, least: int = 0)
             f"or unset it to train in one process"
         )
     return int(text)
+
+
+def _refuse_tasks_apart(environ: Mapping[str, str]) -> None:
+    """Refuse one of several tasks of srun or mpirun that do not know of each other."""
+    if "WORLD_SIZE" in environ:
+        return
+    for tasks, marker in (
+        ("SLURM_NTASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+        ("PMI_SIZE", "PMI_RANK"),
+    ):
+        number = environ.get(tasks, "1")
+        if number.isdecimal() and int(number) > 1 and marker in environ:
+            raise UserError(
+                f"{tasks}={number}: this is one of {number} tasks, and WORLD_SIZE does not say so: "
+                f"each would train alone; start with torchrun or launch/slurm.sbatch, or set "
+                f"WORLD_SIZE=1 to train in one"
+            )

@@ -135,18 +135,40 @@ class MetricsWriter:
     stands once.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, tensorboard: bool):
-        self.path = run_dir / "metrics.jsonl"
-        kept = []
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        tensorboard: bool,
+        log_every: int = 0,
+        on_error: str = "stop",
+    ):
+        """
+        Args:
+            log_every: steps between lines, where a gap before `start_step` is to be said.
+            on_error: what a line that cannot be written does: `stop`, or `warn` and go on.
+        """
+        self.path, self.on_error = run_dir / "metrics.jsonl", on_error
+        kept, last = [], 0
         if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            # A disk block gone bad is no reason to lose the run.
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
-                    if json.loads(line)["step"] <= start_step:
+                    step = json.loads(line)["step"]
+                    if step <= start_step:
                         kept.append(line + "\n")
+                        last = max(last, step)
                 except (ValueError, KeyError, TypeError):
                     log.warning(
                         "%s: dropped a line that is not a metrics record: %.60s", self.path, line
                     )
+        if log_every and start_step - last > log_every:
+            log.warning(
+                "%s: nothing of steps %d to %d, which the checkpoint has seen",
+                self.path,
+                last + 1,
+                start_step,
+            )
         write_whole(self.path, "".join(kept).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")
         self._board = self._open_board(run_dir, start_step) if tensorboard else None
@@ -164,8 +186,14 @@ class MetricsWriter:
         return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(json_text(metrics) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json_text(metrics) + "\n")
+            self._file.flush()
+        except OSError as error:
+            message = f"{self.path}: could not be written ({error.strerror or error})"
+            if self.on_error == "stop":
+                raise OSError(f"{message}; free space and give the same command again") from error
+            log.warning("%s; training goes on (training.on_checkpoint_error=warn)", message)
         if self._board is None:
             return
         for key, value in metrics.items():
@@ -179,7 +207,11 @@ class MetricsWriter:
                     self._board.add_scalar(name, number, metrics["step"])
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            # `write` has said or raised it before.
+            log.warning("%s: not complete (%s)", self.path, error.strerror or error)
         if self._board is not None:
             self._board.close()
 
@@ -196,7 +228,13 @@ class RunLog:
     ):
         self.config, self.ranks, self.run_dir = config, ranks, run_dir
         self.writer = (
-            MetricsWriter(run_dir, first_step, config.training.tensorboard)
+            MetricsWriter(
+                run_dir,
+                first_step,
+                config.training.tensorboard,
+                config.training.log_every,
+                config.training.on_checkpoint_error,
+            )
             if ranks.is_first
             else None
         )
