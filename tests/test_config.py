@@ -4,6 +4,7 @@ page is true."""
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import typing
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from emotrain.cli import main
 from emotrain.config import (
     Config,
     config_from_dict,
@@ -21,7 +23,7 @@ from emotrain.config import (
     setting_types,
     warnings_of,
 )
-from emotrain.settings import field_docs, settings_reference
+from emotrain.settings import field_docs, settings_reference, settings_text
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -582,5 +584,36 @@ def test_the_settings_page_is_the_generated_one() -> None:
     page = settings_reference()
     assert all(f"| `{key}` |" in page for key, _ in flatten(Config()))
     assert (ROOT / "docs/settings.md").read_text(encoding="utf-8") == page, (
-        "run: emotrain settings > docs/settings.md"
+        "run: emotrain settings --markdown > docs/settings.md"
     )
+
+
+def test_the_page_has_no_empty_part() -> None:
+    for part in settings_reference().split("\n## ")[1:]:
+        assert part.count("\n| `") >= 1, part
+
+
+def test_a_terminal_gets_the_same_in_100_columns() -> None:
+    text = settings_text()
+    assert max(map(len, text.splitlines())) <= 100 and "|" not in text
+    for key, default in flatten(Config()):
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        assert f"  {key}={'[]' if default == () else shown}\n" in text
+
+
+def test_settings_can_be_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    def keys(*words: str) -> list[str]:
+        assert main(["settings", "--json", *words]) == 0
+        return list(json.loads(capsys.readouterr().out))
+
+    assert keys() == [key for key, _ in flatten(Config())]
+    assert keys("router.pool.") == [
+        f"model.router.pool.{name}"
+        for name in ("kind", "min", "max", "size", "per", "allow_larger")
+    ]
+    assert "optimizer.warmup_steps" in keys("Warm-Up")
+    assert main(["settings", "zzz"]) == 2
+    assert "no setting has 'zzz' in its name or meaning" in capsys.readouterr().err
+    assert main(["settings", "pool", "--markdown"]) == 2
+    assert main(["settings", "--markdown"]) == 0
+    capsys.readouterr()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 from emotrain.cli import main
 from emotrain.config import load_config
-from emotrain.inspection import run_costs
+from emotrain.inspection import describe, run_costs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EMO = (13_568_641_024, 1_489_045_504)
@@ -142,6 +143,63 @@ def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown in text
     assert main(["inspect", str(CONFIGS / "emo_1b14b_1t.yaml"), "model.expert.routed=3"]) == 2
     assert "did you mean model.experts?" in capsys.readouterr().err
+
+
+def shown(name: str, *overrides: str) -> dict[str, str]:
+    """Lines of `emotrain inspect`: name -> value and note."""
+    config = load_config(CONFIGS / f"{name}.yaml", overrides)
+    text = describe(config, run_costs(config))
+    assert max(map(len, text.splitlines())) <= 100
+    lines = (re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in text.splitlines())
+    return {line[0]: re.sub(r"\s{2,}", "  ", line[1]) for line in lines if len(line) == 2}
+
+
+def test_experts_and_pool_are_said_in_one_unit() -> None:
+    lines = shown("quickstart")
+    assert lines["routed experts, N"].startswith("31  ")
+    assert lines["shared experts, M"].startswith("1  ")
+    assert lines["top-k, K"].startswith("3  ")
+    assert (
+        lines["document pool"] == "4 to 31 routed experts  a size drawn for each document and layer"
+    )
+    assert lines["backend"].startswith("auto  ")
+    assert (lines["shard"][:3], lines["ep"][:1], lines["replicate"][:1]) == ("all", "1", "1")
+    assert lines["sequence length"] == "256  tokens" and lines["path"] == "data/sample"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "pool"),
+    [
+        ("emo_1b14b_1t", (), "8 to 128 routed experts"),
+        ("quickstart", ("model.router.pool.max=0",), "4 to 31 routed experts"),
+        (
+            "quickstart",
+            ("model.router.pool.kind=fixed", "model.router.pool.size=9"),
+            "9 routed experts",
+        ),
+        ("stdmoe_1b14b_1t", (), "none: a standard MoE"),
+        ("dense_1b_130b", (), "none: a dense model"),
+    ],
+)
+def test_the_pool_in_words(name: str, overrides: tuple[str, ...], pool: str) -> None:
+    assert shown(name, *overrides)["document pool"].split("  ")[0] == pool
+    assert costs_of(name, *overrides)["pool"]["text"] == pool
+
+
+def test_the_data_set_is_named_with_the_passes_over_it(tiny_data: Path, tmp_path: Path) -> None:
+    data = costs_of("quickstart", f"data.path={tiny_data}", "training.steps=10")["data"]
+    assert data["passes"] == pytest.approx(10 * 32 * 256 / data["tokens"])
+    assert costs_of("quickstart", "data.path=")["data"]["note"] == "data.path is not set"
+    nothing = costs_of("quickstart", f"data.path={tmp_path / 'none'}")["data"]
+    assert nothing["tokens"] is None and "emotrain prepare" in nothing["note"]
+    (tmp_path / "dataset.json").write_text("{}")
+    assert "dataset.json" in costs_of("quickstart", f"data.path={tmp_path}")["data"]["note"]
+
+
+def test_what_is_most_likely_not_meant_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(CONFIGS / "quickstart.yaml"), "training.steps=20"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("warning: optimizer.warmup_steps=40 is not less than the 20 steps")
 
 
 def test_the_largest_model_takes_little_time_and_memory() -> None:

@@ -3,6 +3,7 @@ the quickstart works end to end."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, write_documents
+from emotrain.commands import COMMANDS as SUBCOMMANDS
+from tests.conftest import ROOT, run_command, write_documents
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)]
@@ -84,29 +86,52 @@ def test_links_and_targets_exist():
         assert re.search(rf"^{target}:", make, re.MULTILINE), target
 
 
-def test_every_command_teaches():
-    names = ["prepare", "inspect", "evaluate", "report", "kernels", "settings"]
-    overview = subprocess.run(
-        [sys.executable, "-m", "emotrain.cli", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    for name in names:
-        assert name in overview
-        text = subprocess.run(
-            [sys.executable, "-m", "emotrain.cli", name, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        assert "--json" in text, f"{name} reports without --json"
-    assert (
-        "examples:"
-        in subprocess.run(
-            [sys.executable, ROOT / "launch/pretrain.py", "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    )
+def test_every_command_has_its_line_in_the_overview():
+    overview = run_command("-m", "emotrain.cli", "--help").stdout
+    for name, summary in SUBCOMMANDS.items():
+        line = " ".join(overview.split())
+        assert f"{name} {summary}" in line
+
+
+@pytest.mark.parametrize("name", SUBCOMMANDS)
+def test_every_command_teaches(name):
+    done = run_command("-m", "emotrain.cli", name, "--help", env={**os.environ, "COLUMNS": "100"})
+    assert done.returncode == 0
+    text = done.stdout
+    assert "--json" in text, f"{name} reports without --json"
+    epilog = text[text.index("example") :]
+    assert f"  emotrain {name}" in epilog, f"{name} --help shows no example"
+    assert max(map(len, text.splitlines())) <= 100, f"{name} --help is wider than 100 columns"
+
+
+def examples():
+    """The examples of the helps that end in seconds and need nothing that is not here."""
+    for name in ("inspect", "settings"):
+        module = importlib.import_module(f"emotrain.commands.{name}")
+        for line in module.EPILOG.splitlines():
+            if line.startswith(f"  emotrain {name}"):
+                yield line.strip().split("   ")[0]
+
+
+@pytest.mark.parametrize("line", list(examples()))
+def test_examples_of_the_helps_work(line):
+    done = run_as_written(line, ROOT)
+    assert done.returncode == 0, f"{line}\n{done.stderr}"
+    assert max(map(len, done.stdout.splitlines())) <= 100, "a terminal has 100 columns"
+
+
+@pytest.mark.parametrize("name", ["train", "inspect", "plan"])
+def test_a_configuration_is_needed_and_settings_are_not(name):
+    done = run_command("-m", "emotrain.cli", name)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("the following arguments are required: CONFIG")
+    assert "CONFIG [key=value ...]" in done.stderr
+
+
+def test_the_script_for_launchers_is_the_command():
+    done = run_command("launch/pretrain.py", "--help")
+    assert done.returncode == 0 and "examples:" in done.stdout
+    assert done.stdout == run_command("-m", "emotrain.cli", "train", "--help").stdout
 
 
 def test_make_quickstart_end_to_end(tmp_path):

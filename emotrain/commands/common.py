@@ -1,4 +1,4 @@
-"""What every command does alike: `--json`, and one way to print a result."""
+"""What every command does alike: a configuration, `--json`, and one way to print a result."""
 
 from __future__ import annotations
 
@@ -6,6 +6,19 @@ import argparse
 from typing import Any
 
 from emotrain.files import json_text
+
+
+def add_config(parser: argparse.ArgumentParser, example: str = "configs/quickstart.yaml") -> None:
+    """CONFIG, which is needed, and settings, which are not."""
+    parser.add_argument("config", metavar="CONFIG", help=f"YAML file, for example {example}")
+    parser.add_argument(
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help="settings that override the file's, for example optimizer.lr=1e-3 (`emotrain "
+        "settings` lists them)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

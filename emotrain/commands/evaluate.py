@@ -10,23 +10,23 @@ from emotrain.evaluation.sweep import SweepSettings, default_folder, evaluate, t
 from emotrain.files import json_text
 from emotrain.progress import ProgressBar
 
+DESCRIPTION = """\
+Measure what each domain loses when it keeps only some of the experts. A few training documents of a
+domain choose its experts; the loss is taken on held-out documents, for every domain with its own
+subset. Two controls say whether the choice matters: as many experts at random, and those that
+another domain chose. Training is not needed, nor is a GPU."""
+EPILOG = """\
+example:
+  emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 0.125
+
+Reading it: a modular model loses little with the experts a domain chose itself, and much with the
+other two."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = SweepSettings()
-    parser.description = (
-        "Measure what each domain loses when it keeps only some of the experts. A few training "
-        "documents of a domain choose its\n"
-        "experts; the loss is taken on held-out documents, for every domain with its own subset. "
-        "Two controls say whether the\n"
-        "choice matters: as many experts at random, and those that another domain chose. Training "
-        "is not needed, nor is a GPU."
-    )
-    parser.epilog = (
-        "example:\n  emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 "
-        "0.125\n\n"
-        "Reading it: a modular model loses little with the experts a domain chose itself, and much "
-        "with the other two."
-    )
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",

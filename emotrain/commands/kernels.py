@@ -10,8 +10,17 @@ from emotrain.errors import UserError
 from emotrain.kernels.compile_check import DEVICES, HEADER, compile_all, summarize
 from emotrain.tables import Table
 
+EPILOG = """\
+examples:
+  emotrain kernels
+  emotrain kernels --target sm_90 --defaults-only
+
+It needs Triton and no GPU. The exit code is 1 where a kernel spills registers, misses the tensor
+cores or adds in no fixed order."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument(
         "--target",
         default="sm_80,sm_90",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_config, add_json, finish
 from emotrain.config import Config, load_config
 from emotrain.distributed.mesh import Layout
 from emotrain.errors import UserError
@@ -12,14 +12,19 @@ from emotrain.planning.dry_run import Routing
 from emotrain.planning.hardware import GPUS, Cluster, find_gpu
 from emotrain.planning.plan import make_plan, reference_plan
 
+EPILOG = """\
+examples:
+  emotrain plan configs/emo_1b14b_1t_ep.yaml --nodes 16 --gpus-per-node 8
+  emotrain plan configs/emo_1b14b_130b.yaml --nodes 1 --gpu a100-80gb --search
+  emotrain plan configs/emo_1b14b_1t.yaml --nodes 16 parallel.ep=8 training.micro_batch=8
+
+No GPU is needed: one step of the real plan runs without memory or arithmetic, and a model of the
+hardware predicts its time (docs/plan.md)."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, for example configs/emo_1b14b_1t.yaml"
-    )
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
-    )
+    parser.epilog = EPILOG
+    add_config(parser, "configs/emo_1b14b_1t.yaml")
     parser.add_argument("--nodes", type=_positive, default=1, help="servers (default: %(default)s)")
     parser.add_argument(
         "--gpus-per-node", type=_positive, default=8, help="GPUs of a server (default: %(default)s)"

@@ -12,12 +12,13 @@ from emotrain.progress import ProgressBar
 
 EPILOG = """\
 example:
-  emotrain prepare sample --out data/sample                      the corpus that comes with the project
+  emotrain prepare sample --out data/sample          (the corpus that comes with the project)
   emotrain prepare corpus/ --out data/mine --tokenizer tokenizer.json
   emotrain prepare a.jsonl.zst b.parquet --out data/mine --train-tokenizer --vocab-size 16384
 
-Documents are lines of .jsonl (.gz, .zst), rows of .parquet, or whole .txt files. The text is in "text"; "domain", "source"
-and "split" (train, valid) are optional. Nothing appears at --out before all of it is complete."""
+Documents are lines of .jsonl (.gz, .zst), rows of .parquet, or whole .txt files. The text is in
+"text"; "domain", "source" and "split" (train, valid) are optional. Nothing appears at --out before
+all of it is complete."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,6 +7,11 @@ import argparse
 from emotrain.commands.common import add_json, finish
 from emotrain.evaluation.report import write_report
 
+EPILOG = """\
+example:
+  emotrain evaluate runs/quickstart --data data/sample
+  emotrain report runs/quickstart"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -15,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training.run_dir of a run; the page is written there as report.html",
     )
     add_json(parser)
-    parser.epilog = "example:\n  emotrain evaluate runs/quickstart --data data/sample\n  emotrain report runs/quickstart"
+    parser.epilog = EPILOG
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ import logging
 from functools import partial
 from typing import Any
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_config, add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
 
 EPILOG = """examples:
@@ -23,13 +23,7 @@ again, and it stops at once."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "config", metavar="CONFIG", help="YAML file, for example configs/quickstart.yaml"
-    )
-    parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings that override the file's"
-    )
+    add_config(parser)
     parser.add_argument(
         "--deepspeed",
         metavar="JSON",

@@ -8,8 +8,16 @@ from pathlib import Path
 from emotrain.commands.common import add_json, finish
 from emotrain.training.verify import describe, verify_all
 
+EPILOG = """\
+examples:
+  emotrain verify runs/quickstart
+  emotrain verify runs/quickstart/checkpoints/step-00000360
+
+Nothing is changed or removed. The exit code is 1 where a checkpoint is damaged."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
     parser.add_argument(
         "paths",
         metavar="PATH",
