@@ -23,6 +23,7 @@ from emotrain.config import (
     setting_types,
     warnings_of,
 )
+from emotrain.errors import UserError
 from emotrain.settings import field_docs, settings_reference, settings_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,7 +92,10 @@ def test_whole_floats_are_counts(tmp_path: Path) -> None:
     assert type(config.anneal.tokens) is int
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr", "=1", "lr 3", ""])
+@pytest.mark.parametrize(
+    "override",
+    ["optimizer.lr", "=1", "lr 3", "", "[=1", "optimizer..lr=1", ".lr=1", "a b=1", "a[0]=1"],
+)
 def test_an_override_is_key_equals_value(tmp_path: Path, override: str) -> None:
     with pytest.raises(ValueError, match="write key=value"):
         load_config(write(tmp_path / "a.yaml", ""), [override])
@@ -223,6 +227,13 @@ def test_base_files_that_lead_in_a_circle_are_refused(tmp_path: Path) -> None:
         ("model: 3\n", "model=3 is a group of settings"),
         ("model:\n", "model=None is a group of settings"),
         ("\x00", "not readable as YAML"),
+        ("a: 1\n---\nb: 2\n", "not readable as YAML"),
+        ("model:\n\td_model: 64\n", "not readable as YAML"),
+        ("x", "x is not a setting"),
+        ("base: ${oc.env:NOT_SET_FOR_TEST}\n", "NOT_SET_FOR_TEST. not found"),
+        ("training: {seed: '${training.seed}'}\n", "training.seed"),
+        ('data: {path: "a\\0b"}\n', "characters that no text has"),
+        ('data: {path: "a\\nb"}\n', "characters that no text has"),
     ],
 )
 def test_files_that_are_no_settings_are_refused_in_one_line(
@@ -231,6 +242,26 @@ def test_files_that_are_no_settings_are_refused_in_one_line(
     with pytest.raises(ValueError, match=message) as caught:
         load_config(write(tmp_path / "a.yaml", text))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"\xef\xbb\xbfmodel: {d_model: 64}\n", b"model:\r\n  d_model: 64\r\n", b"# nothing\n", b""],
+)
+def test_files_of_other_editors_are_read(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ü a.yaml").write_bytes(content)
+    width = load_config(tmp_path / "ü a.yaml").model.d_model
+    assert width == (64 if b"64" in content else Config().model.d_model)
+
+
+def test_letters_that_are_not_utf_8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_bytes(b"data: {path: caf\xe9}\n")
+    with pytest.raises(ValueError, match="not readable as YAML"):
+        load_config(tmp_path / "a.yaml")
+    file = write(tmp_path / "b.yaml", "")
+    for override in ("data.path=a\udce9", "optimizer.lr=\udce9", "zzz=\udce9"):
+        with pytest.raises(UserError):
+            load_config(file, [override])
 
 
 def test_a_missing_file_or_base_is_named(tmp_path: Path) -> None:

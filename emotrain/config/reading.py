@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import typing
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,7 +127,8 @@ def _read_file(path: Path, seen: tuple[Path, ...]) -> DictConfig:
         settings = OmegaConf.load(path)
     if not isinstance(settings, DictConfig):
         raise UserError(f"{path}: must hold `key: value` settings, not a list")
-    base = settings.pop("base", None)
+    with _one_line(f"{path}"):
+        base = settings.pop("base", None)
     if base is None:
         return settings
     if not isinstance(base, str):
@@ -141,7 +144,7 @@ def _read_override(override: str) -> DictConfig:
 
     key, equals, value = override.partition("=")
     key = key.strip()
-    if not equals or not key:
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(
             f"{override!r} is not a setting; write key=value, for example optimizer.lr=1e-3"
         )
@@ -174,7 +177,7 @@ def _one_line(what: str) -> Iterator[None]:
         reason = str(error).splitlines()[0].removeprefix("KeyError raised while resolving ")
         key = f": {error.full_key}" if error.full_key else ""
         raise UserError(f"{what}{key}: {reason}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
+    except (YAMLError, UnicodeError) as error:
         raise UserError(f"{what}: {' '.join(str(error).split())}") from None
     except OSError as error:
         if error.errno is not None:  # the disk, and no fault of the content
@@ -251,6 +254,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if plain is bool and isinstance(value, bool):
         return value
     if plain is str and isinstance(value, str):
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
+            raise UserError(f"{key}={value!r} has characters that no text has; leave them out")
         return os.path.expanduser(value) if PATH in typing.get_args(kind) else value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if plain is int and _is_whole(value):
