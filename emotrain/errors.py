@@ -43,3 +43,7 @@ class DivergedError(UserError, RuntimeError):
 
 class RunError(RuntimeError):
     """A run that broke on the way, for a reason that one line can tell: a lost rank, a full disk."""
+
+
+class WriteError(RunError, OSError):
+    """A file that could not be written: the disk is full, or the place is not writable."""

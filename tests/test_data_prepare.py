@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from emotrain.commands.prepare import add_arguments, run
 from emotrain.data import prepare as prepare_module
 from emotrain.data.documents import DocumentReader, Fields, find_files
 from emotrain.data.formats import Dataset
-from emotrain.data.prepare import SAMPLE_DIR, add_arguments, prepare, run
+from emotrain.data.prepare import SAMPLE_DIR, prepare
 from emotrain.data.staging import Staging
 from emotrain.data.tokenizer import load_tokenizer, train_tokenizer
 

@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, run_command
 from helpers import tiny_batch, tiny_config, tiny_model
 
+from emotrain.commands import plan as plan_command
 from emotrain.config import Config, load_config
 from emotrain.distributed.mesh import Layout
-from emotrain.planning import plan
 from emotrain.planning.cost import VIEWS, Work, kernel_seconds, step_time
 from emotrain.planning.dry_run import Measured, Routing, dry_run, synthetic_batch
 from emotrain.planning.hardware import GPUS, RATES, Cluster, find_gpu
@@ -378,8 +378,8 @@ def test_the_published_throughput_is_predicted() -> None:
 
 def run_plan(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    return plan.run(parser.parse_args(list(arguments)))
+    plan_command.add_arguments(parser)
+    return plan_command.run(parser.parse_args(list(arguments)))
 
 
 def test_the_command_prints_every_part(tmp_path, capsys) -> None:

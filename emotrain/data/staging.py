@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from emotrain.data.formats import MANIFEST, SPLITS, TOKENIZER, read_manifest
-from emotrain.errors import UserError
+from emotrain.errors import UserError, WriteError
 from emotrain.files import flush_to_disk
 
 LOCK = ".lock"
@@ -59,7 +59,7 @@ class Staging:
         self._lock.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
+            raise WriteError(
                 f"no space left on the disk of {self.out}; free some or choose another --out (a "
                 f"data set takes 2 or "
                 f"4 bytes a token, and about as much again while it is made)"

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config, load_config
-from emotrain.errors import UserError
+from emotrain.errors import UserError, WriteError
 from emotrain.folders import StagedFolder, remove
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint_folders import (
@@ -268,7 +268,7 @@ class CheckpointWriter:
         last = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier one"
         failure = f"{target}: could not be written ({reason}); {last}"
         if self.on_error == "stop":
-            return OSError(
+            return WriteError(
                 f"{failure}; free space or choose another training.run_dir, and start again"
             )
         if is_first:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.config import Config, save_config
-from emotrain.errors import MissingFileError, UserError
+from emotrain.errors import MissingFileError, UserError, WriteError
 from emotrain.files import sha256_of
 from emotrain.folders import MANIFEST, FileEntry, StagedFolder, check_files, read_manifest, remove
 from emotrain.training.tensor_files import INDEX, StoredTensors, WrittenFile, read_index
@@ -183,7 +183,7 @@ def _check_seen(folder: Path, files: list[WrittenFile]) -> dict[str, FileEntry]:
     for file in files:
         path = folder / file.name
         if not path.is_file() or path.stat().st_size != file.bytes:
-            raise OSError(
+            raise WriteError(
                 f"{file.name}, which another process wrote, is not seen by the first one: all "
                 f"nodes must share this folder"
             )

@@ -15,6 +15,7 @@ import torch
 
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import WriteError
 from emotrain.files import json_text, write_whole
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import parameter_counts
@@ -192,7 +193,9 @@ class MetricsWriter:
         except OSError as error:
             message = f"{self.path}: could not be written ({error.strerror or error})"
             if self.on_error == "stop":
-                raise OSError(f"{message}; free space and give the same command again") from error
+                raise WriteError(
+                    f"{message}; free space and give the same command again"
+                ) from error
             log.warning("%s; training goes on (training.on_checkpoint_error=warn)", message)
         if self._board is None:
             return
