@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 def guarded(run: Callable[[], int]) -> int:
     """The exit code of `run`. What a person can mend is one line on stderr and exit code 2 (1 where
     it broke on the way); a defect keeps its traceback. EMOTRAIN_TRACEBACK=1 shows every one."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, handlers=[_Stderr()], format="%(message)s")
     try:
         return run()
     except UserError as error:
@@ -71,6 +71,17 @@ def guarded(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+class _Stderr(logging.Handler):
+    """Writes to stderr as it is at the moment: a live progress bar stands in for it and keeps log
+    lines above itself."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
 
 
 def _run(arguments: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -94,7 +95,9 @@ class ProgressBar:
             self._live.update(self._live.task_ids[-1], completed=done, note=note)
         elif self._shown and (line or self._clock() - self._last_line >= SECONDS_BETWEEN_LINES):
             self._last_line = self._clock()
-            print(self._line(), file=self._stream, flush=True)
+            # A full disk behind stderr must not end what the bar is about.
+            with contextlib.suppress(OSError):
+                print(self._line(), file=self._stream, flush=True)
 
     def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
         """The items, one after the other, as a pass of this bar."""

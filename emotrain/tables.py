@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -37,7 +38,7 @@ class Table:
         return capture.get().rstrip()
 
     def plain(self) -> str:
-        """Columns with two spaces between them, below the title."""
+        """Columns with two spaces between them, below the title, which is folded at 100."""
         lines = [tuple(map(_on_one_line, row)) for row in (self.header, *self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         columns = [
@@ -47,7 +48,7 @@ class Table:
             ).rstrip()
             for line in lines
         ]
-        return "\n".join([*([self.title] if self.title else []), *columns])
+        return "\n".join([*textwrap.wrap(self.title, 100), *columns])
 
     def markdown(self) -> str:
         lines = [

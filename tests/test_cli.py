@@ -175,6 +175,20 @@ def test_results_with_any_letter_are_shown_on_any_terminal(tmp_path: Path) -> No
         assert done.returncode == code and "Traceback" not in done.stderr
 
 
+def test_log_lines_go_to_stderr_as_it_is_at_the_moment(tmp_path: Path) -> None:
+    """As they must where a live bar stands in for it."""
+    code = (
+        "import io, logging, sys\n"
+        "from emotrain.cli import guarded\n"
+        "guarded(lambda: 0)\n"
+        "before, sys.stderr = sys.stderr, io.StringIO()\n"
+        "logging.getLogger('emotrain').info('a checkpoint')\n"
+        "assert sys.stderr.getvalue() == 'a checkpoint\\n'\n"
+    )
+    done = run_command("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- commands
 
 

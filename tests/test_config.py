@@ -520,7 +520,7 @@ def test_old_names_of_expert_counts_are_translated_with_one_line(
     (line,) = caplog.messages
     assert line == (
         f"{file}: model.experts counts routed experts alone now; write model.experts.routed=31, "
-        "model.experts.routed_per_layer=[31,8], model.experts.top_k=3, "
+        "model.experts.top_k=3, model.experts.routed_per_layer=[31,8], "
         "model.router.pool.allow_larger=true instead of the old names"
     )
 
@@ -532,13 +532,14 @@ def test_the_new_names_say_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_old_names_mean_what_they_meant_wherever_the_shared_experts_are_said(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     base = write(tmp_path / "base.yaml", "model: {experts: {shared: 2}}\n")
     top = write(tmp_path / "top.yaml", "base: base.yaml\nmodel: {experts: {count: 20}}\n")
     assert base.is_file()
     experts = load_config(top).model.experts
     assert (experts.routed, experts.shared, experts.top_k) == (18, 2, 6)
+    assert "write model.experts.routed=18, model.experts.top_k=6 instead" in caplog.text
     experts = load_config(
         top, ["model.experts.shared=0", "model.experts.per_token=3"]
     ).model.experts

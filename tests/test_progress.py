@@ -53,6 +53,16 @@ def test_without_a_unit_it_is_per_cent() -> None:
     assert stream.getvalue().splitlines() == ["encoding 25%", "nothing to do 100%"]
 
 
+def test_a_stream_that_cannot_be_written_ends_nothing() -> None:
+    class Full(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with ProgressBar(stream=Full()) as bar:
+        bar.start("training", 2)
+        bar.update(1, line=True)
+
+
 def test_hidden_bars_and_closed_ones_say_nothing() -> None:
     for stream in (io.StringIO(), Terminal()):
         with ProgressBar(shown=False, stream=stream) as bar:

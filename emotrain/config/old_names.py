@@ -8,7 +8,7 @@ from typing import Any
 
 from emotrain.errors import UserError
 
-OLD_DEFAULTS = {"count": 128, "per_token": 8, "count_per_layer": ()}
+OLD_DEFAULTS: dict[str, Any] = {"count": 128, "per_token": 8, "count_per_layer": []}
 """Old names below `model.experts`. They counted the shared experts too."""
 NEW_NAMES = {"count": "routed", "per_token": "top_k", "count_per_layer": "routed_per_layer"}
 
@@ -36,7 +36,9 @@ def translate(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         for name, default in OLD_DEFAULTS.items()
     }
     kept = {name: value for name, value in experts.items() if name not in OLD_DEFAULTS}
-    renamed = {f"model.experts.{NEW_NAMES[name]}": routed[NEW_NAMES[name]] for name in sorted(old)}
+    # Defaults counted the shared experts too: they are said where that makes a difference.
+    said = [NEW_NAMES[name] for name in OLD_DEFAULTS if name in old or shared != 1]
+    renamed = {f"model.experts.{name}": routed[name] for name in said if routed[name] != []}
     return {**settings, "model": {**model, "experts": {**kept, **routed}}}, renamed
 
 
