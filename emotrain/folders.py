@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from emotrain.errors import UserError
-from emotrain.files import flush_to_disk, sha256_of
+from emotrain.files import flush_to_disk, json_text, sha256_of
 
 log = logging.getLogger("emotrain")
 
@@ -80,7 +80,7 @@ class StagedFolder:
                 entries[file.name] = FileEntry(file.stat().st_size, sha256_of(file))
         listed = {name: vars(entry) for name, entry in entries.items()}
         manifest = self.path / MANIFEST
-        manifest.write_text(json.dumps({"format": form, "files": listed}, indent=1), "utf-8")
+        manifest.write_text(json_text({"format": form, "files": listed}, indent=1), "utf-8")
         flush_to_disk(manifest)
         flush_to_disk(self.path)
         if os.path.lexists(self.target):

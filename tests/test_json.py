@@ -55,27 +55,15 @@ def test_a_run_that_diverged_is_still_json_and_has_a_report(
     assert main(["report", str(tmp_path / "run")]) == 0
 
 
-def test_nothing_that_others_read_is_written_around_the_helper() -> None:
-    """Files whose JSON holds computed numbers use `json_text`; others write whole numbers and
-    text."""
-    whole_numbers_and_text = {
-        "data/prepare.py",
-        "data/formats.py",
-        "training/checkpoint.py",
-        "training/tensor_files.py",
-        "evaluation/report.py",
-        "files.py",
-    }
-    for path in sorted((ROOT / "emotrain").rglob("*.py")):
-        name = path.relative_to(ROOT / "emotrain").as_posix()
-        if name in whole_numbers_and_text:
-            continue
-        calls = [
-            node.func.attr
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and isinstance(node.func.value, ast.Name)
-            and node.func.value.id == "json"
-        ]
-        assert not {"dump", "dumps"} & set(calls), f"{name}: use emotrain.files.json_text"
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "emotrain").rglob("*.py")), ids=lambda path: path.relative_to(ROOT).name
+)
+def test_every_writer_of_json_refuses_nan_or_makes_it_null(path: Path) -> None:
+    """Either `json_text`, or `allow_nan=False` where nothing but whole numbers and text is
+    written."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+            names = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert names.get("allow_nan") == "False", (
+                f"{path}:{node.lineno}: use emotrain.files.json_text"
+            )

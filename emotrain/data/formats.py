@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from emotrain.errors import MissingFileError, UserError
-from emotrain.files import sha256_of
+from emotrain.files import json_text, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -239,7 +239,7 @@ class Dataset:
         """16 hexadecimal digits that differ for any other tokens, order of documents or
         vocabulary."""
         identity = [self.vocab_size, self.eos_id, [info.sha256 for info in self._infos(split)]]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(identity, allow_nan=False).encode()).hexdigest()[:16]
 
     def verify(self) -> None:
         """Check all of every shard now. Raises: ValueError, for the first one that is not as the
@@ -561,7 +561,7 @@ def write_manifest(
         "settings": settings,
     }
     (folder / MANIFEST).write_text(
-        json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        json_text(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )
 
 

@@ -50,6 +50,7 @@ from emotrain.data.tokenizer import (
     train_tokenizer as train_bpe,
 )
 from emotrain.errors import UserError
+from emotrain.files import json_text
 from emotrain.progress import ProgressBar
 
 SAMPLE = "sample"
@@ -316,7 +317,7 @@ class _Spill:
             bucket = split, int(choices[index]) % self.buckets[split]
             self.tokens[bucket].append(ids.astype(self.dtype))
             self.lines[bucket].append(
-                json.dumps([places[index], len(ids), document.domain, document.source])
+                json_text([places[index], len(ids), document.domain, document.source])
             )
             self.buffered += self.tokens[bucket][-1].nbytes
         if self.buffered >= BUFFER_BYTES:

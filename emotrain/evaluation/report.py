@@ -23,7 +23,7 @@ from emotrain.evaluation.tables import (
     plain,
     routing_table,
 )
-from emotrain.files import write_whole
+from emotrain.files import json_text, write_whole
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e0e3e8; --page: #ffffff; --card: #f5f6f8 }
@@ -246,7 +246,7 @@ def _config_part(config: Config) -> str:
     defaults = dict(flatten(Config()))
     changed = {key: value for key, value in flatten(config) if defaults[key] != value}
     lines = "\n".join(f"{key}: {value}" for key, value in changed.items())
-    full = json.dumps(config_to_dict(config), indent=2)
+    full = json_text(config_to_dict(config), indent=2)
     return (
         f"<h2>Settings</h2><p>Those that differ from the "
         f"defaults:</p><pre>{html.escape(lines)}</pre>"

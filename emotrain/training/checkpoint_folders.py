@@ -170,7 +170,9 @@ def commit_checkpoint(
 ) -> None:
     """Add what is not a tensor to the files of all ranks, and give the folder its name."""
     written = _check_seen(folder.path, files)
-    (folder.path / INDEX).write_text(json.dumps(index, separators=(",", ":")), "utf-8")
+    (folder.path / INDEX).write_text(
+        json.dumps(index, separators=(",", ":"), allow_nan=False), "utf-8"
+    )
     save_config(config, folder.path / CONFIG)
     write_state(folder.path, state, num_updates)
     if tokenizer is not None and tokenizer.is_file():
@@ -223,7 +225,7 @@ def verify(
 
 def write_state(folder: Path, state: TrainingState, num_updates: int) -> None:
     values = {**vars(state), "origins": list(state.origins), "num_updates": num_updates}
-    (folder / STATE).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    (folder / STATE).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def read_state(path: Path) -> tuple[TrainingState, int]:

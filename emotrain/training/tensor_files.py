@@ -342,7 +342,7 @@ def _write_file(
             "shape": list(item.tensor_data.chunk.sizes),
             "data_offsets": [start, end],
         }
-    encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    encoded = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
     digest, size = sha256(), 0
     with open(path, "wb") as stream:
