@@ -27,12 +27,15 @@ class Table:
     """How many last columns hold notes."""
 
     def text(self) -> str:
-        """For stdout: a drawn table where it is a terminal, else plain columns."""
+        """For stdout: a drawn table where it is a terminal that is wide enough, else plain
+        columns."""
         if not sys.stdout.isatty():
             return self.plain()
         from rich.console import Console
 
         console = Console()
+        if console.measure(self.rich()).minimum > console.width:
+            return self.plain()  # rich would cut columns off
         with console.capture() as capture:
             console.print(self.rich())
         return capture.get().rstrip()

@@ -44,6 +44,19 @@ def test_a_terminal_gets_a_drawn_table_that_it_can_show(
     assert "weights" in text and text.encode(encoding)
 
 
+def test_a_terminal_that_is_too_narrow_loses_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("sys.stdout", Terminal())
+    for columns, wide in (("200", True), ("40", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        table = Table("", ("name", "x", "y"), (("a" * 30, "1" * 20, "2" * 20),))
+        assert "2" * 20 in table.text()
+        assert (table.text() == table.plain()) is not wide
+
+
 def test_markdown_aligns_the_same() -> None:
     assert TABLE.markdown().splitlines() == [
         "**Memory**",
