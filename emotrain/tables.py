@@ -34,7 +34,8 @@ class Table:
         from rich.console import Console
 
         console = Console()
-        if console.measure(self.rich()).minimum > console.width:
+        unbounded = console.options.update(width=10_000)
+        if console.measure(self.rich(), options=unbounded).minimum > console.width:
             return self.plain()  # rich would cut columns off
         with console.capture() as capture:
             console.print(self.rich())
