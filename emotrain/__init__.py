@@ -4,7 +4,7 @@ Shapes are written as suffixes of a name, one letter an axis, everywhere in this
 
     B  sequences (rows) of a micro-batch        G  documents of a micro-batch
     S  tokens of a sequence                     N  routed experts
-    T  tokens of a micro-batch, T = B * S       E  experts of a layer, routed and shared, E = N + shared
+    T  tokens of a micro-batch, T = B * S       E  experts of a layer, E = N + M
     D  model width                              K  routed experts chosen for a token
     H  hidden width of one expert               L  layers
     V  vocabulary                               R  routed slots, R = T * K

@@ -42,7 +42,7 @@ class DivergedError(UserError, RuntimeError):
 
 
 class RunError(RuntimeError):
-    """A run that broke on the way, for a reason that one line can tell: a lost rank, a full disk."""
+    """A run that broke on the way, and one line can say why: a lost rank, a full disk."""
 
 
 class WriteError(RunError, OSError):

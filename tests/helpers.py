@@ -4,10 +4,12 @@ milliseconds."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 
 from emotrain.batch import PackedBatch
@@ -32,6 +34,28 @@ TINY: dict[str, Any] = {
     "training.micro_batch": 2,
 }
 """8 routed experts, 3 chosen, 1 shared."""
+
+
+def write(path: Path, text: str) -> Path:
+    """A file of text, in a folder that is made."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A setting by its dotted key as the nested groups of a file."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return value
+
+
+def refusal(settings: dict[str, Any]) -> str:
+    """The line that refuses these settings."""
+    with pytest.raises(ValueError) as caught:
+        config_from_dict(settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def tiny_config(**overrides: Any) -> Config:

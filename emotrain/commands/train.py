@@ -1,4 +1,4 @@
-"""`emotrain train`: pretrain a model. `launch/pretrain.py` is the same for torchrun and deepspeed."""
+"""`emotrain train`: pretrain a model. launch/pretrain.py is the same for torchrun and deepspeed."""
 
 from __future__ import annotations
 
