@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from emotrain.data.formats import ShardInfo, write_manifest, write_shard
+from emotrain.data.manifest import ShardInfo, write_manifest
+from emotrain.data.shards import write_shard
 
 if TYPE_CHECKING:
     from emotrain.config import Config

@@ -9,14 +9,10 @@ import pyarrow as pa
 import pytest
 
 from emotrain.data import formats
-from emotrain.data.formats import (
-    Dataset,
-    ShardInfo,
-    sha256_of,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from emotrain.data.formats import Dataset
+from emotrain.data.manifest import ShardInfo, token_dtype, write_manifest
+from emotrain.data.shards import write_shard
+from emotrain.files import sha256_of
 
 
 def make_dataset(folder, vocab_size=50, shards=(7, 5), valid=4, seed=0):

@@ -12,7 +12,8 @@ from helpers import tiny_config, tiny_model
 
 from emotrain.cli import main
 from emotrain.config import save_config
-from emotrain.data.formats import SPLITS, write_manifest, write_shard
+from emotrain.data.manifest import SPLITS, write_manifest
+from emotrain.data.shards import write_shard
 from emotrain.evaluation import plots
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.report import findings, write_report

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pytest
 from test_data_formats import edit, make_dataset
 
-from emotrain.data import formats
-from emotrain.data.formats import Dataset, sha256_of
+from emotrain.data import formats, shards
+from emotrain.data.formats import Dataset
 from emotrain.data.loader import Loader
+from emotrain.files import sha256_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SEQUENCE = 16
@@ -106,7 +107,7 @@ def test_a_shard_of_another_data_set_is_refused(folder, tmp_path):
     batch = pa.ipc.open_file(path).get_batch(0)
     lists = batch.column("tokens")
     offsets, tokens = lists.offsets.to_numpy(), lists.values.to_numpy()
-    info = formats.write_shard(
+    info = shards.write_shard(
         folder / "train/shard-00000.arrow",
         tokens[::-1].copy(),
         offsets,
@@ -160,7 +161,7 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     def refuse(*_):
         raise AssertionError("all of a shard was read")
 
-    hashed, block_sums = [], formats._block_sums
+    hashed, block_sums = [], formats.block_sums
     monkeypatch.setattr(formats, "sha256_of", refuse)
     monkeypatch.setattr(formats, "_check_contents", refuse)
     monkeypatch.setattr(

@@ -40,55 +40,47 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from emotrain.data.manifest import (
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    ShardInfo,
+    read_manifest,
+    token_dtype,
+)
+from emotrain.data.shards import (
+    BLOCK_BYTES,
+    SUM_BYTES,
+    block_sums,
+    schema,
+    sha256_of_sums,
+)
 from emotrain.errors import MissingFileError, UserError
-from emotrain.files import json_text, sha256_of
+from emotrain.files import sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from emotrain.data.tokenizer import TextTokenizer
 
-MANIFEST, TOKENIZER = "dataset.json", "tokenizer.json"
-FORMAT, FORMAT_VERSION = "emotrain-dataset", 1
-SPLITS = ("train", "valid")
 
 MAX_OPEN_SHARDS = 32
 """Shards mapped at a time. Mapping again takes about a millisecond. The pages of a map that were
 touched, some 4 MB, count as memory of the process, and of thousands of shards hardly one is open
 when the order comes back to it, however many stay open."""
 
-BLOCK_BYTES = 2**16
-"""Tokens or offsets under one checksum: a few sequences of tokens, hashed in under 0.1 ms. Part
-of the format."""
-SUM_BYTES = 8
-"""Of a block's sha256 that are kept: they find damage. It is the manifest's sha256 that names
-the contents."""
 
 STAT_THREADS, STAT_CHUNK = 16, 256
 """Sizes of files are asked for by so many threads, so many files at a time: on a network file
 system each is a round trip."""
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """What the manifest says of a shard."""
-
-    file: str
-    """Path inside the data set, with `/`."""
-    documents: int
-    tokens: int
-    bytes: int
-    sha256: str
-    sums: str = field(default="", compare=False)
-    """sha256 of the checksums of its blocks; empty for a shard that has none."""
 
 
 @dataclass(frozen=True)
@@ -119,54 +111,9 @@ class Shard:
         size = BLOCK_BYTES // values.itemsize
         first, last = start // size, -(-stop // size)
         return (
-            _block_sums(values[first * size : last * size])
+            block_sums(values[first * size : last * size])
             == sums[first * SUM_BYTES : last * SUM_BYTES]
         )
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type that holds the ids of a vocabulary."""
-    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
-
-
-def write_shard(
-    path: Path,
-    tokens: np.ndarray,
-    offsets: np.ndarray,
-    domains: Sequence[str],
-    sources: Sequence[str],
-) -> ShardInfo:
-    """Write documents as one shard, flushed to the disk.
-
-    Args:
-        path: the file; the name of its folder is the split.
-        tokens: uint16 or uint32, the documents one after the other.
-        offsets: int64 [documents + 1].
-        domains, sources: one string a document.
-    """
-    import pyarrow as pa
-
-    columns = [
-        pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(tokens)),
-        pa.array(domains, pa.string()).dictionary_encode(),
-        pa.array(sources, pa.string()),
-    ]
-    sums = {"tokens": _block_sums(tokens), "offsets": _block_sums(offsets.astype(np.int64))}
-    metadata = {f"{name}_sums": base64.b64encode(value) for name, value in sums.items()}
-    batch = pa.record_batch(columns, schema=_schema(tokens.dtype).with_metadata(metadata))
-    with open(path, "wb") as file:
-        with pa.ipc.new_file(file, batch.schema) as writer:
-            writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
-    return ShardInfo(
-        f"{path.parent.name}/{path.name}",
-        len(offsets) - 1,
-        len(tokens),
-        path.stat().st_size,
-        sha256_of(path),
-        _sha256_of_sums(sums),
-    )
 
 
 class Dataset:
@@ -422,18 +369,6 @@ class Dataset:
             )
 
 
-def _schema(dtype: np.dtype) -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema(
-        [
-            ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
-            ("domain", pa.dictionary(pa.int32(), pa.string())),
-            ("source", pa.string()),
-        ]
-    )
-
-
 UNORDERED = "has document offsets that do not rise from 0 to its number of tokens"
 
 
@@ -450,7 +385,7 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if reader.num_record_batches != 1:
             _refuse(path, f"has {reader.num_record_batches} record batches, a shard has one")
-        if not reader.schema.equals(_schema(dtype)):
+        if not reader.schema.equals(schema(dtype)):
             _refuse(
                 path,
                 f"has columns ({', '.join(f'{f.name}: {f.type}' for f in reader.schema)}), not "
@@ -489,7 +424,7 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         domain_of,
         domains,
         batch.column("source"),
-        sums if _sha256_of_sums(sums) == info.sums else None,
+        sums if sha256_of_sums(sums) == info.sums else None,
         batch,
     )
 
@@ -513,190 +448,3 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
             f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` "
             f"again"
         )
-
-
-def _block_sums(values: np.ndarray) -> bytes:
-    """The checksums of an array's blocks of BLOCK_BYTES, SUM_BYTES each, one after the other."""
-    content = memoryview(np.ascontiguousarray(values)).cast("B")
-    blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
-    return b"".join(hashlib.sha256(block).digest()[:SUM_BYTES] for block in blocks)
-
-
-def _sha256_of_sums(sums: dict[str, bytes]) -> str:
-    return hashlib.sha256(sums["tokens"] + sums["offsets"]).hexdigest()
-
-
-def write_manifest(
-    folder: Path,
-    *,
-    vocab_size: int,
-    eos_id: int,
-    eos_token: str,
-    splits: dict[str, dict[str, Any]],
-    skipped_documents: dict[str, int],
-    settings: dict[str, Any],
-) -> None:
-    """Write `dataset.json`, which makes the folder a data set.
-
-    Args:
-        splits: for each of SPLITS, `shards` (a list of ShardInfo) and `domains` (counts by domain).
-        settings: how the data set was made, for people.
-    """
-    manifest = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "vocab_size": vocab_size,
-        "eos_id": eos_id,
-        "eos_token": eos_token,
-        "dtype": token_dtype(vocab_size).name,
-        "tokenizer": TOKENIZER,
-        "splits": {
-            split: {
-                "shards": [asdict(info) for info in splits[split]["shards"]],
-                "domains": splits[split]["domains"],
-            }
-            for split in SPLITS
-        },
-        "skipped_documents": skipped_documents,
-        "settings": settings,
-    }
-    (folder / MANIFEST).write_text(
-        json_text(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The checked contents of `dataset.json`, with a ShardInfo for each shard; see `Dataset` for
-    errors."""
-    path = folder / MANIFEST
-    if not folder.is_dir():
-        raise MissingFileError(
-            f"{folder}: no such folder; make a data set with `emotrain prepare INPUT --out "
-            f"{folder}`"
-        )
-    if not path.is_file():
-        raise MissingFileError(
-            f"{folder}: has no {MANIFEST}, so it is no data set, or half of one; make one with "
-            f"`emotrain prepare INPUT --out DIR`"
-        )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path}: is not JSON ({error}); restore it or run `emotrain prepare` again"
-        ) from None
-    check = _ManifestCheck(path)
-    check.that(
-        isinstance(manifest, dict) and manifest.get("format") == FORMAT,
-        f'has no "format": "{FORMAT}"',
-    )
-    version = manifest.get("format_version")
-    check.that(
-        version == FORMAT_VERSION,
-        f"has format_version {version!r}, this program reads {FORMAT_VERSION}",
-    )
-    vocab_size = check.count(manifest, "vocab_size", 1)
-    check.that(vocab_size <= 2**32, f"has vocab_size {vocab_size}, more than 32-bit ids can name")
-    check.that(
-        check.count(manifest, "eos_id", 0) < vocab_size,
-        f"has an eos_id outside its vocabulary of {vocab_size}",
-    )
-    check.that(
-        isinstance(manifest.get("eos_token"), str),
-        f"has eos_token={manifest.get('eos_token')!r}, it must be text",
-    )
-    check.that(
-        manifest.get("dtype") == token_dtype(vocab_size).name,
-        f"has dtype {manifest.get('dtype')!r}, a vocabulary of {vocab_size} is stored as "
-        f"{token_dtype(vocab_size).name}",
-    )
-    check.that(
-        manifest.get("tokenizer") == TOKENIZER,
-        f"has tokenizer={manifest.get('tokenizer')!r}, it must be {TOKENIZER!r}",
-    )
-    skipped = check.group(manifest, "skipped_documents")
-    for reason in skipped:
-        check.count(skipped, reason, 0)
-    splits = check.group(manifest, "splits")
-    manifest["splits"] = {split: check.split(check.group(splits, split), split) for split in SPLITS}
-    return manifest
-
-
-def _links(folder: Path) -> set[str]:
-    """Names of the symbolic links in a folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_symlink()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-
-
-@dataclass(frozen=True)
-class _ManifestCheck:
-    """Takes values out of a parsed manifest, refusing those of a wrong type or range."""
-
-    path: Path
-
-    def that(self, holds: bool, fault: str) -> None:
-        if not holds:
-            self.refuse(fault)
-
-    def refuse(self, fault: str) -> NoReturn:
-        raise UserError(f"{self.path}: {fault}; restore it or run `emotrain prepare` again")
-
-    def count(self, group: dict[str, Any], key: str, least: int) -> int:
-        value = group.get(key)
-        if type(value) is not int or value < least:
-            self.refuse(f"has {key}={value!r}, it must be a whole number of at least {least}")
-        return value
-
-    def group(self, group: dict[str, Any], key: str) -> dict[str, Any]:
-        value = group.get(key)
-        if not isinstance(value, dict):
-            self.refuse(f"has {key}={value!r}, it must be an object")
-        return value
-
-    def split(self, group: dict[str, Any], split: str) -> dict[str, Any]:
-        shards, domains = group.get("shards"), self.group(group, "domains")
-        if not isinstance(shards, list):
-            self.refuse(f"has {split} shards {shards!r}, they must be a list")
-        # Listing a folder tells links from files without a look at each.
-        links = _links(self.path.parent) | _links(self.path.parent / split)
-        infos = [self.shard(item, split, links) for item in shards]
-        for domain in domains:
-            counts = self.group(domains, domain)
-            self.count(counts, "documents", 0)
-            self.count(counts, "tokens", 0)
-        for total in ("documents", "tokens"):
-            by_domain, by_shard = (
-                sum(c[total] for c in domains.values()),
-                sum(getattr(info, total) for info in infos),
-            )
-            self.that(
-                by_domain == by_shard,
-                f"counts {by_domain} {split} {total} by domain and {by_shard} by shard",
-            )
-        self.that(len({info.file for info in infos}) == len(infos), f"names a {split} shard twice")
-        return {"shards": infos, "domains": domains}
-
-    def shard(self, item: Any, split: str, links: set[str]) -> ShardInfo:
-        """There may be ten thousand: no message is made before it is needed."""
-        if not isinstance(item, dict):
-            self.refuse(f"has {split} shard {item!r}, it must be an object")
-        file, sha256, sums = item.get("file"), item.get("sha256"), item.get("sums", "")
-        folder, _, name = file.partition("/") if isinstance(file, str) else ("", "", "")
-        if folder != split or name in ("", ".", "..") or "/" in name or "\0" in name:
-            self.refuse(f"names shard {file!r}, which is no file in {split}/")
-        root = self.path.parent
-        if (split in links or name in links) and not (root / file).resolve().is_relative_to(
-            root.resolve()
-        ):
-            self.refuse(f"names shard {file!r}, which leads out of the data set")
-        if not isinstance(sha256, str) or len(sha256) != 64:
-            self.refuse(f"has sha256={sha256!r} for {file}, it must be 64 digits")
-        if not isinstance(sums, str) or len(sums) not in (0, 64):
-            self.refuse(f"has sums={sums!r} for {file}, they must be 64 digits or none")
-        documents, tokens, size = (
-            self.count(item, key, 1) for key in ("documents", "tokens", "bytes")
-        )
-        return ShardInfo(file, documents, tokens, size, sha256, sums)

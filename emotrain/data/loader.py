@@ -46,7 +46,8 @@ import numpy as np
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
-from emotrain.data.formats import TOKENIZER, Dataset
+from emotrain.data.formats import Dataset
+from emotrain.data.manifest import TOKENIZER
 from emotrain.data.order import keyed, permute
 from emotrain.data.packing import documents_in_window
 from emotrain.errors import UserError

@@ -31,15 +31,9 @@ from typing import Any
 import numpy as np
 
 from emotrain.data.documents import REASONS, Document, DocumentReader, Fields, find_files
-from emotrain.data.formats import (
-    SPLITS,
-    TOKENIZER,
-    ShardInfo,
-    token_dtype,
-    write_manifest,
-    write_shard,
-)
+from emotrain.data.manifest import SPLITS, TOKENIZER, ShardInfo, token_dtype, write_manifest
 from emotrain.data.order import keyed
+from emotrain.data.shards import write_shard
 from emotrain.data.staging import Staging
 from emotrain.data.tokenizer import (
     EOS_TOKEN,

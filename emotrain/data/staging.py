@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from types import TracebackType
 
-from emotrain.data.formats import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from emotrain.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
 from emotrain.errors import UserError, WriteError
 from emotrain.files import flush_to_disk
 
