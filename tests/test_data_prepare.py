@@ -18,7 +18,8 @@ import pytest
 
 from emotrain.commands.prepare import add_arguments, run
 from emotrain.data import prepare as prepare_module
-from emotrain.data.documents import DocumentReader, Fields, find_files
+from emotrain.data.documents import DocumentReader, Fields
+from emotrain.data.files import find_files
 from emotrain.data.formats import Dataset
 from emotrain.data.prepare import SAMPLE_DIR, prepare
 from emotrain.data.staging import Staging
@@ -169,6 +170,12 @@ def test_another_tokenizer_in_the_folder_is_noticed(corpus, tokenizer_file, tmp_
     (tmp_path / "out" / "tokenizer.json").write_text(
         train_tokenizer(["other words"], 270).to_json()
     )
+    with pytest.raises(ValueError, match=r"tokenizer.json: its sha256 is not the one in dataset"):
+        Dataset(tmp_path / "out")
+    # Data sets of before its checksum.
+    manifest = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    del manifest["tokenizer_sha256"]
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(
         ValueError,
         match="tokenizer.json: has .* tokens and EOS 0, dataset.json says 300 and 0; restore",
@@ -210,7 +217,7 @@ def test_folders_text_files_and_field_names(tmp_path):
     (tmp_path / "corpus" / "letters" / ".hidden.txt").write_text("no", encoding="utf-8")
     (tmp_path / "corpus" / "README.md").write_text("no", encoding="utf-8")
     write_jsonl(tmp_path / "corpus" / "a.jsonl", [{"content": "x", "kind": "k"}])
-    files = find_files([tmp_path / "corpus"])
+    files, _ = find_files([tmp_path / "corpus"])
     assert [path.name for path in files] == ["a.jsonl", "b.txt"]
     reader = DocumentReader(Fields(text="content", domain="kind"))
     documents = [document for path in files for document in reader.read(path)]
@@ -472,7 +479,7 @@ def test_command_prints_its_report(corpus, tokenizer_file, tmp_path, capsys):
 
 
 def test_the_embedded_corpus(tmp_path):
-    files = find_files([SAMPLE_DIR])
+    files, _ = find_files([SAMPLE_DIR])
     assert sum(path.stat().st_size for path in SAMPLE_DIR.iterdir()) < 6e6
     licences, reader = (
         (SAMPLE_DIR / "LICENSES.md").read_text(encoding="utf-8"),

@@ -6,6 +6,8 @@ counted by reason.
         code/part-000.parquet       one document a row       columns of the same names
         letters/1812-06-01.txt      one document a file      domain "letters", the name of its folder
 
+Keys and columns may be named with dots to reach inside of objects: `meta.domain`.
+
 Only the text is required. A document without a domain takes the name of its file's folder, one
 without a source the name of its file and its line or row, and one without a split is assigned by
 `prepare`.
@@ -13,26 +15,21 @@ without a source the name of its file and its line or row, and one without a spl
 
 from __future__ import annotations
 
+import gzip
 import json
+import logging
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emotrain.errors import MissingFileError, UserError
+from emotrain.data.files import COMPRESSED, EXTENSIONS, extension_of, shown
+from emotrain.errors import UserError
 
-EXTENSIONS = {
-    ".jsonl": "lines",
-    ".json": "lines",
-    ".jsonl.gz": "lines",
-    ".json.gz": "lines",
-    ".jsonl.zst": "lines",
-    ".json.zst": "lines",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-"""How each kind of file is read."""
+log = logging.getLogger("emotrain")
 
 REASONS = ("empty", "bad_json", "invalid_utf8", "missing_text", "wrong_type", "unknown_split")
 """Why a document can be skipped."""
@@ -67,14 +64,19 @@ class Fields:
     split: str = "split"
 
 
+FIELDS = Fields()
+"""The names where nobody says otherwise."""
+
+
 class DocumentReader:
     """Reads files into documents, counting what it skips in `skipped` (or, if strict, refusing
     it)."""
 
-    def __init__(self, fields: Fields = Fields(), strict: bool = False):
+    def __init__(self, fields: Fields = FIELDS, strict: bool = False):
         self.fields = fields
         self.strict = strict
         self.skipped: Counter[str] = Counter()
+        self._seen: set[str] = set()
 
     def read(self, path: Path) -> Iterator[Document]:
         """The documents of one file, in order.
@@ -91,20 +93,54 @@ class DocumentReader:
             "parquet": self._read_parquet,
             "text": self._read_text,
         }
+        skipped, count = self.skipped.total(), 0
         try:
-            yield from readers[EXTENSIONS[extension_of(path)]](path)
-        except (pa.ArrowException, OSError) as error:
+            if extension_of(path) in COMPRESSED and not path.stat().st_size:
+                raise EOFError("it has no bytes, not even those of an empty compressed file")
+            for document in readers[EXTENSIONS[extension_of(path)]](path):
+                count += 1
+                yield document
+        except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
+            said = " ".join(str(error).split())
+            if "requires too much memory" in said:
+                raise UserError(
+                    f"{path}: is compressed with a window of more than 128 MiB (zstd --long); "
+                    f"compress it without: zstd -dc --long=31 FILE | zstd -o NEW"
+                ) from None
             raise UserError(
-                f"{path}: not readable to its end ({' '.join(str(error).split())}); restore the "
-                f"file or leave it "
-                f"out"
+                f"{path}: not readable to its end ({said}); restore the file or leave it out"
             ) from None
+        if not count and (lost := self.skipped.total() - skipped):
+            log.warning(
+                "%s: gives no document, all %d of its lines or rows are skipped; if it is no data, "
+                "leave it out (JSON files hold one object a line)",
+                path,
+                lost,
+            )
+
+    def check_fields(self) -> None:
+        """Refuse a field that was named and that nothing read so far has had.
+
+        Raises:
+            UserError: names the field.
+        """
+        for what, name in vars(self.fields).items():
+            # Without any text there is no document, which `prepare` says.
+            named = what != "text" and name != getattr(FIELDS, what)
+            if named and name not in self._seen:
+                raise UserError(
+                    f"no document has a field {name!r}; name the one that holds the {what} with "
+                    f"--{what}-field, or leave the option out"
+                )
 
     def _read_lines(self, path: Path) -> Iterator[Document]:
         for number, line in enumerate(_lines(path), start=1):
             where = f"line {number}"
+            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise UserError(f"{path}: is UTF-16, documents are read as UTF-8; convert it")
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                # A byte order mark stands at the start of each of several files put together.
+                text = line.decode("utf-8-sig")
             except UnicodeDecodeError as error:
                 self._skip(
                     "invalid_utf8",
@@ -117,7 +153,7 @@ class DocumentReader:
                 continue
             try:
                 record = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # also a number of 4,301 digits
                 self._skip("bad_json", path, where, f"is not JSON ({error})")
                 continue
             if not isinstance(record, dict):
@@ -128,19 +164,16 @@ class DocumentReader:
             yield from self._accept(record, path, where)
 
     def _read_parquet(self, path: Path) -> Iterator[Document]:
-        import pyarrow.parquet as pq
 
-        with pq.ParquetFile(path, memory_map=True) as file:
-            names = [name for name in vars(self.fields).values() if name in file.schema_arrow.names]
-            if self.fields.text not in names:
-                raise UserError(
-                    f"{path}: has no column {self.fields.text!r}; its columns are "
-                    f"{', '.join(file.schema_arrow.names)}, name the right one with --text-field"
-                )
+        with _open_parquet(path) as file:
+            columns_of = _columns(path, file.schema_arrow, self.fields)
             row = 0
-            for batch in file.iter_batches(batch_size=256, columns=names):
+            for batch in file.iter_batches(
+                batch_size=256, columns=sorted({column for _, _, column in columns_of})
+            ):
                 columns = {
-                    name: _as_binary(batch.column(name), path, name).to_pylist() for name in names
+                    name: _as_binary(_inner(batch, column, name), path, what, name).to_pylist()
+                    for what, name, column in columns_of
                 }
                 for values in zip(*columns.values(), strict=True):
                     where = f"row {row}"
@@ -169,23 +202,23 @@ class DocumentReader:
             )
             return
         yield from self._accept(
-            {self.fields.text: text, self.fields.source: path.name}, path, "text"
+            {self.fields.text: text, self.fields.source: shown(path.name)}, path, "text"
         )
 
     def _accept(self, record: dict[str, Any], path: Path, where: str) -> Iterator[Document]:
         """The record as a document, unless it has to be skipped."""
         fields = self.fields
-        if record.get(fields.text) is None:
+        values = {what: _value(record, name) for what, name in vars(fields).items()}
+        self._seen |= {getattr(fields, what) for what, value in values.items() if value is not None}
+        if values["text"] is None:
             return self._skip("missing_text", path, where, f"has no {fields.text!r}")
-        for name in vars(fields).values():
-            if not isinstance(record.get(name), (str, type(None))):
-                return self._skip(
-                    "wrong_type",
-                    path,
-                    where,
-                    f"{name!r} is a {type(record[name]).__name__}, not text",
-                )
-        text, split = record[fields.text], record.get(fields.split) or None
+        for what, value in values.items():
+            if what != "text" and type(value) is int:
+                values[what] = str(value)  # labels are often numbers
+            elif not isinstance(value, (str, type(None))):
+                fault = f"{getattr(fields, what)!r} is a {type(value).__name__}, not text"
+                return self._skip("wrong_type", path, where, fault)
+        text, split = values["text"], values["split"] or None
         if not text.strip():
             return self._skip("empty", path, where, "is empty")
         if split is not None and split not in SPLITS:
@@ -195,8 +228,8 @@ class DocumentReader:
                 where,
                 f"{fields.split!r} is {split!r}, not one of {', '.join(SPLITS)}",
             )
-        domain = record.get(fields.domain) or path.absolute().parent.name or "unknown"
-        source = record.get(fields.source) or f"{path.name}:{where}"
+        domain = values["domain"] or shown(path.absolute().parent.name) or "unknown"
+        source = values["source"] or f"{shown(path.name)}:{where}"
         try:
             size, _, _ = len(text.encode()), domain.encode(), source.encode()
         except (
@@ -207,6 +240,11 @@ class DocumentReader:
             )
         yield Document(text, domain, source, SPLITS[split] if split else None, size)
 
+    def skip_all(self, reason: str, documents: Sequence[Document]) -> None:
+        """Skip documents that were read and turned out to be of no use."""
+        for document in documents:
+            self._skip(reason, Path(document.source), "text", "gives no tokens")
+
     def _skip(self, reason: str, path: Path, where: str, fault: str) -> None:
         if self.strict:
             raise UserError(
@@ -216,66 +254,19 @@ class DocumentReader:
         self.skipped[reason] += 1
 
 
-def extension_of(path: Path) -> str | None:
-    """The extension of a file that can be read, such as `.jsonl.zst`; None for any other."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next(
-        (
-            ending
-            for ending in ("".join(suffixes[-2:]), "".join(suffixes[-1:]))
-            if ending in EXTENSIONS
-        ),
-        None,
-    )
-
-
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """The document files among `inputs`: files as given, folders searched to any depth, in sorted
-    order.
-
-    Files of other kinds inside a folder (a README beside the data) and hidden files are passed
-    over.
-
-    Raises:
-        FileNotFoundError: an input that does not exist. ValueError: a file of an unknown kind, a
-            folder without a document file, or a file that is named twice.
-    """
-    known = ", ".join(EXTENSIONS)
-    files: dict[Path, Path] = {}
-    for item in map(Path, inputs):
-        if item.is_dir():
-            found = sorted(
-                path
-                for path in item.rglob("*")
-                if path.is_file()
-                and extension_of(path)
-                and not any(part.startswith(".") for part in path.relative_to(item).parts)
-            )
-            if not found:
-                raise UserError(f"{item}: no document files in this folder; they end in {known}")
-        elif not item.exists():
-            raise MissingFileError(
-                f"{item}: no such file or folder; `sample` names the embedded corpus"
-            )
-        elif extension_of(item) is None:
-            raise UserError(f"{item}: unknown kind of file; documents are read from {known}")
-        else:
-            found = [item]
-        for path in found:
-            if path.resolve() in files:
-                raise UserError(
-                    f"{path}: named twice, its documents would count double; give each file once"
-                )
-            files[path.resolve()] = path
-    return list(files.values())
-
-
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, decompressed by its extension, without their ends."""
     import pyarrow as pa
 
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    with pa.input_stream(str(path), compression=compression) as stream:
+    compression = "zstd" if path.suffix.lower() == ".zst" else None
+    with ExitStack() as stack:
+        # Files are opened by Python, which takes names of any bytes.
+        file = stack.enter_context(open(path, "rb"))
+        if path.suffix.lower() == ".gz":
+            # Python's reader, as gzip itself, takes the zeros that tapes and block devices add.
+            stream: Any = stack.enter_context(gzip.open(file))
+        else:
+            stream = stack.enter_context(pa.input_stream(file, compression=compression))
         pieces: list[bytes] = []
         while chunk := stream.read(READ_BYTES):
             first, *others = chunk.split(b"\n")
@@ -287,7 +278,7 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield last
 
 
-def _as_binary(column: Any, path: Path, name: str) -> Any:
+def _as_binary(column: Any, path: Path, what: str, name: str) -> Any:
     """A text column as bytes, so that invalid UTF-8 is found value by value."""
     import pyarrow as pa
 
@@ -299,8 +290,72 @@ def _as_binary(column: Any, path: Path, name: str) -> Any:
         or pa.types.is_large_binary(column.type)
     ):
         return column
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+    kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    if any(kind(column.type) for kind in (*kinds, pa.types.is_binary_view)):
         return column.cast(pa.large_binary())
+    if pa.types.is_integer(column.type) and what != "text":
+        return column.cast(pa.string()).cast(pa.large_binary())
     raise UserError(
-        f"{path}: column {name!r} holds {column.type}, not text; name another with --{name}-field"
+        f"{path}: column {name!r} holds {column.type}, not text; name another with --{what}-field"
     )
+
+
+def _value(record: dict[str, Any], name: str) -> Any:
+    """The value of a key, or of a key inside of objects where the name has dots."""
+    if name in record or "." not in name:
+        return record.get(name)
+    outer, _, inner = name.partition(".")
+    value = record.get(outer)
+    return _value(value, inner) if isinstance(value, dict) else None
+
+
+def _open_parquet(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:  # a name that is not UTF-8, which Arrow does not open
+        return pq.ParquetFile(open(path, "rb"))
+    return pq.ParquetFile(path, memory_map=True)
+
+
+def _columns(path: Path, schema: Any, fields: Fields) -> list[tuple[str, str, str]]:
+    """(what, name, column) of every field that a Parquet file has; a column that is a struct holds
+    names with dots."""
+    found = []
+    for what, name in vars(fields).items():
+        column = name if name in schema.names else name.partition(".")[0]
+        if schema.names.count(column) > 1:
+            raise UserError(f"{path}: has the column {column!r} twice; drop one of them")
+        if (
+            column == name
+            and column in schema.names
+            or column in schema.names
+            and _has_inner(schema.field(column).type, name)
+        ):
+            found.append((what, name, column))
+    if not any(what == "text" for what, _, _ in found):
+        raise UserError(
+            f"{path}: has no column {fields.text!r}; its columns are {', '.join(schema.names)}, "
+            f"name the right one with --text-field"
+        )
+    return found
+
+
+def _has_inner(kind: Any, name: str) -> bool:
+    import pyarrow as pa
+
+    for part in name.split(".")[1:]:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return False
+        kind = kind.field(part).type
+    return True
+
+
+def _inner(batch: Any, column: str, name: str) -> Any:
+    import pyarrow.compute as pc
+
+    values = batch.column(column)
+    for part in name.split(".")[1:] if name != column else ():
+        values = pc.struct_field(values, part)
+    return values

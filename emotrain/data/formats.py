@@ -143,6 +143,13 @@ class Dataset:
         """ShardInfo of every shard of each split, in order."""
         self.domains = {split: manifest["splits"][split]["domains"] for split in SPLITS}
         """For each split, `{domain: {"documents": count, "tokens": count}}`."""
+        tokenizer = self.path / TOKENIZER
+        written = manifest["tokenizer_sha256"]
+        if written and tokenizer.is_file() and sha256_of(tokenizer) != written:
+            raise UserError(
+                f"{tokenizer}: its sha256 is not the one in {MANIFEST}; restore the tokenizer of "
+                f"this data set"
+            )
         self._check_sizes([info for split in SPLITS for info in self.shards[split]])
         self._open: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
@@ -176,9 +183,7 @@ class Dataset:
         if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
             raise UserError(
                 f"{path}: has {tokenizer.vocab_size} tokens and EOS {tokenizer.eos_id}, {MANIFEST} "
-                f"says "
-                f"{self.vocab_size} and {self.eos_id}; restore the tokenizer that the data set was "
-                f"prepared with"
+                f"says {self.vocab_size} and {self.eos_id}; restore the tokenizer of this data set"
             )
         return tokenizer
 
@@ -364,8 +369,7 @@ class Dataset:
         if found != info.sha256:
             raise UserError(
                 f"{path}: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; its bytes "
-                f"have "
-                f"changed, copy it again or run `emotrain prepare` again"
+                f"have changed, copy it again or run `emotrain prepare` again"
             )
 
 

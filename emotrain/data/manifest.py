@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from emotrain.errors import MissingFileError, UserError
-from emotrain.files import json_text
+from emotrain.files import json_text, sha256_of
 
 MANIFEST, TOKENIZER = "dataset.json", "tokenizer.json"
 FORMAT, FORMAT_VERSION = "emotrain-dataset", 1
@@ -61,6 +61,9 @@ def write_manifest(
         "eos_token": eos_token,
         "dtype": token_dtype(vocab_size).name,
         "tokenizer": TOKENIZER,
+        "tokenizer_sha256": sha256_of(tokenizer)
+        if (tokenizer := folder / TOKENIZER).is_file()
+        else "",
         "splits": {
             split: {
                 "shards": [asdict(info) for info in splits[split]["shards"]],
@@ -124,6 +127,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     check.that(
         manifest.get("tokenizer") == TOKENIZER,
         f"has tokenizer={manifest.get('tokenizer')!r}, it must be {TOKENIZER!r}",
+    )
+    # Data sets of before its checksum have none.
+    check.that(
+        isinstance(manifest.setdefault("tokenizer_sha256", ""), str),
+        f"has tokenizer_sha256={manifest['tokenizer_sha256']!r}, it must be text",
     )
     skipped = check.group(manifest, "skipped_documents")
     for reason in skipped:

@@ -19,6 +19,7 @@ give the same bytes, and a process that is killed leaves no data set rather than
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections import Counter, defaultdict, deque
@@ -30,7 +31,8 @@ from typing import Any
 
 import numpy as np
 
-from emotrain.data.documents import REASONS, Document, DocumentReader, Fields, find_files
+from emotrain.data.documents import FIELDS, REASONS, Document, DocumentReader, Fields
+from emotrain.data.files import find_files, shown
 from emotrain.data.manifest import SPLITS, TOKENIZER, ShardInfo, token_dtype, write_manifest
 from emotrain.data.order import keyed
 from emotrain.data.shards import write_shard
@@ -46,6 +48,8 @@ from emotrain.data.tokenizer import (
 from emotrain.errors import UserError
 from emotrain.files import json_text
 from emotrain.progress import ProgressBar
+
+log = logging.getLogger("emotrain")
 
 SAMPLE = "sample"
 """The input that names the embedded corpus (a folder of that name is `./sample`)."""
@@ -88,7 +92,7 @@ def prepare(
     workers: int | None = None,
     strict: bool = False,
     overwrite: bool = False,
-    fields: Fields = Fields(),
+    fields: Fields = FIELDS,
     bar: ProgressBar | None = None,
 ) -> dict[str, Any]:
     """Make a data set out of documents.
@@ -118,7 +122,9 @@ def prepare(
         tokenizer is None and [str(item) for item in inputs] == [SAMPLE]
     )
     _check_arguments(tokenizer, train_tokenizer, shard_tokens, valid_fraction, seed, workers)
-    files = find_files([SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs])
+    files, passed_over = find_files(
+        [SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs], out
+    )
     reader = DocumentReader(fields, strict)
     bar = bar or ProgressBar(shown=False)
     with Staging(out, overwrite) as staging:
@@ -128,6 +134,11 @@ def prepare(
             )
         else:
             encoder = load_tokenizer(tokenizer, eos_token)
+        if encoder.loses_characters():
+            log.warning(
+                "the tokenizer has no token for unknown characters and no bytes to spell them: they "
+                "vanish; take a byte-level tokenizer if that matters"
+            )
         (staging.folder / TOKENIZER).write_text(encoder.to_json(), encoding="utf-8")
         expected = sum(map(_expected_tokens, files))
         buckets = {
@@ -140,9 +151,11 @@ def prepare(
             _encode(_read(files, reader, bar), encoder, workers or _usable_cores())
         ) as batches:
             for documents, tokens in batches:
+                documents, tokens = _with_tokens(documents, tokens, reader)
                 spill.add(number, documents, tokens, valid_fraction)
                 number += len(documents)
                 text_bytes += sum(document.size for document in documents)
+        reader.check_fields()
         splits = spill.finish(bar)
         if not splits["train"]["shards"]:
             skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
@@ -163,7 +176,7 @@ def prepare(
                 "seed": seed,
                 "valid_fraction": valid_fraction,
                 "shard_tokens": shard_tokens,
-                "input_files": [path.name for path in files],
+                "input_files": [shown(path.name) for path in files],
             },
         )
         staging.commit()
@@ -174,6 +187,7 @@ def prepare(
         skipped_documents,
         text_bytes,
         len(files),
+        passed_over,
         time.perf_counter() - started,
     )
 
@@ -247,9 +261,7 @@ def _encode(
     pool = ThreadPoolExecutor(workers)
     try:
         for batch in _batches(documents):
-            pending.append(
-                (batch, pool.submit(encoder.encode_batch, [document.text for document in batch]))
-            )
+            pending.append((batch, pool.submit(_encode_batch, batch, encoder)))
             if len(pending) > 2 * workers:
                 batch, encoded = pending.popleft()
                 yield batch, encoded.result()
@@ -261,6 +273,30 @@ def _encode(
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _encode_batch(documents: list[Document], encoder: TextTokenizer) -> list[np.ndarray]:
+    try:
+        return encoder.encode_batch([document.text for document in documents])
+    except UserError:
+        for document in documents:
+            try:
+                encoder.encode_batch([document.text])
+            except UserError as error:
+                raise UserError(f"{document.source}: {error}") from None
+        raise
+
+
+def _with_tokens(
+    documents: list[Document], tokens: list[np.ndarray], reader: DocumentReader
+) -> tuple[list[Document], list[np.ndarray]]:
+    """Without the documents that the tokenizer makes nothing of: they are skipped as empty."""
+    kept = [index for index, ids in enumerate(tokens) if len(ids) > 1]
+    if len(kept) < len(documents):
+        reader.skip_all(
+            "empty", [d for d, ids in zip(documents, tokens, strict=True) if len(ids) < 2]
+        )
+    return [documents[index] for index in kept], [tokens[index] for index in kept]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -383,6 +419,7 @@ def _report(
     skipped: dict[str, int],
     text_bytes: int,
     files: int,
+    passed_over: dict[str, int],
     seconds: float,
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
@@ -390,6 +427,8 @@ def _report(
         "vocab_size": encoder.vocab_size,
         "eos_id": encoder.eos_id,
         "files": files,
+        "passed_over_files": sum(passed_over.values()),
+        "passed_over": passed_over,
     }
     for total in ("documents", "tokens"):
         by_split = {

@@ -3,7 +3,11 @@ trained here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +21,13 @@ if TYPE_CHECKING:
 EOS_TOKEN = "<|endoftext|>"
 """The default end-of-document token."""
 
+SHOWN = 8
+"""Special tokens that an error names."""
+
+LONGEST_RUN = 1000
+"""Characters without a space, or with nothing else, after which a text is cut to train on: the
+library takes quadratic time in the length of a word."""
+
 BYTE_ALPHABET = 256
 """Symbols that a byte-level vocabulary starts from, so that every text has an encoding."""
 
@@ -24,8 +35,9 @@ BYTE_ALPHABET = 256
 class TextTokenizer:
     """Encodes documents so that the EOS id stands at the end of each document and nowhere else.
 
-    A text that spells an end-of-document marker is encoded as ordinary characters, and truncation
-    or padding that a tokenizer file brings along is switched off: every document arrives whole.
+    A text that spells an end-of-document marker is encoded as ordinary characters. Truncation,
+    padding and dropout that a tokenizer file brings along are switched off: every document arrives
+    whole, and always as the same tokens.
     """
 
     def __init__(self, backend: Tokenizer, eos_token: str = EOS_TOKEN):
@@ -40,14 +52,17 @@ class TextTokenizer:
                 for token in backend.get_added_tokens_decoder().values()
                 if token.special
             )
+            more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""
             raise UserError(
                 f"the tokenizer has no token {eos_token!r} to end documents with; name one with "
-                f"--eos-token, "
-                f"its special tokens are {', '.join(special) or 'none'}"
+                f"--eos-token, its special tokens are {', '.join(special[:SHOWN]) or 'none'}{more}"
             )
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):
+            # Drawn anew at every call: the same inputs would give other bytes.
+            backend.model.dropout = None
         self.backend = backend
         self.eos_token = eos_token
         self.eos_id = eos_id
@@ -55,9 +70,68 @@ class TextTokenizer:
         """One more than the largest id: the rows that a model's embedding needs."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text followed by EOS, as uint32 arrays [length + 1]."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids + [self.eos_id], dtype=np.uint32) for encoding in encodings]
+        """Token ids of each text followed by EOS, as uint32 arrays [length + 1].
+
+        Raises:
+            UserError: a text that the tokenizer cannot encode, or cannot without its EOS token.
+        """
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(self._cannot_encode(texts, error)) from None
+        found = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            ids = np.array(encoding.ids + [self.eos_id], dtype=np.uint32)
+            # A vocabulary may hold the marker as an ordinary token, or a merge may end in it.
+            found.append(self._around(text) if (ids[:-1] == self.eos_id).any() else ids)
+        return found
+
+    def _around(self, text: str) -> np.ndarray:
+        """As `encode_batch`, of a text that becomes EOS somewhere: cut inside of each such place,
+        until no piece does."""
+        pieces, ids = [text], []
+        while pieces:
+            piece = pieces.pop()
+            encoding = self.backend.encode(piece, add_special_tokens=False)
+            spans = [
+                span
+                for span, token in zip(encoding.offsets, encoding.ids, strict=True)
+                if token == self.eos_id
+            ]
+            if not spans:
+                ids.append(encoding.ids)
+                continue
+            start, end = spans[0]
+            cut = (start + end) // 2
+            if not start < cut < end:
+                raise UserError(
+                    f"the tokenizer turns {piece[start:end] or piece[:20]!r} into {self.eos_token!r}, "
+                    f"which ends documents; name another token with --eos-token"
+                )
+            pieces += [piece[cut:], piece[:cut]]
+        return np.array([*chain.from_iterable(ids), self.eos_id], dtype=np.uint32)
+
+    def _cannot_encode(self, texts: Sequence[str], error: Exception) -> str:
+        """Names the first word (character, where the tokenizer knows no words) at fault."""
+        words = self.backend.pre_tokenizer
+        for text in texts:
+            for word in [w for w, _ in words.pre_tokenize_str(text)] if words else text:
+                try:
+                    self.backend.encode(word, add_special_tokens=False)
+                except Exception:
+                    return (
+                        f"the tokenizer has no token for {word!r} and none for what it does not "
+                        f"know; take one with an unk_token, or a byte-level one"
+                    )
+        return f"the tokenizer cannot encode a text ({' '.join(str(error).split())})"
+
+    def loses_characters(self) -> bool:
+        """Whether characters without a token vanish without a trace."""
+        described = json.loads(self.backend.to_str(pretty=False))
+        model = described["model"]
+        if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("unk_token"):
+            return False
+        return "ByteLevel" not in json.dumps(described["pre_tokenizer"])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, EOS left out."""
@@ -118,5 +192,35 @@ def train_tokenizer(
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    backend.train_from_iterator(texts, trainer)
+    _uninterrupted(lambda: backend.train_from_iterator(_cut(texts), trainer))
     return TextTokenizer(backend, eos_token)
+
+
+def _cut(texts: Iterable[str]) -> Iterator[str]:
+    """Texts whose runs without a space, and of spaces alone, are at most LONGEST_RUN characters."""
+    run = re.compile(rf"\S{{{LONGEST_RUN}}}|\s{{{LONGEST_RUN}}}")
+    for text in texts:
+        start = 0
+        for match in run.finditer(text):
+            yield text[start : match.end()]
+            start = match.end()
+        yield text[start:]
+
+
+def _uninterrupted(work: Callable[[], None]) -> None:
+    """Run `work`, which does not return to Python for minutes, on a thread: Ctrl-C ends the
+    command, and the thread with it."""
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if failure:
+        raise failure[0]

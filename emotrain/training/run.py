@@ -81,6 +81,12 @@ def train(
             engine.set_learning_rate(lr)
             micro_batches = [batch.to(ranks.device) for batch in micro_batches]
             result = train_step(engine, micro_batches, config, step, ranks, stop_requested())
+            if not result.num_targets and ranks.is_first:
+                log.warning(
+                    "step %d: no position of its sequences has a target; see "
+                    "data.cross_document_targets and data.repetition_filter",
+                    step,
+                )
             under_way.note(result.applied)
             if not result.applied:
                 _report_skipped(config, step, result, micro_batches, under_way, ranks)
@@ -168,6 +174,15 @@ def _build_loader(config: Config) -> Loader:
         repetition_filter=config.data.repetition_filter,
         verify_checksums=config.data.verify_checksums,
     )
+    left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
+    if left_out > 0.05:
+        log.warning(
+            "data.sequence_length=%d leaves out %.0f %% of the tokens of %s: what is left at the end "
+            "of each shard fills no sequence; take a shorter one, or larger shards",
+            loader.sequence_length,
+            100 * left_out,
+            config.data.path,
+        )
     if loader.vocab_size > config.model.vocab_size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size} is smaller than the "

@@ -32,7 +32,7 @@ class StepResult:
     router_z: float
     """Mean over layers of the router z-loss, unweighted."""
     num_targets: int
-    """Positions with a loss."""
+    """Positions with a loss, over all ranks."""
     grad_norm: float
     """Global gradient norm before clipping."""
     reports: Sequence[RoutingReport]
@@ -65,7 +65,9 @@ def train_step(
         stop: whether this rank was asked to stop after the step.
     """
     losses = config.losses
-    num_targets, num_tokens = global_counts(micro_batches, ranks)
+    counts = global_counts(micro_batches, ranks)
+    # What losses are divided by: at least 1, so that a step of padding alone is a step of zeros.
+    num_targets, num_tokens = counts.clamp(min=1)
     engine.start_step()
     reports: list[RoutingReport] = []
     terms: list[tuple[Tensor, ...]] = []
@@ -77,10 +79,10 @@ def train_step(
         return engine.forward(batch, request, losses.z)
 
     def backward(
-        sums: LossSums, report: RoutingReport, counts: Sequence[Tensor], is_last: bool
+        sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
     ) -> None:
         with part("loss"):
-            balance, router_z = router_loss(report, counts, num_tokens)
+            balance, router_z = router_loss(report, loads, num_tokens)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
             # A loss that is not finite makes a gradient that is not: engines look at that alone.
             loss = loss * (1 + 0 * loss.detach())
@@ -102,15 +104,15 @@ def train_step(
 
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         passes = [forward(batch) for batch in micro_batches]
-        counts = _sum_counts([report for _, report in passes], ranks)
+        loads = _sum_counts([report for _, report in passes], ranks)
         while passes:
-            backward(*passes.pop(0), counts, is_last=not passes)
+            backward(*passes.pop(0), loads, is_last=not passes)
     else:
         for index, batch in enumerate(micro_batches):
             sums, report = forward(batch)
             scope = [*reports, report] if losses.balance_scope == "global_batch" else [report]
-            counts = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
-            backward(sums, report, counts, is_last=index == len(micro_batches) - 1)
+            loads = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
+            backward(sums, report, loads, is_last=index == len(micro_batches) - 1)
 
     scalars = [*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)]
     # One collective for all of them.
@@ -123,7 +125,7 @@ def train_step(
         z,
         balance,
         router_z,
-        int(num_targets),
+        int(counts[0]),
         update.grad_norm,
         reports,
         [loss for loss, *_ in terms],
@@ -132,8 +134,8 @@ def train_step(
     )
 
 
-def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Targets and routed tokens of the whole step, each at least 1: what losses are divided by."""
+def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> Tensor:
+    """int64 [2]: targets and routed tokens of the whole step, over all ranks."""
     num_targets = sum((batch.targets_BS >= 0).sum() for batch in micro_batches)
     num_tokens = sum(
         batch.targets_BS.new_tensor(batch.targets_BS.numel())
@@ -141,8 +143,7 @@ def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> tuple[T
         else batch.valid_T.sum()
         for batch in micro_batches
     )
-    targets, tokens = ranks.sum(torch.stack([num_targets, num_tokens])).clamp(min=1)
-    return targets, tokens
+    return ranks.sum(torch.stack([num_targets, num_tokens]))
 
 
 def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:
