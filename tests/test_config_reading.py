@@ -126,6 +126,15 @@ def test_interpolation_is_the_same_in_files_and_on_the_command_line(
     assert load_config(tmp_path / "saved.yaml") == literal
 
 
+def test_a_number_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEED_FOR_TEST", "7")
+    file = write(tmp_path / "a.yaml", "")
+    decoded = load_config(file, ["training.seed=${oc.decode:${oc.env:SEED_FOR_TEST}}"])
+    assert decoded.training.seed == 7
+    with pytest.raises(UserError, match=r"'7' must be a whole number.*leave out the quotes.*oc.de"):
+        load_config(file, ["training.seed=${oc.env:SEED_FOR_TEST}"])
+
+
 def test_the_home_folder_is_expanded_in_paths_and_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,7 +154,8 @@ def test_gradcheck_of_the_twins() -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_empty_slots_are_neither_read_nor_left_unwritten(
-    backend: str, poisoned_memory: None  # noqa: F811
+    backend: str,
+    poisoned_memory: None,  # noqa: F811
 ) -> None:
     ranks_TK = destinations(12, 3, 0.4)
     slots = slots_of(ranks_TK)

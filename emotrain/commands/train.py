@@ -16,9 +16,10 @@ EPILOG = """examples:
   torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=16
   deepspeed launch/pretrain.py configs/emo_1b14b_130b.yaml --deepspeed configs/deepspeed/zero2.json
 
-The same command goes on from the newest checkpoint of training.run_dir. `emotrain settings` lists
-every setting. Ctrl-C, SIGTERM or SIGUSR1 finishes the step, saves a checkpoint and exits with 75;
-again, and it stops at once."""
+The same command goes on from the newest checkpoint of training.run_dir. Ctrl-C, SIGTERM or SIGUSR1
+finishes the step, saves a checkpoint and exits with 75; a second one stops at once. `emotrain
+settings` lists every setting, `emotrain --help` the exit codes. EMOTRAIN_TRACEBACK=1 shows where a
+one-line error was raised."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -274,7 +274,16 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         float: "a number",
         tuple[int, ...]: "a list of whole numbers",
     }
-    raise UserError(f"{key}={value!r} must be {names[plain]}")
+    raise UserError(f"{key}={value!r} must be {names[plain]}{_quotes_hint(value)}")
+
+
+def _quotes_hint(value: Any) -> str:
+    """What to say of a number that is text: from quotes, or from the environment."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return "; leave out the quotes, and write ${oc.decode:${oc.env:NAME}} for a variable's number"
 
 
 def _is_whole(value: float) -> bool:
