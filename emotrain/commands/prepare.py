@@ -28,46 +28,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    option = parser.add_argument
-    option(
+    parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
         help="files or folders of documents, or `sample`, the embedded corpus",
     )
+    _add_result(parser)
+    _add_tokenizer(parser)
+    _add_documents(parser)
+    add_json(parser)
+
+
+def _add_result(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
     option(
         "--out",
         required=True,
         metavar="DIR",
         help="folder to make; refused if it exists, see --overwrite",
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to encode with")
-    which.add_argument(
-        "--train-tokenizer",
+    option(
+        "--overwrite",
         action="store_true",
-        help="train a byte-level BPE on the documents first (the default for `sample`)",
-    )
-    option(
-        "--vocab-size",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens of a trained tokenizer (default: %(default)s)",
-    )
-    option(
-        "--eos-token",
-        default=EOS_TOKEN,
-        metavar="TOKEN",
-        help="token that ends a document (default: %(default)s)",
-    )
-    option(
-        "--valid-fraction",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="share of documents held out, among those without a split of their own (default: "
-        "%(default)s)",
+        help="replace the data set at --out once the new one is complete",
     )
     option(
         "--shard-tokens",
@@ -89,15 +73,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="encoding threads (default: one a core); changes the time, not the result",
     )
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("tokenizer")
+    which = group.add_mutually_exclusive_group()
+    which.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json to encode with")
+    which.add_argument(
+        "--train-tokenizer",
+        action="store_true",
+        help="train a byte-level BPE on the documents first (the default for `sample`)",
+    )
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="tokens of a trained tokenizer (default: %(default)s)",
+    )
+    group.add_argument(
+        "--eos-token",
+        default=EOS_TOKEN,
+        metavar="TOKEN",
+        help="token that ends a document (default: %(default)s)",
+    )
+
+
+def _add_documents(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument_group("documents").add_argument
+    option(
+        "--valid-fraction",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of documents held out, among those without a split of their own (default: "
+        "%(default)s)",
+    )
     option(
         "--strict",
         action="store_true",
         help="stop at the first bad document; without it they are skipped and counted",
-    )
-    option(
-        "--overwrite",
-        action="store_true",
-        help="replace the data set at --out once the new one is complete",
     )
     for name in vars(Fields()):
         option(
@@ -106,7 +121,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="NAME",
             help=f"key or column of the {name} (default: %(default)s)",
         )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -131,7 +131,7 @@ class TextTokenizer:
         model = described["model"]
         if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("unk_token"):
             return False
-        return "ByteLevel" not in json.dumps(described["pre_tokenizer"])
+        return "ByteLevel" not in json.dumps(described["pre_tokenizer"], allow_nan=False)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of token ids, EOS left out."""

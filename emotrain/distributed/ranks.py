@@ -1,5 +1,5 @@
-"""The processes of a run, what each holds, and the few collectives that data parallelism needs. One process needs
-none of them."""
+"""The processes of a run, what each holds, and the few collectives that data parallelism needs. One
+process needs none of them."""
 
 from __future__ import annotations
 
