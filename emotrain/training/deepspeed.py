@@ -46,7 +46,7 @@ from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
-from emotrain.training.engine import Update
+from emotrain.training.engine import Update, spreading
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.profiling import part
 from emotrain.training.tensor_files import TensorPart
@@ -256,7 +256,7 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(is_last)
         # What a forward pass does for the backward pass that follows; here several may lie between.
         self._engine.optimizer.clear_backward_seen_flag()
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(spreading(loss), scale_wrt_gas=False)
 
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
         """As every engine; DeepSpeed clips to the norm of its own settings, which `read_options`
