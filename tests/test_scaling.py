@@ -27,7 +27,8 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A block holds 32 tokens or 8 offsets."""
-    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
+    for module in (formats, shards):
+        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
 
 
 @pytest.fixture
@@ -165,7 +166,7 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     monkeypatch.setattr(formats, "sha256_of", refuse)
     monkeypatch.setattr(formats, "_check_contents", refuse)
     monkeypatch.setattr(
-        formats, "_block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
+        formats, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
     )
     loader = Loader(folder, SEQUENCE, 0)
     assert loader.fingerprint and hashed == []
@@ -295,6 +296,7 @@ def result(tmp_path_factory):
 
 
 @linux
+@pytest.mark.long
 def test_benchmark_of_the_index(result):
     assert result["index_tokens"] == 30 * 65536 and result["index_shards"] == 30
     for key in (
@@ -317,6 +319,7 @@ def test_benchmark_of_the_index(result):
 
 
 @linux
+@pytest.mark.long
 def test_benchmark_of_the_job(result):
     """The parts of all ranks tile the tensors, or reading their index back would have failed."""
     assert result["manifest_ranks"] == 8 and result["manifest_files"] == 2 * 8 + 4
@@ -336,6 +339,7 @@ def test_benchmark_of_the_job(result):
 
 
 @linux
+@pytest.mark.long
 def test_benchmark_of_the_plan(result):
     rows = {(row["batch"], row["gpus"], row["ep"]): row for row in result["plan"]}
     assert set(rows) == {
