@@ -27,7 +27,7 @@ from emotrain.data.shards import write_shard
 if TYPE_CHECKING:
     from emotrain.config import Config
     from emotrain.distributed.mesh import Layout
-    from emotrain.training.tensor_files import TensorPart
+    from emotrain.training.tensor_index import TensorPart
 
 VOCABULARY, EOS = 100278, 100257
 """Of the published tokenizer: more than 2^16, so that a token takes four bytes."""
@@ -185,8 +185,8 @@ def save_metadata(
         WrittenFile,
         _item_bytes,
         _SavePlanner,
-        _stem,
     )
+    from emotrain.training.tensor_index import stem_of
 
     configured, ranks = _parts(config, settings, world_size)
     planner, plans = _SavePlanner(), []
@@ -208,7 +208,7 @@ def save_metadata(
     for rank, plan in enumerate(plans):
         sizes: dict[str, int] = defaultdict(int)
         for item in plan.items:
-            sizes[_stem(item.index.fqn)] += _item_bytes(item)
+            sizes[stem_of(item.index.fqn)] += _item_bytes(item)
         files = {
             stem: WrittenFile(f"{stem}-{rank:05d}.safetensors", size, f"{rank:064x}")
             for stem, size in sizes.items()
@@ -222,7 +222,7 @@ def save_metadata(
                 WriteResult(
                     item.index,
                     _item_bytes(item),
-                    (files[_stem(item.index.fqn)], item.tensor_data.chunk.sizes),
+                    (files[stem_of(item.index.fqn)], item.tensor_data.chunk.sizes),
                 )
                 for item in plan.items
             ]
@@ -344,7 +344,7 @@ def parts_of_ranks(config: Config, layout: Layout) -> Iterator[dict[str, TensorP
     from emotrain.distributed.parallelize import parallelize
     from emotrain.model.transformer import Transformer
     from emotrain.training.checkpoint import MOMENTS
-    from emotrain.training.tensor_files import TensorPart
+    from emotrain.training.tensor_index import TensorPart
 
     with torch.device("meta"):
         model = Transformer(config.model)

@@ -193,10 +193,10 @@ def _plan_case(case: tuple[str, str, str, int, int, int]) -> dict[str, Any]:
 
     from emotrain.config import load_config
     from emotrain.distributed.mesh import Layout
-    from emotrain.planning.dry_run import Routing
     from emotrain.planning.hardware import Cluster, find_gpu
     from emotrain.planning.plan import make_plan
     from emotrain.planning.search import extrapolated
+    from emotrain.planning.stand_ins import Routing
 
     warnings.filterwarnings("ignore")
     config, gpu, batch, world_size, ep, global_batch = case

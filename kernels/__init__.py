@@ -2,9 +2,10 @@
 CPU."""
 
 from emotrain.kernels.decision import Decision
-from emotrain.kernels.grouped_mlp import SortedSlots, grouped_mlp, sort_slots
+from emotrain.kernels.grouped_mlp import grouped_mlp
 from emotrain.kernels.linear_cross_entropy import linear_cross_entropy
 from emotrain.kernels.permute import permute, unpermute
+from emotrain.kernels.slots import SortedSlots, sort_slots
 
 __all__ = [
     "Decision",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from emotrain.kernels.backends import require_triton
-from emotrain.kernels.grouped_mlp import SortedSlots
+from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.tuning import SPACE
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.errors import MissingPackageError, UserError
-from emotrain.kernels.grouped_mlp import SortedSlots
 from emotrain.kernels.permute import permute, unpermute
+from emotrain.kernels.slots import SortedSlots
 
 
 def grouped_mlp_megablocks(

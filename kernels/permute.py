@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from emotrain.kernels.backends import choose_backend
-from emotrain.kernels.grouped_mlp import SortedSlots
+from emotrain.kernels.slots import SortedSlots
 
 
 def permute(x_TD: Tensor, slots: SortedSlots, backend: str = "auto") -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emotrain.kernels.backends import check_operands
-from emotrain.kernels.grouped_mlp import SortedSlots
+from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.triton_launch import launch
 
 PLAN_BLOCK = 128

@@ -29,13 +29,8 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.training import checkpoint, tensor_files
 from emotrain.training.checkpoint import CheckpointWriter, TrainingState
 from emotrain.training.optimizer import build_optimizer
-from emotrain.training.tensor_files import (
-    TensorFilesWriter,
-    TensorPart,
-    load_parts,
-    read_index,
-    save_parts,
-)
+from emotrain.training.tensor_files import TensorFilesWriter, load_parts, save_parts
+from emotrain.training.tensor_index import TensorPart, read_index
 
 pytestmark = [
     pytest.mark.layout,

@@ -18,6 +18,7 @@ import pytest
 
 from emotrain.commands.prepare import add_arguments, run
 from emotrain.data import prepare as prepare_module
+from emotrain.data import spill
 from emotrain.data.documents import DocumentReader, Fields
 from emotrain.data.files import find_files
 from emotrain.data.formats import Dataset
@@ -121,7 +122,7 @@ def test_neighbours_are_scattered(corpus, tokenizer_file, tmp_path):
 @pytest.mark.parametrize("workers", [2, 5])
 def test_bytes_do_not_depend_on_workers(corpus, tokenizer_file, tmp_path, workers, monkeypatch):
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 500)
-    monkeypatch.setattr(prepare_module, "BUFFER_BYTES", 4000)
+    monkeypatch.setattr(spill, "BUFFER_BYTES", 4000)
     options = {"tokenizer": tokenizer_file, "shard_tokens": 3000, "valid_fraction": 0.1}
     prepare([corpus], tmp_path / "one", workers=1, **options)
     prepare([corpus], tmp_path / "many", workers=workers, **options)
@@ -364,7 +365,9 @@ def test_overwrite_never_deletes_what_is_not_a_data_set(corpus, tokenizer_file, 
     ).exists()
 
 
-@pytest.mark.parametrize("where", ["_Spill._flush", "write_shard", "write_manifest"])
+@pytest.mark.parametrize(
+    "where", ["spill.Spill._flush", "spill.write_shard", "prepare.write_manifest"]
+)
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_full_disk_gets_one_line_and_leaves_no_trace(
     where, overwrite, corpus, tokenizer_file, tmp_path, monkeypatch
@@ -377,8 +380,7 @@ def test_a_full_disk_gets_one_line_and_leaves_no_trace(
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner, _, name = where.rpartition(".")
-    monkeypatch.setattr(getattr(prepare_module, owner) if owner else prepare_module, name, full)
+    monkeypatch.setattr(f"emotrain.data.{where}", full)
     with pytest.raises(
         OSError, match="no space left on the disk of .*out; free some or choose another --out"
     ):
@@ -390,7 +392,7 @@ def test_ctrl_c_leaves_no_trace(corpus, tokenizer_file, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module, "write_shard", interrupt)
+    monkeypatch.setattr(spill, "write_shard", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
     assert not (tmp_path / "out").exists() and not leftovers(tmp_path / "out")
@@ -398,9 +400,9 @@ def test_ctrl_c_leaves_no_trace(corpus, tokenizer_file, tmp_path, monkeypatch):
 
 KILLED = """
 import sys, time
-from emotrain.data import prepare, staging
+from emotrain.data import prepare, spill, staging
 module, name, before, corpus, out, tokenizer = sys.argv[1:]
-owner = {"prepare": prepare, "staging": staging}[module]
+owner = {"prepare": prepare, "spill": spill, "staging": staging}[module]
 original = getattr(owner, name)
 def stop(*args, **kwargs):
     if before == "after":
@@ -415,7 +417,7 @@ prepare.prepare([corpus], out, tokenizer=tokenizer, seed=1, overwrite=True)
 @pytest.mark.parametrize(
     ("module", "name", "when", "replaced"),
     [
-        ("prepare", "write_shard", "before", False),
+        ("spill", "write_shard", "before", False),
         ("prepare", "write_manifest", "after", False),
         ("staging", "_exchange", "before", False),
         ("staging", "_exchange", "after", True),

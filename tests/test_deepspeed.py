@@ -34,7 +34,8 @@ from emotrain.config import Config, config_from_dict, config_to_dict, save_confi
 from emotrain.distributed.ranks import Ranks
 from emotrain.training import checkpoint
 from emotrain.training import run as run_module
-from emotrain.training.deepspeed import DeepSpeedEngine, read_options
+from emotrain.training.deepspeed import DeepSpeedEngine
+from emotrain.training.deepspeed_options import read_options
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
 from tests import test_layout as layout

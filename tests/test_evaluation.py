@@ -13,14 +13,9 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack, token_losses
-from emotrain.evaluation.sweep import (
-    ARMS,
-    DomainDocuments,
-    SweepSettings,
-    mean_increase,
-    routing_summary,
-    sweep,
-)
+from emotrain.evaluation.reading import DomainDocuments
+from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.sweep import ARMS, mean_increase, routing_summary, sweep
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import experts_kept, greedy_select, random_select
 

@@ -16,8 +16,10 @@ from emotrain.data.manifest import SPLITS, write_manifest
 from emotrain.data.shards import write_shard
 from emotrain.evaluation import plots
 from emotrain.evaluation.plots import subset_figure
+from emotrain.evaluation.reading import DomainDocuments
 from emotrain.evaluation.report import findings, write_report
-from emotrain.evaluation.sweep import DomainDocuments, SweepSettings, sweep
+from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.sweep import sweep
 from emotrain.evaluation.tables import mean_table
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint

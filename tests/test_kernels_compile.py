@@ -14,7 +14,7 @@ import triton_interpreter
 from conftest import ROOT, run_command
 
 from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, PUBLISHED, Row
-from emotrain.kernels.grouped_mlp import SortedSlots
+from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording
 from emotrain.kernels.tuning import GEMM_KERNELS, SPACE

@@ -20,7 +20,8 @@ from triton_interpreter import backwards, poisoned_memory  # noqa: F401
 from emotrain.config import PoolConfig
 from emotrain.kernels import backends
 from emotrain.kernels.backends import choose_backend
-from emotrain.kernels.grouped_mlp import SortedSlots, grouped_mlp, sort_slots
+from emotrain.kernels.grouped_mlp import grouped_mlp
+from emotrain.kernels.slots import SortedSlots, sort_slots
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
 from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig, default_tiles

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from triton_interpreter import backwards, poisoned_memory  # noqa: F401
 
-from emotrain.kernels.grouped_mlp import SortedSlots, sort_slots
 from emotrain.kernels.permute import permute, unpermute
+from emotrain.kernels.slots import SortedSlots, sort_slots
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 

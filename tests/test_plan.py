@@ -22,11 +22,12 @@ from emotrain.commands import plan as plan_command
 from emotrain.config import Config, load_config
 from emotrain.distributed.mesh import Layout
 from emotrain.planning.cost import VIEWS, Work, kernel_seconds, step_time
-from emotrain.planning.dry_run import Measured, Routing, dry_run, synthetic_batch
+from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import GPUS, RATES, Cluster, find_gpu
 from emotrain.planning.meter import Kernel, Meter
 from emotrain.planning.plan import make_plan
 from emotrain.planning.search import advice, extrapolated, search, with_settings
+from emotrain.planning.stand_ins import Routing, synthetic_batch
 
 H100 = find_gpu("h100-80gb")
 

@@ -27,8 +27,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A block holds 32 tokens or 8 offsets."""
-    for module in (formats, shards):
-        monkeypatch.setattr(module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 64)
 
 
 @pytest.fixture
@@ -162,11 +161,11 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     def refuse(*_):
         raise AssertionError("all of a shard was read")
 
-    hashed, block_sums = [], formats.block_sums
+    hashed, block_sums = [], shards.block_sums
     monkeypatch.setattr(formats, "sha256_of", refuse)
     monkeypatch.setattr(formats, "_check_contents", refuse)
     monkeypatch.setattr(
-        formats, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
+        shards, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
     )
     loader = Loader(folder, SEQUENCE, 0)
     assert loader.fingerprint and hashed == []

@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 
 from emotrain.commands.common import add_json
-from emotrain.evaluation.sweep import SweepSettings, default_folder, evaluate, tables, write_results
+from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.sweep import default_folder, evaluate, tables, write_results
 from emotrain.files import json_text
 from emotrain.progress import ProgressBar
 

@@ -8,9 +8,9 @@ from emotrain.commands.common import add_config, add_json, finish
 from emotrain.config import Config, load_config
 from emotrain.distributed.mesh import Layout
 from emotrain.errors import UserError
-from emotrain.planning.dry_run import Routing
 from emotrain.planning.hardware import GPUS, Cluster, find_gpu
 from emotrain.planning.plan import make_plan, reference_plan
+from emotrain.planning.stand_ins import Routing
 
 EPILOG = """\
 examples:

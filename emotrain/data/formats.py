@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from emotrain.data import shards
 from emotrain.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -55,13 +56,6 @@ from emotrain.data.manifest import (
     ShardInfo,
     read_manifest,
     token_dtype,
-)
-from emotrain.data.shards import (
-    BLOCK_BYTES,
-    SUM_BYTES,
-    block_sums,
-    schema,
-    sha256_of_sums,
 )
 from emotrain.errors import MissingFileError, UserError
 from emotrain.files import sha256_of
@@ -97,7 +91,7 @@ class Shard:
     domains: list[str]
     sources: pa.StringArray
     sums: dict[str, bytes] | None
-    """`tokens` and `offsets`: SUM_BYTES for each of their blocks; None where the file does not
+    """`tokens` and `offsets`: shards.SUM_BYTES for each of their blocks; None where the file does not
     hold those that the manifest names."""
     batch: pa.RecordBatch
     """What the arrays are views of."""
@@ -108,11 +102,11 @@ class Shard:
         if self.sums is None:
             return False
         values, sums = getattr(self, name), self.sums[name]
-        size = BLOCK_BYTES // values.itemsize
+        size = shards.BLOCK_BYTES // values.itemsize
         first, last = start // size, -(-stop // size)
         return (
-            block_sums(values[first * size : last * size])
-            == sums[first * SUM_BYTES : last * SUM_BYTES]
+            shards.block_sums(values[first * size : last * size])
+            == sums[first * shards.SUM_BYTES : last * shards.SUM_BYTES]
         )
 
 
@@ -368,8 +362,8 @@ class Dataset:
         found = sha256_of(path)
         if found != info.sha256:
             raise UserError(
-                f"{path}: sha256 is {found[:12]}…, {MANIFEST} says {info.sha256[:12]}…; its bytes "
-                f"have changed, copy it again or run `emotrain prepare` again"
+                f"{path}: its bytes have changed since {MANIFEST} was written (sha256 "
+                f"{found[:12]}…); copy it again or run `emotrain prepare` again"
             )
 
 
@@ -389,7 +383,7 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if reader.num_record_batches != 1:
             _refuse(path, f"has {reader.num_record_batches} record batches, a shard has one")
-        if not reader.schema.equals(schema(dtype)):
+        if not reader.schema.equals(shards.schema(dtype)):
             _refuse(
                 path,
                 f"has columns ({', '.join(f'{f.name}: {f.type}' for f in reader.schema)}), not "
@@ -428,7 +422,7 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         domain_of,
         domains,
         batch.column("source"),
-        sums if sha256_of_sums(sums) == info.sums else None,
+        sums if shards.sha256_of_sums(sums) == info.sums else None,
         batch,
     )
 

@@ -18,12 +18,11 @@ give the same bytes, and a process that is killed leaves no data set rather than
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -33,9 +32,8 @@ import numpy as np
 
 from emotrain.data.documents import FIELDS, REASONS, Document, DocumentReader, Fields
 from emotrain.data.files import find_files, shown
-from emotrain.data.manifest import SPLITS, TOKENIZER, ShardInfo, token_dtype, write_manifest
-from emotrain.data.order import keyed
-from emotrain.data.shards import write_shard
+from emotrain.data.manifest import SPLITS, TOKENIZER, token_dtype, write_manifest
+from emotrain.data.spill import Spill
 from emotrain.data.staging import Staging
 from emotrain.data.tokenizer import (
     EOS_TOKEN,
@@ -46,7 +44,6 @@ from emotrain.data.tokenizer import (
     train_tokenizer as train_bpe,
 )
 from emotrain.errors import UserError
-from emotrain.files import json_text
 from emotrain.progress import ProgressBar
 
 log = logging.getLogger("emotrain")
@@ -60,8 +57,6 @@ SAMPLE_DIR = Path(__file__).parent / "sample"
 SHARD_TOKENS = 2**27
 """Tokens of a shard, about: 256 or 512 MiB, which is held in memory twice while it is shuffled."""
 
-BUFFER_BYTES = 2**28
-"""Bytes of encoded documents held before they are appended to their buckets."""
 
 BATCH_BYTES = 2**20
 """Bytes of text a thread encodes at a time."""
@@ -72,10 +67,6 @@ another."""
 
 BYTES_PER_TOKEN, COMPRESSION = 3, 4
 """Rough sizes, from which the number of shards is guessed before anything is read."""
-
-HELD_OUT, BUCKET, PLACE = range(3)
-"""What a hash of a document's number decides; each has a key of its own, so that the three are
-unrelated."""
 
 
 def prepare(
@@ -118,52 +109,27 @@ def prepare(
         FileNotFoundError: a missing input or tokenizer. OSError: the disk is full.
     """
     started = time.perf_counter()
-    train_tokenizer = train_tokenizer or (
-        tokenizer is None and [str(item) for item in inputs] == [SAMPLE]
-    )
+    sample = tokenizer is None and [str(item) for item in inputs] == [SAMPLE]
+    train_tokenizer = train_tokenizer or sample
     _check_arguments(tokenizer, train_tokenizer, shard_tokens, valid_fraction, seed, workers)
-    files, passed_over = find_files(
-        [SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs], out
-    )
+    named = [SAMPLE_DIR if str(item) == SAMPLE else item for item in inputs]
+    files, passed_over = find_files(named, out)
     reader = DocumentReader(fields, strict)
     bar = bar or ProgressBar(shown=False)
     with Staging(out, overwrite) as staging:
-        if train_tokenizer:
-            encoder = train_bpe(
-                _training_texts(files, DocumentReader(fields, strict), bar), vocab_size, eos_token
-            )
+        if tokenizer is None:
+            texts = _training_texts(files, DocumentReader(fields, strict), bar)
+            encoder = train_bpe(texts, vocab_size, eos_token)
         else:
-            encoder = load_tokenizer(tokenizer, eos_token)
-        if encoder.loses_characters():
-            log.warning(
-                "the tokenizer has no token for unknown characters and no bytes to spell them: they "
-                "vanish; take a byte-level tokenizer if that matters"
-            )
+            encoder = _load(tokenizer, eos_token)
         (staging.folder / TOKENIZER).write_text(encoder.to_json(), encoding="utf-8")
-        expected = sum(map(_expected_tokens, files))
-        buckets = {
-            "train": 1 + expected // shard_tokens,
-            "valid": 1 + int(expected * valid_fraction) // shard_tokens,
-        }
-        spill = _Spill(staging.folder, buckets, seed, token_dtype(encoder.vocab_size))
-        number = text_bytes = 0
-        with closing(
-            _encode(_read(files, reader, bar), encoder, workers or _usable_cores())
-        ) as batches:
-            for documents, tokens in batches:
-                documents, tokens = _with_tokens(documents, tokens, reader)
-                spill.add(number, documents, tokens, valid_fraction)
-                number += len(documents)
-                text_bytes += sum(document.size for document in documents)
+        buckets = _buckets(files, shard_tokens, valid_fraction)
+        spill = Spill(staging.folder, buckets, seed, token_dtype(encoder.vocab_size))
+        encoded = _encode(_read(files, reader, bar), encoder, workers or _usable_cores())
+        text_bytes = _spill_all(encoded, reader, spill, valid_fraction)
         reader.check_fields()
         splits = spill.finish(bar)
-        if not splits["train"]["shards"]:
-            skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
-            raise UserError(
-                f"no train documents in {len(files)} files (skipped: {skipped or 'none'}); check "
-                f"the inputs and "
-                f"the field names"
-            )
+        _check_any(splits, files, reader)
         skipped_documents = {reason: reader.skipped[reason] for reason in REASONS}
         write_manifest(
             staging.folder,
@@ -180,16 +146,49 @@ def prepare(
             },
         )
         staging.commit()
-    return _report(
-        Path(out),
-        encoder,
-        splits,
-        skipped_documents,
-        text_bytes,
-        len(files),
-        passed_over,
-        time.perf_counter() - started,
-    )
+    report = _report(Path(out), encoder, splits, skipped_documents, text_bytes, len(files))
+    passed = {"passed_over_files": sum(passed_over.values()), "passed_over": passed_over}
+    return report | passed | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def _load(tokenizer: str | Path, eos_token: str) -> TextTokenizer:
+    encoder = load_tokenizer(tokenizer, eos_token)
+    if encoder.loses_characters():
+        log.warning(
+            "%s: has no token for unknown characters and no bytes to spell them: they vanish; take a "
+            "byte-level tokenizer if that matters",
+            tokenizer,
+        )
+    return encoder
+
+
+def _check_any(
+    splits: dict[str, dict[str, Any]], files: Sequence[Path], reader: DocumentReader
+) -> None:
+    """Refuse a data set without a document to train on."""
+    if not splits["train"]["shards"]:
+        skipped = ", ".join(f"{count} {reason}" for reason, count in reader.skipped.items())
+        raise UserError(
+            f"no train documents in {len(files)} files (skipped: {skipped or 'none'}); check the "
+            f"inputs and the field names"
+        )
+
+
+def _spill_all(
+    encoded: Generator[tuple[list[Document], list[np.ndarray]], None, None],
+    reader: DocumentReader,
+    spill: Spill,
+    valid_fraction: float,
+) -> int:
+    """Number all documents and put them into their buckets. Returns the bytes of their texts."""
+    number = text_bytes = 0
+    with closing(encoded) as batches:
+        for batch, ids in batches:
+            documents, tokens = _with_tokens(batch, ids, reader)
+            spill.add(number, documents, tokens, valid_fraction)
+            number += len(documents)
+            text_bytes += sum(document.size for document in documents)
+    return text_bytes
 
 
 def _check_arguments(
@@ -214,6 +213,13 @@ def _check_arguments(
         raise UserError(f"seed={seed} must be at least 0")
     if workers is not None and workers < 1:
         raise UserError(f"workers={workers} must be at least 1; leave it out for one a core")
+
+
+def _buckets(files: Sequence[Path], shard_tokens: int, valid_fraction: float) -> dict[str, int]:
+    """How many shards each split will have, about."""
+    expected = sum(map(_expected_tokens, files))
+    held_out = int(expected * valid_fraction)
+    return {"train": 1 + expected // shard_tokens, "valid": 1 + held_out // shard_tokens}
 
 
 def _expected_tokens(path: Path) -> int:
@@ -251,7 +257,7 @@ def _training_texts(
 
 def _encode(
     documents: Iterable[Document], encoder: TextTokenizer, workers: int
-) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+) -> Generator[tuple[list[Document], list[np.ndarray]], None, None]:
     """Batches of documents with their token ids, in the order of `documents`."""
     pending: deque[tuple[list[Document], Future[list[np.ndarray]]]] = deque()
     # The library's own threads would compete with these; with one batch a thread they have nothing
@@ -311,107 +317,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-class _Spill:
-    """Encoded documents on their way to shards: one bucket a shard, in order of arrival until the
-    shard is finished.
-
-    A bucket is two files, to which buffers are appended: the token ids, and a JSON line [place,
-    length, domain, source] a document. Documents of a shard are ordered by `place`.
-    """
-
-    def __init__(self, folder: Path, buckets: dict[str, int], seed: int, dtype: np.dtype):
-        self.folder, self.buckets, self.seed, self.dtype = folder, buckets, seed, dtype
-        self.tokens: defaultdict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        self.lines: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
-        self.buffered = 0
-        for split in SPLITS:
-            (folder / split).mkdir()
-
-    def add(
-        self,
-        first_number: int,
-        documents: list[Document],
-        tokens: list[np.ndarray],
-        valid_fraction: float,
-    ) -> None:
-        """Take documents numbered from `first_number`."""
-        numbers = np.arange(first_number, first_number + len(documents))
-        hashes = {what: keyed(3 * self.seed + what, numbers) for what in (HELD_OUT, BUCKET, PLACE)}
-        held_out, choices, places = (
-            hashes[HELD_OUT] < np.uint64(valid_fraction * 2**64),
-            hashes[BUCKET],
-            hashes[PLACE].tolist(),
-        )
-        for index, (document, ids) in enumerate(zip(documents, tokens, strict=True)):
-            split = document.split or ("valid" if held_out[index] else "train")
-            bucket = split, int(choices[index]) % self.buckets[split]
-            self.tokens[bucket].append(ids.astype(self.dtype))
-            self.lines[bucket].append(
-                json_text([places[index], len(ids), document.domain, document.source])
-            )
-            self.buffered += self.tokens[bucket][-1].nbytes
-        if self.buffered >= BUFFER_BYTES:
-            self._flush()
-
-    def finish(self, bar: ProgressBar) -> dict[str, dict[str, Any]]:
-        """Write the shards, removing each bucket after it; for each split, ShardInfos and counts
-        by domain."""
-        self._flush()
-        bar.start("writing shards", sum(self.buckets.values()))
-        splits: dict[str, dict[str, Any]] = {}
-        for split in SPLITS:
-            shards: list[ShardInfo] = []
-            counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-            for number in range(self.buckets[split]):
-                if self._paths((split, number))[0].exists():
-                    shards.append(self._finish_bucket((split, number), len(shards), counts))
-                bar.advance(1)
-            splits[split] = {
-                "shards": shards,
-                "domains": {domain: dict(counts[domain]) for domain in sorted(counts)},
-            }
-        return splits
-
-    def _finish_bucket(
-        self, bucket: tuple[str, int], shard: int, counts: defaultdict[str, Counter[str]]
-    ) -> ShardInfo:
-        tokens_path, lines_path = self._paths(bucket)
-        tokens = np.fromfile(tokens_path, dtype=self.dtype)
-        lines = lines_path.read_text(encoding="utf-8").splitlines()
-        places, lengths, domains, sources = zip(*map(json.loads, lines), strict=True)
-        ends = np.cumsum(lengths)
-        order = np.argsort(np.array(places, dtype=np.uint64)).tolist()
-        shuffled = np.concatenate([tokens[ends[row] - lengths[row] : ends[row]] for row in order])
-        offsets = np.concatenate([[0], np.cumsum([lengths[row] for row in order])]).astype(np.int64)
-        for domain, length in zip(domains, lengths, strict=True):
-            counts[domain].update(documents=1, tokens=length)
-        info = write_shard(
-            self.folder / bucket[0] / f"shard-{shard:05d}.arrow",
-            shuffled,
-            offsets,
-            [domains[row] for row in order],
-            [sources[row] for row in order],
-        )
-        tokens_path.unlink()
-        lines_path.unlink()
-        return info
-
-    def _flush(self) -> None:
-        for bucket, arrays in self.tokens.items():
-            tokens_path, lines_path = self._paths(bucket)
-            with open(tokens_path, "ab") as file:
-                file.write(np.concatenate(arrays).tobytes())
-            with open(lines_path, "a", encoding="utf-8") as file:
-                file.write("\n".join(self.lines[bucket]) + "\n")
-        self.tokens.clear()
-        self.lines.clear()
-        self.buffered = 0
-
-    def _paths(self, bucket: tuple[str, int]) -> tuple[Path, Path]:
-        stem = f"{bucket[0]}-{bucket[1]:05d}"
-        return self.folder / f"{stem}.tokens", self.folder / f"{stem}.lines"
-
-
 def _report(
     out: Path,
     encoder: TextTokenizer,
@@ -419,16 +324,12 @@ def _report(
     skipped: dict[str, int],
     text_bytes: int,
     files: int,
-    passed_over: dict[str, int],
-    seconds: float,
 ) -> dict[str, Any]:
     report: dict[str, Any] = {
         "out": str(out),
         "vocab_size": encoder.vocab_size,
         "eos_id": encoder.eos_id,
         "files": files,
-        "passed_over_files": sum(passed_over.values()),
-        "passed_over": passed_over,
     }
     for total in ("documents", "tokens"):
         by_split = {
@@ -442,4 +343,4 @@ def _report(
     report["text_bytes"] = text_bytes
     report["shard_bytes"] = sum(info.bytes for split in SPLITS for info in splits[split]["shards"])
     report["domains"] = {split: splits[split]["domains"] for split in SPLITS}
-    return report | {"seconds": round(seconds, 3)}
+    return report

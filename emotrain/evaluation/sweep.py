@@ -14,11 +14,8 @@ the less modular.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,11 @@ from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
-from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
+from emotrain.evaluation.reading import DomainDocuments, read_domains
+from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
 from emotrain.files import json_text, write_whole
 from emotrain.model.transformer import Transformer
@@ -53,57 +51,6 @@ ARMS = tuple(ARM_NAMES)
 Losses = dict[str, dict[str, Tensor | None]]
 """float64 [U] by share kept and arm: sum of each document's losses, the mean over the runs of an
 arm; None without runs."""
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """What to measure."""
-
-    keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
-    """Shares of each layer's experts to keep, shared ones included."""
-    calibration_documents: int = 8
-    """Training documents of a domain that choose its experts."""
-    documents: int = 64
-    """Most held-out documents of a domain."""
-    seed: int = 0
-    """Seed of the first random subset."""
-    random_seeds: int = 1
-    """Random subsets at each share; their losses are averaged. 0 leaves the control out."""
-    cross_domain: str = "next"
-    """Whose experts the cross-domain control uses: of the `next` domain by name, or of `all`
-    others in turn (averaged)."""
-
-    def __post_init__(self) -> None:
-        if not self.keep:
-            raise UserError("keep is empty; give at least one share of experts, for example 0.25")
-        if self.calibration_documents < 1:
-            raise UserError(
-                f"calibration_documents={self.calibration_documents} leaves nothing to choose "
-                f"experts by; give at least 1"
-            )
-        if self.documents < 2:
-            raise UserError(
-                f"documents={self.documents} gives no standard error; give at least 2 a domain"
-            )
-        if self.random_seeds < 0:
-            raise UserError(
-                f"random_seeds={self.random_seeds} must be at least 0; 0 leaves the random control "
-                f"out"
-            )
-        if self.cross_domain not in ("next", "all"):
-            raise UserError(
-                f"cross_domain={self.cross_domain} is not known; choose one of next, all"
-            )
-
-
-@dataclass(frozen=True)
-class DomainDocuments:
-    """Token ids of a domain's documents, each ending in EOS."""
-
-    calibration: Sequence[np.ndarray]
-    """Choose the experts; the loss never sees them."""
-    held_out: Sequence[np.ndarray]
-    """Measure the loss."""
 
 
 def evaluate(
@@ -357,93 +304,6 @@ def _device(name: str) -> torch.device:
 def _precision(config: Config, device: torch.device) -> torch.dtype | None:
     """The precision of training: bfloat16 by autocast, or None for fp32."""
     return torch.bfloat16 if config.training.uses_bfloat16(device.type) else None
-
-
-def read_domains(
-    data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings
-) -> dict[str, DomainDocuments]:
-    """Calibration documents (train split) and held-out documents (valid split) of every domain of
-    the valid split.
-
-    `prepare` stores documents in a shuffled order, so the first ones are a random sample of their
-    domain. Documents without anything to predict (EOS alone) are passed over.
-
-    Raises:
-        ValueError: data of another vocabulary than the model's, or a domain with too few documents.
-    """
-    dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
-    _check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
-
-    def take(split: str, domain: str, count: int, least: int, option: str) -> list[np.ndarray]:
-        found = []
-        if domain in dataset.domains[split]:
-            found = list(
-                islice(
-                    (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1), count
-                )
-            )
-        if len(found) < least:
-            raise UserError(
-                f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are "
-                f"needed; {option}"
-            )
-        return found
-
-    names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
-    if not names:
-        raise UserError(
-            f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
-            f"a larger valid share"
-        )
-    wanted = settings.calibration_documents
-    return {
-        name: DomainDocuments(
-            take(
-                "train",
-                name,
-                wanted,
-                wanted,
-                "lower --calibration-documents or prepare more of them",
-            ),
-            take(
-                "valid",
-                name,
-                settings.documents,
-                2,
-                "prepare the data again with a larger valid share",
-            ),
-        )
-        for name in names
-    }
-
-
-def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
-    if vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{data} has a vocabulary of {vocab_size} tokens, the model has "
-            f"model.vocab_size={config.model.vocab_size}; "
-            f"evaluate on data prepared with the tokenizer of the training data"
-        )
-    files = data / "tokenizer.json", checkpoint / "tokenizer.json"
-    if all(file.is_file() for file in files):
-        own, trained = map(_tokenizer_identity, files)
-        if own != trained:
-            raise UserError(
-                f"{files[0]} is not the tokenizer that the model was trained with; prepare the "
-                f"data with "
-                f"--tokenizer {files[1]}"
-            )
-
-
-def _tokenizer_identity(file: Path) -> list[Any]:
-    """What decides the ids of a text; the rest of the file may differ by version."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        return [
-            settings.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")
-        ]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: not readable as a tokenizer ({error}); restore it") from None
 
 
 def default_folder(checkpoint: Path) -> Path:

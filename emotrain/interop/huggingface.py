@@ -218,89 +218,38 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> ModelConfig:
     """Our settings for a published config.json; `num_tensors` bounds the counts before anything
     is built from them."""
-    settings = dict(published)
-    for key, (allowed, supported) in REFUSED.items():
-        value = settings.pop(key, allowed[0])
-        if value not in allowed:
-            raise UserError(
-                f"{file}: {key}={value!r} is not supported, only {supported}; convert the model to "
-                f"that"
-            )
-
-    def take(key: str, *default: int) -> int:
-        value = settings.pop(key, None)
-        value = default[0] if value is None and default else value
-        if type(value) is not int or not 0 <= value <= LARGEST_SIZE:
-            raise UserError(
-                f"{file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct it"
-            )
-        return value
-
-    layers, heads, width = (
-        take("num_hidden_layers"),
-        take("num_attention_heads"),
-        take("hidden_size"),
-    )
-    shared, experts = take("num_shared_experts", 0), take("num_experts")
-    per_layer = _per_layer(settings.pop("num_experts_per_layer", None), layers, file)
-    if max(layers, *(per_layer or [experts])) > num_tensors:
-        raise UserError(
-            f"{file}: {layers} layers of {max(per_layer or [experts])} experts need more than the "
-            f"{num_tensors} tensors "
-            f"of the weights; config.json belongs to another checkpoint"
-        )
-
-    def routed(count: int, name: str) -> int:
-        # The published format counts the shared experts too.
-        if count < shared:
-            raise UserError(
-                f"{file}: {name}={count} counts num_shared_experts={shared} too and is fewer; "
-                f"correct it"
-            )
-        return count - shared
-
-    shared_per_layer = settings.pop("num_shared_experts_per_layer", None)
-    if shared_per_layer not in (None, [shared] * layers):
-        raise UserError(
-            f"{file}: num_shared_experts_per_layer={shared_per_layer!r} is not supported, only "
-            f"num_shared_experts="
-            f"{shared} in every layer; convert the model to that"
-        )
-    normalize = settings.pop("norm_topk_prob", None) or False
-    if normalize and shared:
+    reader = _Published(dict(published), file)
+    reader.refuse_unsupported()
+    layers, heads = reader.number("num_hidden_layers"), reader.number("num_attention_heads")
+    width = reader.number("hidden_size")
+    experts = reader.experts(layers, num_tensors)
+    normalize = reader.take("norm_topk_prob") or False
+    if normalize and experts["shared"]:
         raise UserError(
             f"{file}: norm_topk_prob={normalize!r} is not supported with "
-            f"num_shared_experts={shared}; set one to 0"
+            f"num_shared_experts={experts['shared']}; set one to 0"
         )
     model = {
-        "vocab_size": take("vocab_size"),
+        "vocab_size": reader.number("vocab_size"),
         "d_model": width,
         "num_layers": layers,
         "num_heads": heads,
-        "num_kv_heads": take("num_key_value_heads", heads),
-        "rope_theta": _rope_theta(settings, file),
-        "norm_eps": settings.pop("rms_norm_eps", 1e-6),
-        "experts": {
-            "routed": routed(experts, "num_experts"),
-            "shared": shared,
-            "top_k": routed(take("num_experts_per_tok"), "num_experts_per_tok"),
-            "hidden": take("intermediate_size"),
-            "routed_per_layer": [
-                routed(count, "an entry of num_experts_per_layer") for count in per_layer
-            ],
-        },
+        "num_kv_heads": reader.number("num_key_value_heads", heads),
+        "rope_theta": _rope_theta(reader.settings, file),
+        "norm_eps": reader.settings.pop("rms_norm_eps", 1e-6),
+        "experts": experts,
         "router": {
             "normalize_weights": normalize,
-            "shared_weight": "softmax" if shared > 1 else "one",
+            "shared_weight": "softmax" if experts["shared"] > 1 else "one",
             "pool": {"kind": "none"},
         },
     }
-    if heads and (head_dim := settings.pop("head_dim", None)) not in (None, width // heads):
+    if heads and (head_dim := reader.take("head_dim")) not in (None, width // heads):
         raise UserError(
             f"{file}: head_dim={head_dim!r} is not supported, only hidden_size / "
             f"num_attention_heads = {width // heads}"
         )
-    if unknown := sorted(settings.keys() - WITHOUT_EFFECT):
+    if unknown := sorted(reader.settings.keys() - WITHOUT_EFFECT):
         warnings.warn(
             f"{file}: not used, and not known to have no effect: {_some(unknown)}", stacklevel=3
         )
@@ -310,10 +259,75 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         raise UserError(f"{file}: {error}") from None
     if config.experts.top_k == 0:
         raise UserError(
-            f"{file}: num_experts_per_tok={shared} are all shared experts; the published format "
-            f"needs a routed one"
+            f"{file}: num_experts_per_tok={experts['shared']} are all shared experts; the published "
+            f"format needs a routed one"
         )
     return config
+
+
+@dataclass
+class _Published:
+    """Takes settings out of a published config.json, refusing those that cannot be."""
+
+    settings: dict[str, Any]
+    file: Path
+
+    def take(self, key: str) -> Any:
+        return self.settings.pop(key, None)
+
+    def number(self, key: str, *default: int) -> int:
+        value = self.take(key)
+        value = default[0] if value is None and default else value
+        if type(value) is not int or not 0 <= value <= LARGEST_SIZE:
+            raise UserError(
+                f"{self.file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct "
+                f"it"
+            )
+        return value
+
+    def refuse_unsupported(self) -> None:
+        for key, (allowed, supported) in REFUSED.items():
+            value = self.settings.pop(key, allowed[0])
+            if value not in allowed:
+                raise UserError(
+                    f"{self.file}: {key}={value!r} is not supported, only {supported}; convert the "
+                    f"model to that"
+                )
+
+    def experts(self, layers: int, num_tensors: int) -> dict[str, Any]:
+        """Our counts, which are of routed experts; the published ones count the shared too."""
+        shared, experts = self.number("num_shared_experts", 0), self.number("num_experts")
+        per_layer = _per_layer(self.take("num_experts_per_layer"), layers, self.file)
+        if max(layers, *(per_layer or [experts])) > num_tensors:
+            raise UserError(
+                f"{self.file}: {layers} layers of {max(per_layer or [experts])} experts need more "
+                f"than the {num_tensors} tensors of the weights; config.json belongs to another "
+                f"checkpoint"
+            )
+        shared_per_layer = self.take("num_shared_experts_per_layer")
+        if shared_per_layer not in (None, [shared] * layers):
+            raise UserError(
+                f"{self.file}: num_shared_experts_per_layer={shared_per_layer!r} is not supported, "
+                f"only num_shared_experts={shared} in every layer; convert the model to that"
+            )
+
+        def routed(count: int, name: str) -> int:
+            if count < shared:
+                raise UserError(
+                    f"{self.file}: {name}={count} counts num_shared_experts={shared} too and is "
+                    f"fewer; correct it"
+                )
+            return count - shared
+
+        return {
+            "routed": routed(experts, "num_experts"),
+            "shared": shared,
+            "top_k": routed(self.number("num_experts_per_tok"), "num_experts_per_tok"),
+            "hidden": self.number("intermediate_size"),
+            "routed_per_layer": [
+                routed(count, "an entry of num_experts_per_layer") for count in per_layer
+            ],
+        }
 
 
 def _per_layer(value: Any, num_layers: int, file: Path) -> list[int]:

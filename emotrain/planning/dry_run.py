@@ -13,29 +13,30 @@ replaced, and nothing else:
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
 import time
-import types
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.ranks import Ranks
-from emotrain.errors import UserError
 from emotrain.planning.meter import Collective, Kernel, Meter
+from emotrain.planning.stand_ins import (
+    CUDA_GRANULARITY,
+    Routing,
+    ZeroOnHost,
+    gpu_kernels,
+    held_experts,
+    replace_attribute,
+    synthetic_batch,
+)
 
 PARTS = {
     "Attention": "attention",
@@ -47,32 +48,6 @@ PARTS = {
     "Embedding": "embedding",
 }
 """Part of the model by class of the module."""
-CUDA_GRANULARITY = 512
-"""Bytes that the CUDA allocator rounds a request up to."""
-MEAN_DOCUMENT = 1318
-"""Tokens: 4,060 billion in 3,080 million documents (OLMoE, arXiv 2409.02060, table 2; its
-tokenizer)."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the dry run assumes of the data: how many ranks a token's experts are on, and how
-    unequal ranks are."""
-
-    ranks_per_token: float = 0.0
-    """Expert ranks that a token goes to; 0 means as many as k choices without preference reach.
-    Documents whose pools lie together need fewer."""
-    imbalance: float = 1.0
-    """Rows that this rank receives over the mean."""
-
-    def sent(self, num_experts: int, chosen: int, held: Sequence[int], tokens: int) -> list[int]:
-        """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k
-        different experts is."""
-        share_R = [
-            1 - math.comb(num_experts - h, chosen) / math.comb(num_experts, chosen) for h in held
-        ]
-        scale = self.ranks_per_token / sum(share_R) if self.ranks_per_token else 1.0
-        return [min(tokens, round(tokens * share * scale)) for share in share_R]
 
 
 @dataclass(frozen=True)
@@ -145,11 +120,11 @@ def dry_run(
         meshes = stack.enter_context(_fake_cluster(layout))
         meter = Meter(PARTS, _group_names(meshes), CUDA_GRANULARITY if on_gpu else 1)
         if on_gpu:
-            stack.enter_context(_gpu_kernels(meter, target, config, layout, routing))
+            stack.enter_context(gpu_kernels(meter, target, config, layout, routing))
         model, optimizer, micro_batches = _prepare(stack, config, meshes, layout, routing)
         follow_state(meter, model, optimizer, micro_batches)
         stack.enter_context(meter)
-        stack.enter_context(_ZeroOnHost())
+        stack.enter_context(ZeroOnHost())
         _step(meter, model, optimizer, micro_batches, config, Ranks(0, world_size))
         axes = _group_ranks(meshes)
         at_peak = meter.bytes_at_peak()
@@ -168,22 +143,6 @@ def dry_run(
         1 + _exchanges(meter),
         time.perf_counter() - started,
     )
-
-
-def synthetic_batch(config: Config, mean_document: int = MEAN_DOCUMENT) -> PackedBatch:
-    """A micro-batch of documents whose lengths are exponentially distributed, cut by the
-    sequences as packing cuts them."""
-    length, rows = config.data.sequence_length, config.training.micro_batch
-    total = rows * length
-    # Multiples of the golden ratio fill [0, 1) evenly from the first on: a small batch has typical
-    # lengths too.
-    uniform = (np.arange(2 * total // mean_document + 8) * 0.6180339887 + 0.5) % 1
-    ends = np.cumsum(np.maximum(1, -mean_document * np.log1p(-uniform)).astype(np.int64))
-    edges = np.unique(np.concatenate([ends[ends < total], np.arange(0, total + 1, length)]))
-    lengths, rows_of = np.diff(edges), edges[:-1] // length
-    per_row = [lengths[rows_of == row].tolist() for row in range(rows)]
-    ids = [np.flatnonzero(rows_of == row).tolist() for row in range(rows)]
-    return PackedBatch.from_segments(np.zeros((rows, length), dtype=np.int64), per_row, ids, True)
 
 
 def _prepare(
@@ -228,7 +187,10 @@ def _prepare(
 def _balanced(dispatcher: Any, tokens: int, chosen: int, routing: Routing):
     """`split_sizes` of a dispatcher under routing without preference."""
     send = routing.sent(
-        dispatcher.num_experts, chosen, _held(dispatcher.num_experts, dispatcher.num_ranks), tokens
+        dispatcher.num_experts,
+        chosen,
+        held_experts(dispatcher.num_experts, dispatcher.num_ranks),
+        tokens,
     )
     received = [min(tokens, round(send[0] * routing.imbalance))] * dispatcher.num_ranks
     # As many slots a row as on average.
@@ -239,12 +201,6 @@ def _balanced(dispatcher: Any, tokens: int, chosen: int, routing: Routing):
         return send, received, round(num_slots)
 
     return split_sizes
-
-
-def _held(num_experts: int, num_ranks: int) -> list[int]:
-    """Experts of each rank: ceil(N / R), and fewer on the last."""
-    per_rank = -(-num_experts // num_ranks)
-    return [max(0, min(per_rank, num_experts - rank * per_rank)) for rank in range(num_ranks)]
 
 
 def follow_state(
@@ -281,7 +237,7 @@ def _step(
             return whole(*args)
 
     with ExitStack() as stack:
-        _replace(stack, losses, "linear_cross_entropy", head)
+        replace_attribute(stack, losses, "linear_cross_entropy", head)
         bfloat16 = config.training.precision == "bfloat16"
         engine = NativeEngine(model, bfloat16=bfloat16)
         train_step(engine, micro_batches, config, 1, ranks)
@@ -358,172 +314,3 @@ def _group_names(meshes: Meshes | None) -> dict[str, str]:
 
 def _group_ranks(meshes: Meshes | None) -> dict[str, tuple[int, ...]]:
     return {axis: tuple(dist.get_process_group_ranks(group)) for axis, group in _groups(meshes)}
-
-
-class _ZeroOnHost(TorchDispatchMode):
-    """Answers 0 where a tensor's value is asked for."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return 0.0 if args[0].is_floating_point() else 0
-        return func(*args, **(kwargs or {}))
-
-
-class _FusedRMSNorm(torch.autograd.Function):
-    """CUDA's RMSNorm: one kernel in either direction, which keeps its input and a number a row.
-    On a CPU torch takes it apart."""
-
-    @staticmethod
-    def forward(ctx, x, weight, meter):
-        ctx.meter = meter
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
-        meter.record("rms_norm", x.dtype, 0, 2 * x.nbytes + weight.nbytes)
-        return torch.empty_like(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        ctx.meter.record("rms_norm backward", x.dtype, 0, 3 * x.nbytes + 2 * weight.nbytes)
-        return torch.empty_like(grad), torch.empty_like(weight), None
-
-
-def _attention(
-    q_BASC: Tensor,
-    k_BASC: Tensor,
-    v_BASC: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """The operators of scaled_dot_product_attention on CUDA: the flash kernel takes no mask; the
-    other one takes one of the dtype of the queries, and keeps it."""
-    if enable_gqa:
-        copies = q_BASC.shape[1] // k_BASC.shape[1]
-        k_BASC, v_BASC = k_BASC.repeat_interleave(copies, 1), v_BASC.repeat_interleave(copies, 1)
-    if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(
-            q_BASC, k_BASC, v_BASC, 0.0, is_causal
-        )[0]
-    if attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=q_BASC.dtype).masked_fill_(
-            attn_mask.logical_not(), -torch.inf
-        )
-    bias = attn_mask.expand(*q_BASC.shape[:2], -1, -1)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        q_BASC, k_BASC, v_BASC, bias, q_BASC.requires_grad
-    )[0]
-
-
-GEMM_FLOPS = {
-    "gate_up": lambda o: 4 * o["D"] * o["H"],
-    "rows": lambda o: 2 * o["J"] * o["D"],
-    "grad_hidden": lambda o: 2 * o["D"] * o["H"],
-    "weight_grad": lambda o: 2 * o["J"] * o["D"],
-}
-"""FLOPs a slot of the Triton kernels, by their compile-time constants."""
-GATHERED = {"gate_up": 0, "grad_hidden": 0, "weight_grad": 1, "gather": 0}
-"""The argument whose rows a kernel reads once a slot."""
-
-
-@contextmanager
-def _gpu_kernels(
-    meter: Meter, target: str, config: Config, layout: Layout, routing: Routing
-) -> Iterator[None]:
-    """Within this context the Triton kernels are chosen where a GPU would, and their launches
-    counted instead of started."""
-    if config.model.experts.backend == "megablocks":
-        raise UserError(
-            "experts.backend=megablocks cannot be planned: its memory is its own; plan with "
-            "model.experts.backend=auto"
-        )
-    _import_launch_code()
-    from emotrain.kernels.triton_launch import recording
-
-    tokens, lengths_G = (
-        config.training.micro_batch * config.data.sequence_length,
-        synthetic_batch(config).document_T.bincount(),
-    )
-
-    chosen, routed, ep = config.model.chosen_in_layer(0), config.model.routed_in_layer(0), layout.ep
-    slots_in_use = round(tokens * chosen * routing.imbalance)
-    rows_sent = sum(routing.sent(routed, chosen, _held(routed, ep), tokens)) if ep > 1 else 0
-
-    def count(launch: Any) -> None:
-        name = launch.kernel.__name__.removesuffix("_kernel")
-        tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
-        slots, used = 0, 0
-        if name in (*GATHERED, "rows", "combine"):
-            # Indices of the slots, or (combine) the place of each; slots that stay empty are
-            # neither read nor written.
-            slots = next(
-                t for t in tensors if t.ndim == 1 and t.dtype in (torch.int64, torch.int32)
-            ).shape[0]
-            used = min(slots, rows_sent if meter.part == "dispatch" else slots_in_use)
-        size = 0
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():
-            share = used / slots if slots and tensor.shape[0] == slots else 1.0
-            if name in GATHERED and tensor is launch.arguments[GATHERED[name]]:
-                share = used / tensor.shape[0]
-            size += int(tensor.nbytes * share)
-        flops = GEMM_FLOPS[name](launch.options) * used if name in GEMM_FLOPS else 0
-        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.int64)
-        meter.record(name, dtype, flops, size)
-
-    capability = tuple(divmod(int(target.removeprefix("sm_")), 10))
-    with ExitStack() as stack:
-        _replace(stack, torch.cuda, "get_device_capability", lambda *_: capability)
-        _replace(stack, sys.modules["emotrain.kernels.backends"], "HAS_TRITON", True)
-        # Attention inside documents computes the scores of each token with the earlier ones of its
-        # document.
-        pair_flops = (
-            4
-            * int((lengths_G * (lengths_G + 1) // 2).sum())
-            * config.model.num_heads
-            * config.model.head_dim
-        )
-        meter.formulas |= {
-            "_varlen_attn": lambda *_, **__: pair_flops,
-            "_varlen_attn_backward": lambda *_, **__: 5 * pair_flops // 2,
-        }
-        if config.training.uses_bfloat16("cuda"):
-            stack.callback(torch.set_autocast_enabled, "cuda", torch.is_autocast_enabled("cuda"))
-            stack.callback(torch.set_autocast_dtype, "cuda", torch.get_autocast_dtype("cuda"))
-            torch.set_autocast_enabled("cuda", True)
-            torch.set_autocast_dtype("cuda", torch.bfloat16)
-        stack.enter_context(recording(target, count))
-        _replace(stack, F, "scaled_dot_product_attention", _attention)
-        _replace(
-            stack,
-            F,
-            "rms_norm",
-            lambda x, _shape, weight, eps: _FusedRMSNorm.apply(x, weight, meter),
-        )
-        # Code that asks a tensor whether it is on a GPU takes the way it would take there.
-        stack.callback(delattr, torch.Tensor, "is_cuda")
-        torch.Tensor.is_cuda = property(lambda _: True)
-        yield
-
-
-def _replace(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack closes."""
-    stack.callback(setattr, owner, name, getattr(owner, name))
-    setattr(owner, name, value)
-
-
-def _import_launch_code() -> None:
-    """Import the Triton wrappers, also where Triton is not installed: a dry run calls what
-    launches kernels, never a kernel."""
-    if importlib.util.find_spec("triton") is not None:
-        return
-    triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
-    triton.jit = lambda function: function
-    triton.cdiv = lambda a, b: -(-a // b)
-    triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
-    triton.language, language.constexpr = language, None
-    sys.modules.update({"triton": triton, "triton.language": language})
-    try:
-        from emotrain.kernels import triton_grouped_mlp, triton_permute, triton_routing  # noqa: F401
-    finally:
-        for name in ("triton", "triton.language"):
-            del sys.modules[name]

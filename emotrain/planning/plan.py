@@ -16,8 +16,9 @@ from typing import Any
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
 from emotrain.planning.cost import VIEWS, StepTime, Work, step_time
-from emotrain.planning.dry_run import MEAN_DOCUMENT, Measured, Routing, dry_run
+from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import RATES, Cluster, Reserve
+from emotrain.planning.stand_ins import MEAN_DOCUMENT, Routing
 from emotrain.training.metrics import flops_per_token
 
 KINDS = {

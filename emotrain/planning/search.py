@@ -21,9 +21,10 @@ from typing import Any
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
 from emotrain.model.transformer import parameter_counts
-from emotrain.planning.dry_run import Measured, Routing, dry_run
+from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import Cluster
 from emotrain.planning.plan import Plan, make_plan
+from emotrain.planning.stand_ins import Routing
 from emotrain.progress import ProgressBar
 
 WHOLE = 3

@@ -48,14 +48,8 @@ from emotrain.training.checkpoint_folders import (
     read_state,
     verify,
 )
-from emotrain.training.tensor_files import (
-    StoredTensors,
-    TensorFilesWriter,
-    TensorPart,
-    WrittenFile,
-    load_parts,
-    save_parts,
-)
+from emotrain.training.tensor_files import TensorFilesWriter, WrittenFile, load_parts, save_parts
+from emotrain.training.tensor_index import StoredTensors, TensorPart
 
 log = logging.getLogger("emotrain")
 

@@ -16,7 +16,8 @@ from emotrain.config import Config, save_config
 from emotrain.errors import MissingFileError, UserError, WriteError
 from emotrain.files import sha256_of
 from emotrain.folders import MANIFEST, FileEntry, StagedFolder, check_files, read_manifest, remove
-from emotrain.training.tensor_files import INDEX, StoredTensors, WrittenFile, read_index
+from emotrain.training.tensor_files import WrittenFile
+from emotrain.training.tensor_index import INDEX, StoredTensors, read_index
 
 log = logging.getLogger("emotrain")
 

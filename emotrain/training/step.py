@@ -70,7 +70,7 @@ def train_step(
     num_targets, num_tokens = counts.clamp(min=1)
     engine.start_step()
     reports: list[RoutingReport] = []
-    terms: list[tuple[Tensor, ...]] = []
+    terms: list[list[Tensor]] = []
 
     def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
         request = training_request(
@@ -86,18 +86,8 @@ def train_step(
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         with part("backward"):
             engine.backward(loss, is_last)
-        terms.append(
-            tuple(
-                term.detach()
-                for term in (
-                    loss,
-                    sums.cross_entropy / num_targets,
-                    sums.z / num_targets,
-                    balance,
-                    router_z,
-                )
-            )
-        )
+        means = (sums.cross_entropy / num_targets, sums.z / num_targets)
+        terms.append([term.detach() for term in (loss, *means, balance, router_z)])
         reports.append(report.detached())
 
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":

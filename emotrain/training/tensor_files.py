@@ -18,7 +18,7 @@ import json
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -32,11 +32,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
-    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
     LoadPlan,
@@ -49,21 +47,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from emotrain.errors import UserError
+from emotrain.training.tensor_index import DTYPES, INDEX, StoredTensors, TensorPart, stem_of
 
-INDEX = "tensors.json"
-OPTIMIZER_PREFIXES = ("exp_avg.", "exp_avg_sq.")
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""Element types that are stored, by their names in safetensors files."""
 PIECE_BYTES = 16 << 20
 """Written and hashed at a time."""
 
@@ -75,62 +63,10 @@ warnings.filterwarnings(
 
 
 @dataclass(frozen=True)
-class TensorPart:
-    """The box of a tensor that this rank holds: all of it, or a shard."""
-
-    local: Tensor
-    """Its values, on any device; loading writes into it."""
-    offsets: torch.Size
-    """Where the box starts in the whole tensor."""
-    shape: torch.Size
-    """Of the whole tensor."""
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> TensorPart:
-        """This rank's part of a plain tensor or a DTensor."""
-        tensor = tensor.detach()
-        if not isinstance(tensor, DTensor):
-            return cls(tensor, torch.Size([0] * tensor.ndim), tensor.shape)
-        [chunk] = tensor.__create_chunk_list__()
-        return cls(tensor.to_local(), chunk.offsets, tensor.shape)
-
-    @property
-    def box(self) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(self.offsets, self.local.shape)
-
-
-@dataclass(frozen=True)
 class WrittenFile:
     name: str
     bytes: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class StoredTensors:
-    """What the files of a folder hold, checked: the parts of each tensor tile it."""
-
-    metadata: Metadata
-    """Dtype, shape and boxes of each tensor."""
-    files: Mapping[MetadataIndex, str]
-    """File of each part, by tensor and offsets."""
-
-    def mismatch(self, parts: Mapping[str, TensorPart]) -> str | None:
-        """The first difference in names, shapes or dtypes from `parts`, in words. Kinds of tensors
-        (model, optimizer) that are not asked for may be there."""
-        stored = self.metadata.state_dict_metadata
-        for name, part in parts.items():
-            if name not in stored:
-                return f"{name} is not in the checkpoint"
-            if stored[name].size != part.shape:
-                return f"{name} is {tuple(stored[name].size)} in the checkpoint and {tuple(part.shape)} in the model"
-            if stored[name].properties.dtype != part.local.dtype:
-                return f"{name} is {stored[name].properties.dtype} in the checkpoint and {part.local.dtype} in the model"
-        stems = {_stem(name) for name in parts}
-        unknown = next(
-            (name for name in stored if name not in parts and _stem(name) in stems), None
-        )
-        return None if unknown is None else f"{unknown} is not in the model"
 
 
 def save_parts(
@@ -215,7 +151,7 @@ class TensorFilesWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         by_stem: dict[str, list[WriteItem]] = defaultdict(list)
         for item in plan.items:
-            by_stem[_stem(item.index.fqn)].append(item)
+            by_stem[stem_of(item.index.fqn)].append(item)
         results = []
         for stem, items in by_stem.items():
             file = _write_file(
@@ -244,80 +180,6 @@ class TensorFilesWriter(StorageWriter):
                 {"file": file.name, "offsets": list(result.index.offset), "shape": list(shape)}
             )
         self._commit([files[name] for name in sorted(files)], {"tensors": tensors})
-
-
-def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
-    """Read `tensors.json` and check it.
-
-    Args:
-        files: those that a part may lie in.
-
-    Raises:
-        ValueError: not an index, or parts that do not tile their tensor; one line that names the
-            tensor.
-    """
-    dtypes, files = {name: dtype for dtype, name in DTYPES.items()}, set(files)
-    try:
-        tensors = json.loads((folder / INDEX).read_text(encoding="utf-8"))["tensors"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{folder}: its {INDEX} is not readable ({error}); use another checkpoint"
-        ) from None
-    metadata, where = {}, {}
-    for name, entry in tensors:
-        try:
-            shape, dtype, boxes = _size(entry["shape"]), dtypes[entry["dtype"]], []
-            for part in entry["parts"]:
-                boxes.append(ChunkStorageMetadata(_size(part["offsets"]), _size(part["shape"])))
-                if part["file"] not in files:
-                    raise UserError(
-                        f"its part lies in {part['file']!r}, which is not a file of this checkpoint"
-                    )
-                where[MetadataIndex(name, boxes[-1].offsets)] = part["file"]
-            if not _tile(shape, boxes):
-                raise UserError("its parts do not tile it")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}/{INDEX}: {name} cannot be read ({error}); use another checkpoint"
-            ) from None
-        metadata[name] = TensorStorageMetadata(TensorProperties(dtype), shape, boxes)
-    return StoredTensors(Metadata(metadata), where)
-
-
-def _size(values: Any) -> torch.Size:
-    if not isinstance(values, list) or not all(
-        type(value) is int and value >= 0 for value in values
-    ):
-        raise UserError(f"{values!r} is not a list of sizes")
-    return torch.Size(values)
-
-
-def _tile(shape: torch.Size, boxes: list[ChunkStorageMetadata]) -> bool:
-    """Whether boxes fill the shape exactly once, as a grid: what sharding along any axes gives."""
-    if not boxes or any(
-        len(box.offsets) != len(shape) or len(box.sizes) != len(shape) for box in boxes
-    ):
-        return False
-    starts = [sorted({box.offsets[dim] for box in boxes}) for dim in range(len(shape))]
-    ends = [
-        dict(zip(of_dim, [*of_dim[1:], size], strict=True))
-        for of_dim, size in zip(starts, shape, strict=True)
-    ]
-    return (
-        len(boxes) == len({box.offsets for box in boxes}) == prod(map(len, starts))
-        and all(of_dim[0] == 0 for of_dim in starts)
-        and all(
-            start + size == end[start]
-            for box in boxes
-            for start, size, end in zip(box.offsets, box.sizes, ends, strict=True)
-        )
-    )
-
-
-def _stem(name: str) -> str:
-    """The files that a tensor goes to: who only wants the model never opens those of the
-    optimizer."""
-    return "optimizer" if name.startswith(OPTIMIZER_PREFIXES) else "model"
 
 
 def _item_bytes(item: WriteItem) -> int:

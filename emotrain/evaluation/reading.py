@@ -1,0 +1,115 @@
+"""The documents of each domain that an evaluation needs, and whether data and checkpoint have one
+tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from emotrain.config import Config
+from emotrain.data.formats import Dataset
+from emotrain.errors import UserError
+from emotrain.evaluation.settings import SweepSettings
+
+
+@dataclass(frozen=True)
+class DomainDocuments:
+    """Token ids of a domain's documents, each ending in EOS."""
+
+    calibration: Sequence[np.ndarray]
+    """Choose the experts; the loss never sees them."""
+    held_out: Sequence[np.ndarray]
+    """Measure the loss."""
+
+
+def read_domains(
+    data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings
+) -> dict[str, DomainDocuments]:
+    """Calibration documents (train split) and held-out documents (valid split) of every domain of
+    the valid split.
+
+    `prepare` stores documents in a shuffled order, so the first ones are a random sample of their
+    domain. Documents without anything to predict (EOS alone) are passed over.
+
+    Raises:
+        ValueError: data of another vocabulary than the model's, or a domain with too few documents.
+    """
+    dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
+    _check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+
+    def take(split: str, domain: str, count: int, least: int, option: str) -> list[np.ndarray]:
+        found = []
+        if domain in dataset.domains[split]:
+            found = list(
+                islice(
+                    (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1), count
+                )
+            )
+        if len(found) < least:
+            raise UserError(
+                f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are "
+                f"needed; {option}"
+            )
+        return found
+
+    names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
+    if not names:
+        raise UserError(
+            f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
+            f"a larger valid share"
+        )
+    wanted = settings.calibration_documents
+    return {
+        name: DomainDocuments(
+            take(
+                "train",
+                name,
+                wanted,
+                wanted,
+                "lower --calibration-documents or prepare more of them",
+            ),
+            take(
+                "valid",
+                name,
+                settings.documents,
+                2,
+                "prepare the data again with a larger valid share",
+            ),
+        )
+        for name in names
+    }
+
+
+def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
+    if vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{data} has a vocabulary of {vocab_size} tokens, the model has "
+            f"model.vocab_size={config.model.vocab_size}; "
+            f"evaluate on data prepared with the tokenizer of the training data"
+        )
+    files = data / "tokenizer.json", checkpoint / "tokenizer.json"
+    if all(file.is_file() for file in files):
+        own, trained = map(_tokenizer_identity, files)
+        if own != trained:
+            raise UserError(
+                f"{files[0]} is not the tokenizer that the model was trained with; prepare the "
+                f"data with "
+                f"--tokenizer {files[1]}"
+            )
+
+
+def _tokenizer_identity(file: Path) -> list[Any]:
+    """What decides the ids of a text; the rest of the file may differ by version."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            settings.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")
+        ]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not readable as a tokenizer ({error}); restore it") from None

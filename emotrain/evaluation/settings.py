@@ -1,0 +1,48 @@
+"""What an evaluation of expert subsets measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emotrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What to measure."""
+
+    keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
+    """Shares of each layer's experts to keep, shared ones included."""
+    calibration_documents: int = 8
+    """Training documents of a domain that choose its experts."""
+    documents: int = 64
+    """Most held-out documents of a domain."""
+    seed: int = 0
+    """Seed of the first random subset."""
+    random_seeds: int = 1
+    """Random subsets at each share; their losses are averaged. 0 leaves the control out."""
+    cross_domain: str = "next"
+    """Whose experts the cross-domain control uses: of the `next` domain by name, or of `all`
+    others in turn (averaged)."""
+
+    def __post_init__(self) -> None:
+        if not self.keep:
+            raise UserError("keep is empty; give at least one share of experts, for example 0.25")
+        if self.calibration_documents < 1:
+            raise UserError(
+                f"calibration_documents={self.calibration_documents} leaves nothing to choose "
+                f"experts by; give at least 1"
+            )
+        if self.documents < 2:
+            raise UserError(
+                f"documents={self.documents} gives no standard error; give at least 2 a domain"
+            )
+        if self.random_seeds < 0:
+            raise UserError(
+                f"random_seeds={self.random_seeds} must be at least 0; 0 leaves the random control "
+                f"out"
+            )
+        if self.cross_domain not in ("next", "all"):
+            raise UserError(
+                f"cross_domain={self.cross_domain} is not known; choose one of next, all"
+            )
