@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from emotrain.errors import NotAFolderError, WriteError
+
 
 def write_whole(path: Path, content: bytes) -> Path:
     """Write a file as a whole: a reader sees the old one or the new one. Returns its path."""
@@ -16,6 +18,25 @@ def write_whole(path: Path, content: bytes) -> Path:
     partial.write_bytes(content)
     os.replace(partial, path)
     return path
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder, if it is not there, and find out whether files can be written to it.
+
+    Raises:
+        NotAFolderError: a file stands where the folder would be. WriteError: it is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}.probe"
+        probe.write_bytes(b"1")
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError):
+        raise NotAFolderError(f"{folder}: is not a folder; choose another") from None
+    except OSError as error:
+        raise WriteError(
+            f"{folder}: not writable ({error.strerror or error}); choose another folder"
+        ) from error
 
 
 def flush_to_disk(path: Path) -> None:

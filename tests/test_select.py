@@ -2,6 +2,7 @@
 claim, mistakes get one line."""
 
 import dataclasses
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ from helpers import pools_of
 from emotrain.batch import PackedBatch
 from emotrain.config import ExpertsConfig, ModelConfig
 from emotrain.evaluation.perplexity import pack
+from emotrain.model.router import select_pool, sum_by_document
 from emotrain.model.transformer import Transformer
+from emotrain.modular import select
 from emotrain.modular.select import (
     cross_domain,
     experts_kept,
     greedy_select,
-    mean_routing,
     random_select,
 )
 
@@ -114,19 +116,71 @@ def test_mean_routing_is_a_mean_over_a_groups_tokens_and_no_padding():
     groups = documents_of(2, 3)
     batches = pack([document for group in groups for document in group], 32, 2)
     assert any(batch.has_padding for batch in batches)
-    everything = torch.ones(2, TINY.routed_in_layer(0), dtype=torch.bool)
-    found_JN = mean_routing(model, batches, torch.arange(2).repeat_interleave(3), (everything,))
-    for j, documents in enumerate(groups):
-        with torch.no_grad():
-            logits_TN = torch.cat(
-                [
-                    model(alone(document), pools_of(None, details=True), num_layers=1)
-                    .routing.layers[0]
-                    .details.logits_TN
-                    for document in documents
-                ]
+    group_U = torch.arange(2).repeat_interleave(3)
+    with torch.no_grad():
+        carried = [select._Carried.of(model, batch, group_U) for batch in batches]
+        for state in carried:
+            state.x_BSD = model.blocks[0].attend(state.x_BSD, state.view)
+        found_JN = select._mean_routing(model.blocks[0], carried, 2)
+        for j, documents in enumerate(groups):
+            details = [
+                model(alone(document), pools_of(None, details=True)).routing.layers[0].details
+                for document in documents
+            ]
+            logits_TN = torch.cat([detail.logits_TN for detail in details])
+            expected_N = torch.softmax(logits_TN, dim=1).mean(dim=0)
+            torch.testing.assert_close(found_JN[j].float(), expected_N)
+
+
+def greedy_from_the_start(model, batches, group_U, num_groups, counts):
+    """The same choice by passes of growing depth through the whole model: for layer l, everything
+    from the embedding on, with the layers below restricted."""
+    subsets = []
+    for layer, count in enumerate(counts):
+        masks = [
+            *subsets,
+            *(
+                torch.ones(num_groups, model.config.routed_in_layer(later), dtype=torch.bool)
+                for later in range(layer, model.config.num_layers)
+            ),
+        ]
+        score_JN, tokens_J1 = 0, 0
+        for batch in batches:
+            group_G = select.group_of_documents(batch, group_U)
+            kept = [mask_JN[group_G] for mask_JN in masks]
+            report = model(batch, pools_of(None, kept, details=True)).routing
+            scores_GN = report.layers[layer].details.document_scores_GN.double()
+            tokens_G1 = (report.document_tokens_G * report.real_G)[:, None].double()
+            score_JN += sum_by_document(scores_GN, group_G, num_groups)
+            tokens_J1 += sum_by_document(tokens_G1, group_G, num_groups)
+        size_J = torch.full((num_groups,), count - model.config.experts.shared)
+        subsets.append(select_pool(score_JN / tokens_J1, size_J))
+    return subsets
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_carrying_hidden_states_changes_no_choice(seed):
+    """And costs one pass: each block attends once and runs its experts once a batch."""
+    model = Transformer(TINY).initialize(seed)
+    groups = documents_of(3, 4, seed)
+    batches = pack([d for group in groups for d in group], 32, 3)
+    group_U, counts = torch.arange(3).repeat_interleave(4), experts_kept(TINY, 0.4)
+    with torch.no_grad():
+        expected = greedy_from_the_start(model, batches, group_U, 3, counts)
+    calls = Counter()
+    for name, part in (("attention", "attention"), ("experts", "moe.experts")):
+        for block in model.blocks:
+            block.get_submodule(part).register_forward_hook(
+                lambda *_, name=name: calls.update([name])
             )
-        torch.testing.assert_close(found_JN[j].float(), torch.softmax(logits_TN, dim=1).mean(dim=0))
+    found = greedy_select(model, batches, group_U, 3, counts)
+    for ours_JN, theirs_JN in zip(found, expected, strict=True):
+        assert torch.equal(ours_JN, theirs_JN)
+    layers = TINY.num_layers
+    assert calls == {
+        "attention": layers * len(batches),
+        "experts": (layers - 1) * len(batches),
+    }
 
 
 def test_later_layers_are_ranked_behind_the_restricted_earlier_ones():

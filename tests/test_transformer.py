@@ -387,15 +387,19 @@ def test_bfloat16_autocast_is_close_and_keeps_fp32_where_it_matters() -> None:
     )
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2])
-def test_stopping_early_gives_the_routing_of_the_layers_run(num_layers: int) -> None:
+def test_blocks_one_by_one_are_the_model() -> None:
+    """What selection does: embed, attend, look at the routing, use the experts."""
     model, batch = tiny_model(), tiny_batch()
     request = pools_of(None, details=True)
-    full = model(batch, request).routing
-    part = model(batch, request, num_layers=num_layers).routing
-    assert len(part.layers) == num_layers
-    for ours, theirs in zip(part.layers, full.layers, strict=False):
-        assert torch.equal(ours.details.logits_TN, theirs.details.logits_TN)
+    output = model(batch, request)
+    x_BSD, view = model.embed(batch)
+    for index, (block, layer) in enumerate(zip(model.blocks, output.routing.layers, strict=True)):
+        h_BSD = block.attend(x_BSD, view)
+        of_layer = request.layer(index, batch.num_documents)
+        scores_GN = block.moe.document_scores(block.moe_norm(h_BSD).flatten(0, 1), batch, of_layer)
+        assert torch.equal(scores_GN, layer.details.document_scores_GN)
+        x_BSD, _ = block.use_experts(h_BSD, batch, of_layer)
+    assert torch.equal(model.norm(x_BSD.flatten(0, 1)), output.hidden_TD)
 
 
 def test_kept_experts_for_all_and_for_each_document_agree() -> None:

@@ -10,6 +10,7 @@ from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import default_folder, evaluate, tables, write_results
 from emotrain.files import json_text
 from emotrain.progress import ProgressBar
+from emotrain.training.checkpoint import find
 
 DESCRIPTION = """\
 Measure what each domain loses when it keeps only some of the experts. A few training documents of a
@@ -64,6 +65,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "errors",
     )
     parser.add_argument(
+        "--document-tokens",
+        type=int,
+        default=default.document_tokens,
+        metavar="N",
+        help="tokens of a document that count, from its start, 0 for all (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--domains",
+        nargs="+",
+        default=default.domains,
+        metavar="NAME",
+        help="domains to measure (default: all that have enough documents)",
+    )
+    parser.add_argument(
         "--random-seeds",
         type=int,
         default=default.random_seeds,
@@ -107,13 +122,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = SweepSettings(
-        tuple(args.keep),
-        args.calibration_documents,
-        args.documents,
-        args.seed,
-        args.random_seeds,
-        args.cross_domain,
+        keep=tuple(args.keep),
+        calibration_documents=args.calibration_documents,
+        documents=args.documents,
+        document_tokens=args.document_tokens,
+        domains=tuple(args.domains),
+        seed=args.seed,
+        random_seeds=args.random_seeds,
+        cross_domain=args.cross_domain,
     )
+    folder = Path(args.out) if args.out else default_folder(find(args.checkpoint))
     with ProgressBar("batches") as bar:
         result = evaluate(
             args.checkpoint,
@@ -122,13 +140,14 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             micro_batch=args.micro_batch,
             track=bar.track,
+            folder=folder,
         )
-    written = write_results(
-        result, Path(args.out) if args.out else default_folder(Path(result["checkpoint"]))
-    )
     if args.json:
         print(json_text(result))
     else:
         print(*(table.text() for table in tables(result)), sep="\n\n")
+    # What was printed is not lost when this fails.
+    written = write_results(result, folder)
+    if not args.json:
         print(*(f"wrote {path}" for path in written), sep="\n")
     return 0

@@ -4,6 +4,7 @@ install 'emotrain[report]'`)."""
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,12 +125,17 @@ def _increase_line(
             yerr=error,
             color=color,
             linestyle=style,
-            label=label,
+            label=_shown(label),
             marker="o",
             markersize=3.5,
             linewidth=1.6,
             capsize=2,
         )
+
+
+def _shown(label: str) -> str:
+    """A label as it is: a legend leaves out those that begin with an underscore."""
+    return f"\u200b{label}" if label.startswith("_") else label
 
 
 def _domain_lines(axes: Axes, result: Mapping[str, Any]) -> None:
@@ -222,11 +228,16 @@ def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) 
         "axes.titlelocation": "left",
         "axes.grid": True,
         "grid.alpha": 0.25,
+        # Labels are names that people gave, not mathematics.
+        "text.parse_math": False,
         **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background),
     }
     with style.context("dark_background" if dark else "default"), matplotlib.rc_context(look):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
+        with warnings.catch_warnings():
+            # A letter that the font lacks is drawn as a box, and needs no line on the terminal.
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            draw(figure)
+            figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
     return stream.getvalue()

@@ -4,6 +4,7 @@ tokenizer."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +17,8 @@ from emotrain.config import Config
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
 from emotrain.evaluation.settings import SweepSettings
+
+log = logging.getLogger("emotrain")
 
 
 @dataclass(frozen=True)
@@ -38,25 +41,16 @@ def read_domains(
     domain. Documents without anything to predict (EOS alone) are passed over.
 
     Raises:
-        ValueError: data of another vocabulary than the model's, or a domain with too few documents.
+        UserError: data of another vocabulary than the model's, or too few documents.
     """
     dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
     _check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
 
-    def take(split: str, domain: str, count: int, least: int, option: str) -> list[np.ndarray]:
-        found = []
-        if domain in dataset.domains[split]:
-            found = list(
-                islice(
-                    (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1), count
-                )
-            )
-        if len(found) < least:
-            raise UserError(
-                f"{data}: domain {domain!r} has {len(found)} {split} documents, {least} are "
-                f"needed; {option}"
-            )
-        return found
+    def take(split: str, domain: str, count: int) -> list[np.ndarray]:
+        if domain not in dataset.domains[split]:
+            return []
+        whole = (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1)
+        return [ids[: settings.document_tokens or None] for ids in islice(whole, count)]
 
     names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
     if not names:
@@ -64,26 +58,48 @@ def read_domains(
             f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
             f"a larger valid share"
         )
-    wanted = settings.calibration_documents
-    return {
-        name: DomainDocuments(
-            take(
-                "train",
-                name,
-                wanted,
-                wanted,
-                "lower --calibration-documents or prepare more of them",
-            ),
-            take(
-                "valid",
-                name,
-                settings.documents,
-                2,
-                "prepare the data again with a larger valid share",
-            ),
+    if unknown := sorted(set(settings.domains) - set(names)):
+        raise UserError(
+            f"{data}: has no held-out documents of domain {unknown[0]!r}; its domains are "
+            f"{', '.join(names)}"
         )
-        for name in names
-    }
+    found: dict[str, DomainDocuments] = {}
+    problems = []
+    for name in settings.domains or names:
+        calibration = take("train", name, settings.calibration_documents)
+        held_out = take("valid", name, settings.documents)
+        problem = _too_few(name, calibration, held_out, settings)
+        if problem and settings.domains:
+            raise UserError(f"{data}: {problem}")
+        if problem:
+            problems.append(problem)
+            log.warning("%s: %s; the domain is left out", data, problem)
+        else:
+            found[name] = DomainDocuments(calibration, held_out)
+    if not found:
+        raise UserError(f"{data}: no domain has enough documents: {problems[0]}")
+    return found
+
+
+def _too_few(
+    name: str,
+    calibration: Sequence[np.ndarray],
+    held_out: Sequence[np.ndarray],
+    settings: SweepSettings,
+) -> str | None:
+    """What a domain lacks, in words."""
+    wanted = settings.calibration_documents
+    if len(calibration) < wanted:
+        return (
+            f"domain {name!r} has {len(calibration)} train documents, {wanted} are needed; lower "
+            f"--calibration-documents or prepare more of them"
+        )
+    if len(held_out) < 2:
+        return (
+            f"domain {name!r} has {len(held_out)} valid documents, 2 are needed; prepare the data "
+            f"again with a larger valid share"
+        )
+    return None
 
 
 def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:

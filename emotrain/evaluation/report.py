@@ -193,11 +193,17 @@ def _evaluation_part(result: Mapping[str, Any] | None) -> list[str]:
             "DIR</code>, then write this page "
             "again.</p>"
         ]
+    if result["mean"]["loss_nats"] is None:
+        return [
+            f"<h2>Expert subsets</h2><p>Step {result['step']:,}: the losses of this model are not "
+            f"finite, so that no subset can be compared with it.</p>"
+        ]
     intro = (
         f"Step {result['step']:,}. Each domain chooses the experts it keeps with a few training "
         f"documents; the loss is taken on "
         f"held-out documents. A modular model loses little with the experts a domain chose, and "
-        f"much with others."
+        f"much with others. Losses are in nats a token: a loss that is 0.1 higher means that the "
+        f"right token gets a probability a tenth lower, on the geometric mean."
     )
     items = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in findings(result))
     evaluations = [("", result)]

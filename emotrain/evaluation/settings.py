@@ -17,6 +17,11 @@ class SweepSettings:
     """Training documents of a domain that choose its experts."""
     documents: int = 64
     """Most held-out documents of a domain."""
+    document_tokens: int = 0
+    """Tokens of a document that count, from its start; 0 means all. Documents, not tokens, are the
+    independent draws: shorter ones cost little certainty and save time."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains to measure; none means all of the data's."""
     seed: int = 0
     """Seed of the first random subset."""
     random_seeds: int = 1
@@ -36,6 +41,11 @@ class SweepSettings:
         if self.documents < 2:
             raise UserError(
                 f"documents={self.documents} gives no standard error; give at least 2 a domain"
+            )
+        if self.document_tokens < 0 or self.document_tokens == 1:
+            raise UserError(
+                f"document_tokens={self.document_tokens} leaves nothing to predict; give at least "
+                f"2, or 0 for whole documents"
             )
         if self.random_seeds < 0:
             raise UserError(

@@ -31,7 +31,7 @@ from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
-from emotrain.files import json_text, write_whole
+from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import (
     Subsets,
@@ -61,6 +61,7 @@ def evaluate(
     device: str = "auto",
     micro_batch: int = 0,
     track: Track[PackedBatch] = untracked,
+    folder: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate a checkpoint on the held-out documents of a prepared data set; the result is ready
     for JSON.
@@ -70,6 +71,7 @@ def evaluate(
         data: a folder written by `emotrain prepare`.
         device: `cpu`, `cuda` or `auto`.
         micro_batch: rows of one forward pass; 0 means as in training.
+        folder: where results will be written, found out to be writable before the work.
     Raises:
         ValueError: settings, checkpoint or data that cannot be used; FileNotFoundError: one of them
             is not there.
@@ -81,11 +83,13 @@ def evaluate(
             f"training"
         )
     target = _device(device)
-    folder = find(checkpoint)
-    config, model = load_model(folder, target)
+    checkpoint_folder = find(checkpoint)
+    config, model = load_model(checkpoint_folder, target)
     for fraction in settings.keep:
         experts_kept(config.model, fraction)  # refuses what cannot be kept before any data is read
-    domains = read_domains(data, config, folder, settings)
+    domains = read_domains(data, config, checkpoint_folder, settings)
+    if folder is not None:
+        make_writable(folder)
     result = sweep(
         model,
         domains,
@@ -97,8 +101,8 @@ def evaluate(
     )
     return {
         "format": 1,
-        "checkpoint": str(folder),
-        "step": load_state(folder).step,
+        "checkpoint": str(checkpoint_folder),
+        "step": load_state(checkpoint_folder).step,
         "data": str(data),
         "sequence_length": config.data.sequence_length,
         **result,
@@ -172,7 +176,11 @@ def sweep(
         "kept_per_layer": {keep: list(kept) for keep, kept in counts.items()},
     }
     return {
-        "settings": {**dataclasses.asdict(settings), "keep": [float(keep) for keep in counts]},
+        "settings": {
+            **dataclasses.asdict(settings),
+            "keep": [float(keep) for keep in counts],
+            "domains": names,
+        },
         "experts": experts,
         **_summary(names, domains, full, arms, group_U),
         "routing": routing_summary(full, group_U, len(names)),

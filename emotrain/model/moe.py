@@ -97,8 +97,7 @@ class MoELayer(nn.Module):
         batch: PackedBatch,
         request: LayerRequest,
     ) -> tuple[Tensor, LayerStatistics | None]:
-        if torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(torch.get_autocast_dtype(x_TD.device.type))
+        x_TD = _autocast(x_TD)
         if self.router is None:
             return self.shared(x_TD), None
         decision, logits_TE = self.router(x_TD, batch, request)
@@ -113,3 +112,15 @@ class MoELayer(nn.Module):
             x_TD, decision, self.experts, while_tokens_travel
         )
         return y_TD if shared_TD is None else y_TD + shared_TD, statistics
+
+    def document_scores(self, x_TD: Tensor, batch: PackedBatch, request: LayerRequest) -> Tensor:
+        """Routing probabilities summed over each document's tokens [G, N], without running an
+        expert."""
+        return self.router(_autocast(x_TD), batch, request)[0].scores_GN
+
+
+def _autocast(x_TD: Tensor) -> Tensor:
+    """In the type that autocast computes in, where it is on."""
+    if not torch.is_autocast_enabled(x_TD.device.type):
+        return x_TD
+    return x_TD.to(torch.get_autocast_dtype(x_TD.device.type))

@@ -100,9 +100,18 @@ class Block(nn.Module):
     def forward(
         self, x_BSD: Tensor, batch: PackedBatch, view: TokenView, request: LayerRequest
     ) -> tuple[Tensor, LayerStatistics | None]:
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), view)
-        y_TD, statistics = self.moe(self.moe_norm(x_BSD).flatten(0, 1), batch, request)
-        return x_BSD + y_TD.view_as(x_BSD), statistics
+        return self.use_experts(self.attend(x_BSD, view), batch, request)
+
+    def attend(self, x_BSD: Tensor, view: TokenView) -> Tensor:
+        """h = x + attention(norm(x))."""
+        return x_BSD + self.attention(self.attention_norm(x_BSD), view)
+
+    def use_experts(
+        self, h_BSD: Tensor, batch: PackedBatch, request: LayerRequest
+    ) -> tuple[Tensor, LayerStatistics | None]:
+        """h + experts(norm(h)), and the statistics of the routing."""
+        y_TD, statistics = self.moe(self.moe_norm(h_BSD).flatten(0, 1), batch, request)
+        return h_BSD + y_TD.view_as(h_BSD), statistics
 
 
 class Transformer(nn.Module):
@@ -128,21 +137,17 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
-    def forward(
-        self, batch: PackedBatch, request: RoutingRequest = FULL, num_layers: int | None = None
-    ) -> ModelOutput:
+    def forward(self, batch: PackedBatch, request: RoutingRequest = FULL) -> ModelOutput:
         """Run the model. It is a pure function of its arguments: nothing depends on train or eval
         mode.
 
         Args:
             request: pools, expert subsets and what to report; by default the full model without
                 pools, as at inference.
-            num_layers: stop after this many blocks; the hidden states are then those of the last
-                block run.
         """
         x_BSD, view = self.embed(batch)
         layers = []
-        for index, block in enumerate(self.blocks[:num_layers]):
+        for index, block in enumerate(self.blocks):
             x_BSD, statistics = block(x_BSD, batch, view, request.layer(index, batch.num_documents))
             if statistics is not None:
                 layers.append(statistics)

@@ -11,7 +11,9 @@ for each document, one pass serves them all. Two letters besides those of the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +21,9 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
-from emotrain.model.router import RoutingRequest, select_pool, sum_by_document
-from emotrain.model.transformer import Transformer
+from emotrain.model.attention import TokenView
+from emotrain.model.router import LayerRequest, select_pool, sum_by_document
+from emotrain.model.transformer import Block, Transformer
 from emotrain.progress import Track, untracked
 
 Subsets = tuple[Tensor, ...]
@@ -64,13 +67,14 @@ def greedy_select(
     document_group_U: Tensor,
     num_groups: int,
     counts: Sequence[int],
-    track: Track[PackedBatch] = untracked,
+    track: Track[Any] = untracked,
 ) -> Subsets:
     """The published selection: layer by layer, keep the experts that a group's tokens give the most
     routing probability.
 
     While a layer is ranked, the layers below it already run with the experts that each group keeps,
-    so that it is ranked on the hidden states it will see. Ties go to the lower index.
+    so that it is ranked on the hidden states it will see. Ties go to the lower index. Hidden states
+    of all documents are carried from layer to layer: one pass for any depth.
 
     Args:
         batches: calibration documents; padding is left out of the scores.
@@ -78,55 +82,67 @@ def greedy_select(
         counts: for each layer, experts to keep, shared ones included (`experts_kept`).
         track: shows progress.
     Raises:
-        ValueError: counts that the model cannot keep, or a group without tokens.
+        UserError: counts that the model cannot keep, or a group without tokens.
     """
     check_counts(model.config, counts)
     device, shared = model.head.weight.device, model.config.experts.shared
+    document_group_U = document_group_U.to(device)
+    carried = [
+        _Carried.of(model, batch.to(device), document_group_U)
+        for batch in track(batches, "reading calibration documents")
+    ]
     subsets: list[Tensor] = []
-    for layer, count in enumerate(counts):
-        chosen_JN = torch.ones(
-            num_groups, model.config.routed_in_layer(layer), dtype=torch.bool, device=device
-        )
+    for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
+        for state in track(carried, f"ranking experts of layer {layer + 1}/{len(counts)}"):
+            state.x_BSD = block.attend(state.x_BSD, state.view)
+        num_routed = model.config.routed_in_layer(layer)
+        chosen_JN = torch.ones(num_groups, num_routed, dtype=torch.bool, device=device)
         if count < model.config.experts_in_layer(layer):
-            tracked = track(batches, f"ranking experts of layer {layer + 1}/{len(counts)}")
-            probability_JN = mean_routing(model, tracked, document_group_U, (*subsets, chosen_JN))
+            probability_JN = _mean_routing(block, carried, num_groups)
             chosen_JN = select_pool(
                 probability_JN, torch.full((num_groups,), count - shared, device=device)
             )
         subsets.append(chosen_JN)
+        if layer + 1 < len(counts):
+            for state in carried:
+                request = LayerRequest(kept_GN=chosen_JN[state.group_G] if num_routed else None)
+                state.x_BSD, _ = block.use_experts(state.x_BSD, state.batch, request)
     return tuple(subsets)
 
 
-@torch.no_grad()
-def mean_routing(
-    model: Transformer, batches: Iterable[PackedBatch], document_group_U: Tensor, subsets: Subsets
-) -> Tensor:
-    """Mean routing probability of each group's tokens in the layer of the last mask -> float64 [J,
-    N].
+@dataclass
+class _Carried:
+    """A batch of documents on its way through the layers."""
 
-    Only as many layers run as there are masks.
+    batch: PackedBatch
+    view: TokenView
+    group_G: Tensor
+    """int64: the group of each document."""
+    x_BSD: Tensor
+    """Hidden states, as far as the layers have run."""
+
+    @classmethod
+    def of(cls, model: Transformer, batch: PackedBatch, document_group_U: Tensor) -> _Carried:
+        x_BSD, view = model.embed(batch)
+        return cls(batch, view, group_of_documents(batch, document_group_U), x_BSD)
+
+
+def _mean_routing(block: Block, carried: Sequence[_Carried], num_groups: int) -> Tensor:
+    """Mean routing probability of each group's tokens in a layer that has all of its experts ->
+    float64 [J, N].
 
     Raises:
-        ValueError: a group without tokens.
+        UserError: a group without tokens.
     """
-    device = subsets[-1].device
-    document_group_U = document_group_U.to(device)
-    score_JN = torch.zeros(subsets[-1].shape, dtype=torch.float64, device=device)
-    tokens_J1 = torch.zeros(len(score_JN), 1, dtype=torch.float64, device=device)
-    for batch in batches:
-        batch = batch.to(device)
-        group_G = group_of_documents(batch, document_group_U)
-        routing = model(
-            batch,
-            RoutingRequest(kept=[mask_JN[group_G] for mask_JN in subsets], details=True),
-            num_layers=len(subsets),
-        ).routing
-        # Padding scores nothing already; its tokens must not count either.
-        tokens_G1 = (routing.document_tokens_G * routing.real_G)[:, None].double()
-        score_JN += sum_by_document(
-            routing.layers[-1].details.document_scores_GN.double(), group_G, len(score_JN)
-        )
-        tokens_J1 += sum_by_document(tokens_G1, group_G, len(score_JN))
+    scores, tokens = [], []
+    for state in carried:
+        x_TD = block.moe_norm(state.x_BSD).flatten(0, 1)
+        scores_GN = block.moe.document_scores(x_TD, state.batch, LayerRequest()).double()
+        scores.append(sum_by_document(scores_GN, state.group_G, num_groups))
+        document_T = state.batch.document_T
+        valid_T1 = (state.batch.document_ids_G >= 0)[document_T][:, None].double()
+        tokens.append(sum_by_document(valid_T1, state.group_G[document_T], num_groups))
+    score_JN, tokens_J1 = torch.stack(scores).sum(0), torch.stack(tokens).sum(0)
     empty = (tokens_J1[:, 0] == 0).nonzero()[:, 0].tolist()
     if empty:
         raise UserError(
