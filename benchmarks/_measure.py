@@ -46,7 +46,7 @@ def time_in_turn(
     """Call every arm `repeats` times in turn, after `warmup` rounds that are not counted."""
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(-warmup, repeats):
-        names = list(arms) if round_ % 2 == 0 else list(reversed(arms))
+        names = list(arms) if round_ % 2 == 0 else list(reversed(list(arms)))
         for name in names:
             start = time.perf_counter()
             arms[name]()

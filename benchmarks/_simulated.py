@@ -183,16 +183,18 @@ def save_metadata(
     from emotrain.training.tensor_files import (
         TensorFilesWriter,
         WrittenFile,
+        _data,
         _item_bytes,
         _SavePlanner,
     )
     from emotrain.training.tensor_index import stem_of
 
     configured, ranks = _parts(config, settings, world_size)
-    planner, plans = _SavePlanner(), []
+    planner = _SavePlanner()
+    pickled: list[bytes] = []
     for parts in ranks:
         planner.set_up_planner(parts, is_coordinator=True)
-        plans.append(pickle.dumps(planner.create_local_plan()))
+        pickled.append(pickle.dumps(planner.create_local_plan()))
     state = TrainingState(1, 1, "0" * 16, 0, 1024, 0.0)
     staged = StagedFolder(Path(folder) / "checkpoints/step-00000001")
     staged.make()
@@ -202,7 +204,7 @@ def save_metadata(
 
     watch = Watch()
     # Plans come to the first rank pickled (torch.distributed.gather_object).
-    plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in plans])
+    plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in pickled])
     result = watch.so_far("plan") | {"parts": sum(len(plan.items) for plan in plans)}
     results, num_bytes = [], 0
     for rank, plan in enumerate(plans):
@@ -222,7 +224,7 @@ def save_metadata(
                 WriteResult(
                     item.index,
                     _item_bytes(item),
-                    (files[stem_of(item.index.fqn)], item.tensor_data.chunk.sizes),
+                    (files[stem_of(item.index.fqn)], _data(item).chunk.sizes),
                 )
                 for item in plan.items
             ]
@@ -350,11 +352,12 @@ def parts_of_ranks(config: Config, layout: Layout) -> Iterator[dict[str, TensorP
         model = Transformer(config.model)
     parallelize(model, config, build_meshes(layout, "cpu"))
     of_mesh: dict[Any, list[Any]] = defaultdict(list)
-    for name, parameter in model.named_parameters():
+    parameters: Any = model.named_parameters()
+    for name, parameter in parameters:
         of_mesh[parameter.device_mesh].append((name, parameter.shape, parameter.placements))
     coordinates = {mesh: np.argwhere(np.ones(mesh.shape, dtype=bool)) for mesh in of_mesh}
     for rank in range(layout.world_size):
-        parts = {}
+        parts: dict[str, Any] = {}
         for mesh, tensors in of_mesh.items():
             # Ranks count through each mesh with its last axis fastest.
             coordinate = coordinates[mesh][rank % len(coordinates[mesh])].tolist()

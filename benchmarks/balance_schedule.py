@@ -51,10 +51,11 @@ def gradients(
         step - 1, config.training.global_batch, config.training.global_batch // micro_batches
     )
     train_step(NativeEngine(model), batches, config, step, Ranks())
-    every = torch.cat([p.grad.flatten() for p in model.parameters()])
-    return every, torch.cat(
-        [p.grad.flatten() for name, p in model.named_parameters() if ".router." in name]
-    )
+    gradients = {
+        name: p.grad.flatten() for name, p in model.named_parameters() if p.grad is not None
+    }
+    of_routers = [grad for name, grad in gradients.items() if ".router." in name]
+    return torch.cat(list(gradients.values())), torch.cat(of_routers)
 
 
 def deviations(

@@ -48,7 +48,7 @@ class CountedBytes:
             self.sent += leaving.nbytes
             return self._original(arriving, leaving, *args, **options)
 
-        dist.all_to_all_single = counting
+        setattr(dist, "all_to_all_single", counting)  # noqa: B010 - mypy: a function
         return self
 
     def __exit__(self, *_error) -> None:
@@ -65,7 +65,8 @@ def route(args: argparse.Namespace, rank: int, pool: int | None) -> Decision:
     logits_TN += (
         torch.randn(documents, args.experts, generator=generator)[document_T] if pool else 0
     )
-    batch = PackedBatch(*[document_T[None]] * 3, torch.arange(documents))
+    document_BS = document_T[None]
+    batch = PackedBatch(document_BS, document_BS, document_BS, torch.arange(documents))
     request = LayerRequest(PoolConfig(), torch.full((documents,), pool)) if pool else LayerRequest()
     return decide(logits_TN, batch, args.chosen, RouterConfig(), request)
 
@@ -77,6 +78,7 @@ def experts(rows_PD: Tensor, weights_PK: Tensor, _slots) -> Tensor:
 
 def exchange(args: argparse.Namespace, routing: Decision) -> dict[str, float]:
     """Bytes of one layer, forward and backward, on this rank."""
+    assert dist.group.WORLD is not None
     dispatcher = AllToAllDispatcher(dist.group.WORLD, args.experts)
     x_TD = torch.randn(args.tokens, args.width, dtype=torch.bfloat16, requires_grad=True)
     weights_TK = routing.weights_TK.clone().requires_grad_()

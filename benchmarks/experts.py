@@ -147,7 +147,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     square = torch.randn(SQUARE, SQUARE)
-    timings, results = {}, {}
+    timings: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in args.shape or ["quickstart", "large"]:
         tokens, width, hidden, num_experts, chosen = SHAPES[name].values()
         arms = {

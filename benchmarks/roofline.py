@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass
+from typing import Any
 
 DEVICES = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12)}
 """Bytes a second and bfloat16 FLOPs a second of the SXM boards with 80 GB (NVIDIA's data
@@ -188,7 +189,7 @@ def compare(layer: Layer, imbalance: float) -> dict:
         "permute copy": permute_copy(layer),
         "padding": padding(layer, imbalance),
     }
-    results = {
+    results: dict[str, dict[str, Any]] = {
         name: {
             "gigabytes": sum(kernel.bytes for kernel in kernels) / 1e9,
             "teraflops": sum(kernel.flops for kernel in kernels) / 1e12,

@@ -28,7 +28,7 @@ from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatist
 
 def loop_over_documents(
     router: DocumentPoolRouter, x_TD: Tensor, batch: PackedBatch, pool_size_G: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
     """The slow way: a softmax, an entropy and a top-k for every document.
 
     Returns:
@@ -84,9 +84,9 @@ class Arms:
         self.x_TD = torch.randn(num_tokens, width, generator=generator).requires_grad_()
         self.grad_TK = torch.randn(num_tokens, chosen, generator=generator) / num_tokens
         self.share_N = torch.rand(routed, generator=generator) / num_tokens
-        self.pool_size_G = draw_pool_sizes(
-            config.model.pool, batch.document_ids_G, 1, seed=0, step=1
-        )[0]
+        sizes_LG = draw_pool_sizes(config.model.pool, batch.document_ids_G, 1, seed=0, step=1)
+        assert sizes_LG is not None
+        self.pool_size_G = sizes_LG[0]
 
     def plain(self) -> LayerStatistics:
         return self._route(LayerRequest())

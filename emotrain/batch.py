@@ -60,11 +60,16 @@ class PackedBatch:
         return (self.document_ids_G >= 0)[self.document_T] if self.has_padding else None
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = (
-            t.to(device, non_blocking=True)
-            for t in (self.tokens_BS, self.targets_BS, self.document_BS, self.document_ids_G)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return PackedBatch(
+            move(self.tokens_BS),
+            move(self.targets_BS),
+            move(self.document_BS),
+            move(self.document_ids_G),
+            self.has_padding,
         )
-        return PackedBatch(*moved, has_padding=self.has_padding)
 
     @classmethod
     def from_rows(cls, tokens_BS: Tensor, document_ids_G: Tensor | None = None) -> PackedBatch:
@@ -123,6 +128,9 @@ class PackedBatch:
         targets_BS[is_padding_BS] = IGNORE
         targets_BS[:, :-1][is_padding_BS[:, 1:]] = IGNORE
         return cls(
-            *(torch.from_numpy(a) for a in (tokens_BS, targets_BS, document_BS, flat_ids)),
-            has_padding=bool(is_padding_BS.any()),
+            torch.from_numpy(tokens_BS),
+            torch.from_numpy(targets_BS),
+            torch.from_numpy(document_BS),
+            torch.from_numpy(flat_ids),
+            bool(is_padding_BS.any()),
         )

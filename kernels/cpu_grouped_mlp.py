@@ -62,14 +62,9 @@ def supports(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Te
     )
 
 
-def worth_it(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> bool:
-    """Whether this call should run in the kernel: it can, is large enough, and the kernel is
-    there or can be compiled."""
-    return (
-        supports(x_TD, weights_TK, gate_up_NFD, down_NHD)
-        and weights_TK.numel() * down_NHD[0].numel() >= WORTH_COMPILING
-        and library() is not None
-    )
+def can_run(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> bool:
+    """Whether the kernel can compute these operands, and is there or can be compiled."""
+    return supports(x_TD, weights_TK, gate_up_NFD, down_NHD) and library() is not None
 
 
 def grouped_mlp_cpu(
@@ -135,14 +130,22 @@ class _FusedMLP(torch.autograd.Function):
         return grad_x_TD, grad_weights_TK, grad_gate_up_NFD, grad_down_NHD, None, None, None
 
 
+def _library() -> ctypes.CDLL:
+    """The kernel, which `supports` has found before."""
+    found = library()
+    assert found is not None
+    return found
+
+
 def _chunks(lengths: list[int]) -> tuple[list[tuple[int, ...]], int]:
     """The kernel's `struct Chunk` of each chunk, and the most rows of any, whole tiles all.
 
     An expert's rows are cut into the fewest chunks of at most CHUNK_ROWS, of nearly equal size. The
     cuts depend on nothing else: neither does the order of any sum.
     """
-    tile = library().tile_rows()
-    chunks, first, hidden_row, most = [], 0, 0, 0
+    tile = _library().tile_rows()
+    chunks: list[tuple[int, ...]] = []
+    first, hidden_row, most = 0, 0, 0
     for expert, length in enumerate(lengths):
         count = -(-length // CHUNK_ROWS)
         for part in range(count):
@@ -156,7 +159,7 @@ def _chunks(lengths: list[int]) -> tuple[list[tuple[int, ...]], int]:
 
 def _scratch(sizes: tuple[int, ...]) -> tuple[Tensor, int]:
     threads = torch.get_num_threads()
-    return torch.empty(threads, library().scratch_size(*map(ctypes.c_int64, sizes[2:]))), threads
+    return torch.empty(threads, _library().scratch_size(*map(ctypes.c_int64, sizes[2:]))), threads
 
 
 def _call(function: str, *arguments: Tensor | int) -> None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from emotrain.kernels import cpu_grouped_mlp
 from emotrain.kernels.backends import choose_backend
-from emotrain.kernels.cpu_grouped_mlp import grouped_mlp_cpu, worth_it
 from emotrain.kernels.slots import SortedSlots
 
 
@@ -52,8 +52,13 @@ def grouped_mlp(
         from emotrain.kernels.megablocks_adapter import grouped_mlp_megablocks
 
         return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
-    if may_compile and worth_it(x_TD, weights_TK, gate_up_NFD, down_NHD):
-        return grouped_mlp_cpu(
+    work = weights_TK.numel() * down_NHD[0].numel()
+    if (
+        may_compile
+        and work >= cpu_grouped_mlp.WORTH_COMPILING
+        and cpu_grouped_mlp.can_run(x_TD, weights_TK, gate_up_NFD, down_NHD)
+    ):
+        return cpu_grouped_mlp.grouped_mlp_cpu(
             x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD
         )
     weights_R = weights_TK.reshape(-1)[slots.slot_R[: slots.num_rows]].to(x_TD.dtype)

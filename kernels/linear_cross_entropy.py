@@ -66,7 +66,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
                 grad_tV = grad_tV.to(hidden_TD.dtype)
                 torch.mm(grad_tV, head_VD, out=grad_hidden_TD[start : start + block])
-                grad_head_VD += grad_tV.t() @ hidden_tD
+                if grad_tV.dtype == compute_dtype:
+                    grad_head_VD.addmm_(grad_tV.t(), hidden_tD)
+                else:
+                    grad_head_VD += grad_tV.t() @ hidden_tD
         ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
         ctx.head_dtype = head_VD.dtype
         ctx.mark_non_differentiable(cross_entropy, z)

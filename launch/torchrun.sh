@@ -2,7 +2,7 @@
 # Train with torchrun, on one node or on several nodes that meet at a rendezvous.
 #
 #   launch/torchrun.sh CONFIG [key=value ...]
-#   PROCESSES_PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml training.micro_batch=16     (two on a CPU)
+#   PROCESSES_PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml training.micro_batch=8      (two on a CPU)
 #   NODES=2 RENDEZVOUS=node-1:29500 launch/torchrun.sh CONFIG              (the same line on both nodes)
 #
 # Variables, with their defaults:

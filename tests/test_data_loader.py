@@ -4,6 +4,8 @@ token comes with the document that holds it."""
 
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +16,8 @@ from test_data_formats import make_dataset
 
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.formats import Dataset
-from emotrain.data.loader import Loader
-from emotrain.data.order import keyed, mix64, permute
-from emotrain.data.packing import documents_in_window, pack_documents
+from emotrain.data.loader import Loader, keyed, mix64, permute
+from emotrain.data.packing import pack_documents
 
 SEQUENCE = 16
 
@@ -128,8 +129,13 @@ def test_documents_in_window(lengths, data):
     owners = [document for document, length in enumerate(lengths) for _ in range(length)][
         start:stop
     ]
-    first, found = documents_in_window(offsets, start, stop)
-    assert (
+    dataset = object.__new__(Dataset)
+    shard = SimpleNamespace(tokens=np.arange(offsets[-1]), offsets=offsets)
+    dataset.__dict__ |= {"path": Path(), "verify_checksums": False, "vocab_size": 10**6}
+    dataset.__dict__ |= {"_lock": threading.Lock(), "_mapped": lambda *_: shard}
+    dataset.shards = {"train": [SimpleNamespace(file="", sums="")]}
+    tokens, first, found = dataset.window("train", 0, start, stop)
+    assert tokens.tolist() == list(range(start, stop)) and (
         np.repeat(np.arange(first, first + len(found)), found).tolist() == owners
         and found.min() > 0
     )

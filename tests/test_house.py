@@ -7,16 +7,24 @@ import ast
 import re
 import subprocess
 import sys
+import threading
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from helpers import tiny_batch, tiny_config, tiny_model
+from helpers import tiny_config, tiny_model
+
+from emotrain.data.loader import Loader
+from emotrain.data.prepare import prepare
+from emotrain.distributed.ranks import Ranks
+from emotrain.training.engine import NativeEngine
+from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path for folder in ("emotrain", "kernels", "launch") for path in (ROOT / folder).rglob("*.py")
 )
-LONGEST_WALK = 8
 
 
 def imported(path: Path) -> set[str]:
@@ -32,25 +40,8 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def project_files(path: Path) -> set[str]:
-    """Files of the project that a file imports, as paths from the root; the kernels count as
-    one, their folder."""
-    found = set()
-    for name in imported(path):
-        if name.startswith("emotrain.kernels"):
-            found.add("kernels")
-        elif (module := ROOT / (name.replace(".", "/") + ".py")).is_file():
-            found.add(module.relative_to(ROOT).as_posix())
-    return found
-
-
 def links(text: str) -> list[str]:
     return [target.rstrip("/") for target in re.findall(r"\]\(\.\./([^)]+)\)", text)]
-
-
-WALK, BELOW, AFTER = (
-    links(part) for part in (ROOT / "docs/walk.md").read_text(encoding="utf-8").split("\n## ")
-)
 
 
 # ---- imports
@@ -114,58 +105,133 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
 # ---- the walk
 
 
-def test_the_walk_is_short_and_every_file_is_reached_from_one_before_it() -> None:
-    assert (
-        len(WALK) <= LONGEST_WALK
-        and WALK[0] == "launch/pretrain.py"
-        and WALK[-1] == "emotrain/model/losses.py"
-    )
-    for position, file in enumerate(WALK[1:], start=1):
-        assert any(file in project_files(ROOT / earlier) for earlier in WALK[:position]), (
-            f"nothing before {file} imports it"
-        )
-
-
-def test_what_lies_below_the_walk_calls_nothing_of_it() -> None:
-    for target in BELOW:
-        assert (ROOT / target).exists(), target
-        for path in [ROOT / target] if target.endswith(".py") else (ROOT / target).glob("*.py"):
-            # A kernel's readable twin may be the router's own functions.
-            allowed = (
-                {"emotrain/batch.py", "emotrain/model/router.py"}
-                if target == "kernels"
-                else {"emotrain/batch.py"}
-            )
-            assert not project_files(path) & {*WALK} - allowed, path
-
-
-def test_the_loader_reads_nothing_that_the_page_leaves_out() -> None:
-    assert project_files(ROOT / "emotrain/data/loader.py") <= {*WALK, *BELOW}
-
-
-def test_a_training_step_enters_no_file_that_the_page_leaves_out() -> None:
-    from emotrain.distributed.ranks import Ranks
-    from emotrain.training.engine import NativeEngine
-    from emotrain.training.step import train_step
-
-    entered = set()
+def entered_by_a_step(folder: Path) -> set[str]:
+    """Files of the project whose code runs in one step of the loader and one of training."""
+    path = folder / "documents.jsonl"
+    path.write_text("".join(f'{{"text": "document {i} of a tiny corpus"}}\n' for i in range(200)))
+    prepare([path], folder / "data", train_tokenizer=True, vocab_size=300)
+    loader = Loader(folder / "data", 16, seed=0)
+    config = tiny_config(model__vocab_size=512)
+    model = tiny_model(model__vocab_size=512)
+    engine = NativeEngine(model, build_optimizer(model, config.optimizer))
+    known = {str(source): source for source in SOURCES}
+    # Kernels are also found where they install.
+    known |= {
+        str(ROOT / "emotrain" / source.relative_to(ROOT)): source
+        for source in SOURCES
+        if source.is_relative_to(ROOT / "kernels")
+    }
+    entered: set[str] = set()
 
     def note(frame, event, _argument) -> None:
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and path in known:
-            entered.add(known[path])
+        source = known.get(frame.f_code.co_filename)
+        # What generators, comprehensions and lambdas run is their function's.
+        if event == "call" and source is not None and not frame.f_code.co_name.startswith("<"):
+            entered.add(source.resolve().relative_to(ROOT).as_posix())
 
-    known = {
-        path: "kernels"
-        if path.is_relative_to(ROOT / "kernels")
-        else path.relative_to(ROOT).as_posix()
-        for path in SOURCES
-    }
-    config, model, batch = tiny_config(), tiny_model(), tiny_batch()
+    threading.setprofile(note)
     sys.setprofile(note)
     try:
-        train_step(NativeEngine(model), [batch, batch], config, 1, Ranks())
+        batches = loader.step(0, config.training.global_batch, config.training.micro_batch)
+        train_step(engine, batches, config, 1, Ranks())
     finally:
         sys.setprofile(None)
-    assert entered <= {*WALK, *BELOW, *AFTER}
-    assert {*WALK} - entered == {"launch/pretrain.py", "emotrain/data/loader.py"}
+        threading.setprofile(None)
+    return entered
+
+
+def test_disk_to_loss_is_short_and_the_page_says_it_all(tmp_path: Path) -> None:
+    entered = entered_by_a_step(tmp_path)
+    lines = sum(len((ROOT / file).read_text(encoding="utf-8").splitlines()) for file in entered)
+    assert len(entered) <= 16 and lines <= 3000, f"{len(entered)} files, {lines} lines: {entered}"
+    page = (ROOT / "docs/walk.md").read_text(encoding="utf-8").split("\n## ")[0]
+    assert {file for file in links(page) if file.endswith(".py")} == entered
+
+
+# ---- sizes and order
+
+
+def test_functions_and_files_are_of_a_size_that_a_person_can_hold() -> None:
+    for path in SOURCES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 450, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                length = node.end_lineno - node.lineno + 1
+                assert length <= 80, f"{path}: {node.name} has {length} lines"
+
+
+def module_of(path: Path) -> str:
+    """Name that a file is imported by: kernels/ installs as emotrain.kernels."""
+    parts = path.resolve().relative_to(ROOT).with_suffix("").parts
+    name = ".".join(parts if parts[0] == "emotrain" else ("emotrain", *parts))
+    return name.removesuffix(".__init__")
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Nor any circle, also by imports inside of functions; those for types alone do not count."""
+    modules = {module_of(path): path for path in SOURCES if path.parts[-2] != "launch"}
+
+    def runtime_imports(path: Path) -> set[str]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                node.body = []
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules.keys()
+                found |= inner or {node.module} & modules.keys()
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names} & modules.keys()
+        return found
+
+    graph = {name: runtime_imports(path) - {name} for name, path in modules.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+ROOMS = (
+    "kernels",
+    "data",
+    "model",
+    "distributed",
+    "modular",
+    "training",
+    "interop",
+    "evaluation",
+    "planning",
+    "commands",
+)
+"""Rooms from the ground up: a file imports from its own room and those before it."""
+
+
+def test_no_room_imports_from_one_above_it() -> None:
+    below = {"kernels": set(), "data": set(), "model": {"kernels"}}
+    for path in SOURCES:
+        parts = path.resolve().relative_to(ROOT).parts
+        room = parts[0] if parts[0] == "kernels" else parts[1] if len(parts) > 2 else None
+        if room not in ROOMS:
+            continue
+        allowed = below.get(room, set(ROOMS[: ROOMS.index(room)])) | {room}
+        used = {
+            name.split(".")[1] for name in imported(path) if name.startswith("emotrain.")
+        } & set(ROOMS)
+        assert used <= allowed, f"{path}: imports from {used - allowed}"
+
+
+def test_only_data_and_batches_know_the_end_of_a_document() -> None:
+    """`PackedBatch` is the one truth about documents."""
+    for path in SOURCES:
+        if path.parent.name not in ("model", "training", "kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "attr", getattr(node, "id", getattr(node, "arg", None)))
+            assert not (isinstance(name, str) and "eos" in name.split("_")), f"{path}: {name}"
+
+
+def test_argparse_stays_at_the_door() -> None:
+    for path in SOURCES:
+        if "argparse" in imported(path):
+            where = path.resolve().relative_to(ROOT).as_posix()
+            assert where.startswith("emotrain/commands/") or where == "emotrain/cli.py", where

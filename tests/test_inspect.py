@@ -198,7 +198,7 @@ def test_the_data_set_is_named_with_the_passes_over_it(tiny_data: Path, tmp_path
 def test_what_is_most_likely_not_meant_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(CONFIGS / "quickstart.yaml"), "training.steps=20"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("warning: optimizer.warmup_steps=40 is not less than the 20 steps")
+    assert last.startswith("warning: optimizer.warmup_steps=60 is not less than the 20 steps")
 
 
 class BytesMade(TorchDispatchMode):

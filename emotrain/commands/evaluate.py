@@ -49,6 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"shares of each layer's experts to keep, shared ones counted (default: "
         f"{' '.join(map(str, default.keep))})",
     )
+    _add_settings(parser, default)
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="rows of one forward pass (default: as in training)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder for evaluation.json, evaluation.md and subsets.png (default: "
+        "RUN_DIR/evaluation)",
+    )
+    add_json(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser, default: SweepSettings) -> None:
+    """What is measured, and how surely."""
     parser.add_argument(
         "--calibration-documents",
         type=int,
@@ -98,26 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=default.seed,
         help="seed of the first random subset (default: %(default)s)",
     )
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        default=0,
-        metavar="ROWS",
-        help="rows of one forward pass (default: as in training)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder for evaluation.json, evaluation.md and subsets.png (default: "
-        "RUN_DIR/evaluation)",
-    )
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

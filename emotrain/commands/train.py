@@ -13,7 +13,7 @@ from emotrain.errors import EXIT_INTERRUPTED
 EPILOG = """examples:
   emotrain train configs/quickstart.yaml
   emotrain train configs/quickstart.yaml training.run_dir=runs/lr1e-3 optimizer.lr=1e-3
-  torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=16
+  torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=8
   deepspeed launch/pretrain.py configs/emo_1b14b_130b.yaml --deepspeed configs/deepspeed/zero2.json
 
 The same command goes on from the newest checkpoint of training.run_dir. Ctrl-C, SIGTERM or SIGUSR1

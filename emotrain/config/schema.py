@@ -9,6 +9,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 AT_LEAST_0, PATH = "at least 0", "path"
@@ -142,7 +143,7 @@ class ModelConfig:
         sharing, size = self.experts.sharing, self.experts.layers_per_bank
         return {"none": layer, "groups": layer // size, "all": 0}[sharing]
 
-    @property
+    @cached_property
     def pool(self) -> PoolConfig:
         """The document pool as it is drawn: `max` is a number of experts, also where the setting
         is 0, and a dense model has no pool."""

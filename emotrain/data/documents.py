@@ -97,7 +97,8 @@ class DocumentReader:
         try:
             if extension_of(path) in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it has no bytes, not even those of an empty compressed file")
-            for document in readers[EXTENSIONS[extension_of(path)]](path):
+            kind = EXTENSIONS[extension_of(path) or ".txt"]
+            for document in readers[kind](path):
                 count += 1
                 yield document
         except (pa.ArrowException, OSError, EOFError, zlib.error) as error:

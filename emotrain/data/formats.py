@@ -208,13 +208,13 @@ class Dataset:
     def window(
         self, split: str, index: int, start: int, stop: int
     ) -> tuple[np.ndarray, int, np.ndarray]:
-        """The tokens [start, stop) of a shard's stream, and where the documents that they belong to
-        start. Of the shard only what this needs is read and checked, each time; all of it, once,
+        """The tokens [start, stop) of a shard's stream, and the documents that they belong to. Of the
+        shard only what this needs is read and checked, each time; all of it, once,
         where it has no checksums of blocks. Safe to call from several threads.
 
         Returns:
-            Token ids [stop - start]; the row of the first document; int64 offsets [documents + 1]
-            of these documents. Views, read-only.
+            Token ids [stop - start], a read-only view; the row of the first document; int64 lengths
+            of the documents inside of the window, the first and last of which may be pieces.
         Raises:
             ValueError: what was read is not what was written.
         """
@@ -241,7 +241,9 @@ class Dataset:
         # are.
         if len(offsets) < 2 or (np.diff(offsets) < 1).any():
             _refuse(path, UNORDERED)
-        return tokens, first, offsets
+        edges = offsets.copy()
+        edges[0], edges[-1] = start, stop
+        return tokens, first, np.diff(edges)
 
     def locate(self, document_id: int) -> tuple[str, int, int]:
         """Split, shard and row of a document. Raises: ValueError, for an id that the data set

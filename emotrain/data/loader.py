@@ -12,14 +12,14 @@
    number is turned into a shard and a place by a search among the shards.
 2. **Order.** Training reads positions 0, 1, 2, … Position p belongs to epoch p // num_sequences,
    and a permutation of the window numbers, keyed by (seed, epoch), says which window it is
-   (`order.permute`). The permutation is computed, not stored: looking up one position costs the
+   (`permute`). The permutation is computed, not stored: looking up one position costs the
    same among a thousand windows as among 10^12, and every epoch has its own order.
 3. **Who reads what.** Step s of G sequences is positions [s * G, (s + 1) * G). Rank r of W takes
    the r-th of W equal blocks of them, and cuts its block into micro-batches. So neither W nor the
    micro-batch size changes what a step trains on, and a run goes on from its step number alone:
    there is no state to save, and none to lose.
 4. **Documents.** The offsets say which documents a window touches, and where
-   (`packing.documents_in_window`); EOS tokens are not looked at. In the example, window 1 is the
+   (`Dataset.window`); EOS tokens are not looked at. In the example, window 1 is the
    last token of b and its EOS, and the first four of c. A document that is cut goes on in another
    window as a document of its own, under the same permanent id.
 5. **Targets** are the tokens shifted by one inside a window; its last position has none. With
@@ -48,8 +48,6 @@ from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
 from emotrain.data.formats import Dataset
 from emotrain.data.manifest import TOKENIZER
-from emotrain.data.order import keyed, permute
-from emotrain.data.packing import documents_in_window
 from emotrain.errors import UserError
 
 
@@ -164,10 +162,9 @@ class Loader:
             zip(shards.tolist(), starts.tolist(), strict=True)
         ):
             stop = start + self.sequence_length
-            tokens_BS[row], first, offsets = self.dataset.window(
+            tokens_BS[row], first, row_lengths = self.dataset.window(
                 self.split, shard_index, start, stop
             )
-            _, row_lengths = documents_in_window(offsets, start, stop)
             first += self.dataset.first_ids[self.split][shard_index]
             lengths.append(row_lengths.tolist())
             ids.append(range(first, first + len(row_lengths)))
@@ -305,3 +302,57 @@ class Prefetcher(Iterator[list[PackedBatch]]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+# ---- shuffles that are pure functions of a seed: no state, no stored permutation
+
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 divided by the golden ratio: the increment of splitmix64, which keeps consecutive keys
+far apart."""
+
+ROUNDS = 6
+"""Feistel rounds. Four with ideal round functions already give a pseudo-random permutation (Luby
+and Rackoff, 1988)."""
+
+
+def mix64(values: np.ndarray) -> np.ndarray:
+    """Scramble uint64 values, element by element; a bijection. Shape and dtype are kept."""
+    x = values.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def keyed(key: int, values: np.ndarray) -> np.ndarray:
+    """uint64 hashes of non-negative integers under an integer key; distinct values keep distinct
+    hashes."""
+    start = mix64(np.array([key % 2**64], dtype=np.uint64) + np.uint64(GOLDEN))
+    return mix64(values.astype(np.uint64) * np.uint64(GOLDEN) + start)
+
+
+def permute(indices: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where keyed permutations of [0, size) send `indices`, in O(1) time and memory an index.
+
+    A Feistel network is a bijection of [0, 4^h) for any round function. With the smallest h that
+    covers `size`, an output at or above `size` is sent through again ("cycle walking") until it
+    falls inside: still a bijection, of [0, size), after fewer than four passes on average.
+
+    Args:
+        indices: integers [P] in [0, size).
+        size: how many things are permuted, 1 to 2^62.
+        keys: uint64 [P]; indices with equal keys are permuted together.
+    Returns:
+        int64 [P].
+    """
+    half_bits = max(1, (int(size - 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64(2**half_bits - 1)
+    result = indices.astype(np.uint64)
+    outside = np.arange(result.size)
+    while outside.size:
+        left, right, key = result[outside] >> half, result[outside] & mask, keys[outside]
+        for _ in range(ROUNDS):
+            left, right = right, left ^ (mix64(right ^ key) & mask)
+            key = key + np.uint64(GOLDEN)
+        result[outside] = (left << half) | right
+        outside = outside[result[outside] >= np.uint64(size)]
+    return result.astype(np.int64)

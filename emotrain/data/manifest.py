@@ -203,7 +203,9 @@ class _ManifestCheck:
         if not isinstance(item, dict):
             self.refuse(f"has {split} shard {item!r}, it must be an object")
         file, sha256, sums = item.get("file"), item.get("sha256"), item.get("sums", "")
-        folder, _, name = file.partition("/") if isinstance(file, str) else ("", "", "")
+        if not isinstance(file, str):
+            self.refuse(f"names shard {file!r}, which is no file in {split}/")
+        folder, _, name = file.partition("/")
         if folder != split or name in ("", ".", "..") or "/" in name or "\0" in name:
             self.refuse(f"names shard {file!r}, which is no file in {split}/")
         root = self.path.parent

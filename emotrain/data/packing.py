@@ -1,5 +1,4 @@
-"""From a stream of tokens and the offsets of its documents to the documents of a window; from
-documents to packed rows."""
+"""From documents to packed rows, for evaluation."""
 
 from __future__ import annotations
 
@@ -9,24 +8,6 @@ import numpy as np
 
 from emotrain.batch import PADDING_ID, PackedBatch
 from emotrain.errors import UserError
-
-
-def documents_in_window(offsets: np.ndarray, start: int, stop: int) -> tuple[int, np.ndarray]:
-    """The documents that the tokens [start, stop) of a stream belong to.
-
-    Args:
-        offsets: int64 [documents + 1], where each document starts; the last one is the length of
-            the stream.
-        start, stop: a window inside the stream, not empty.
-    Returns:
-        The number of the first document in the window, and int64 lengths of its documents inside
-        the window, in order: the first and the last may be pieces of longer documents.
-    """
-    first = int(np.searchsorted(offsets, start, side="right")) - 1
-    last = int(np.searchsorted(offsets, stop, side="left"))
-    edges = offsets[first : last + 1].copy()
-    edges[0], edges[-1] = start, stop
-    return first, np.diff(edges)
 
 
 def pack_documents(

@@ -80,7 +80,7 @@ def schema(dtype: np.dtype) -> pa.Schema:
 
 def block_sums(values: np.ndarray) -> bytes:
     """The checksums of an array's blocks of BLOCK_BYTES, SUM_BYTES each, one after the other."""
-    content = memoryview(np.ascontiguousarray(values)).cast("B")
+    content = np.ascontiguousarray(values).view(np.uint8).data
     blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
     return b"".join(hashlib.sha256(block).digest()[:SUM_BYTES] for block in blocks)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from emotrain.data.documents import Document
+from emotrain.data.loader import keyed
 from emotrain.data.manifest import SPLITS, ShardInfo
-from emotrain.data.order import keyed
 from emotrain.data.shards import write_shard
 from emotrain.files import json_text
 from emotrain.progress import ProgressBar

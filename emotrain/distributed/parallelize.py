@@ -94,6 +94,7 @@ def materialize(model: Transformer, seed: int | None, device: torch.device) -> T
 def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
     """Give this rank its part of every bank of routed experts, and every layer a dispatcher that
     takes tokens to the others'."""
+    assert meshes.ep is not None
     for experts in model.expert_banks():
         for name, parameter in experts.named_parameters():
             spread = distribute_tensor(
@@ -234,7 +235,7 @@ def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
 def _order_prefetches(model: Transformer) -> None:
     """Gather the next parameters while the present ones are in use, also where the host waits
     for split sizes."""
-    groups = []
+    groups: list[Any] = []
     layers = Counter(block.moe.experts for block in model.blocks)
     for block in model.blocks:
         # A bank that several layers use has no one place in the order: it is gathered when needed.

@@ -221,7 +221,7 @@ def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) 
             "plots need matplotlib, which is not installed; pip install 'emotrain[report]'"
         ) from None
     background = "#16181c" if dark else "white"
-    look = {
+    look: Any = {
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.titlesize": "medium",

@@ -26,7 +26,7 @@ from emotrain.model.transformer import Transformer
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((None, False), "attention without biases"),
     "rope_scaling": ((None,), "plain rotary positions"),
     "tie_word_embeddings": ((None, False), "an output head of its own"),
@@ -117,6 +117,9 @@ def published_views(model: Transformer) -> dict[str, Tensor]:
         for name, weight in zip("qkv", block.attention.qkv.weight.split(rows), strict=True):
             views[f"{prefix}.self_attn.{name}_proj.weight"] = weight
         views[f"{prefix}.self_attn.o_proj.weight"] = block.attention.out.weight
+        assert block.moe.router is not None, (
+            "the published format has a routed expert in each layer"
+        )
         views[f"{prefix}.mlp.gate.weight"] = block.moe.router.weight_ED
         routed, shared = block.moe.experts, block.moe.shared
         experts = [*zip(routed.gate_up_NFD, routed.down_NHD, strict=True)] if routed else []

@@ -53,6 +53,7 @@ class Attention(nn.Module):
                 window_size=(-1, 0),
                 enable_gqa=grouped,
             )
+            assert isinstance(y_TAC, Tensor)
             return self.out(y_TAC.flatten(1).view_as(x_BSD))
         mask_B1SS = None if view.documents is None else view.documents.mask_B1SS
         y_BASC = F.scaled_dot_product_attention(

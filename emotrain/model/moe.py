@@ -4,7 +4,7 @@ off, a dense model this layer with one shared expert and no router."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,20 @@ class SharedExperts(nn.Module):
         return act_TMH.flatten(1) @ down_MHD.flatten(0, 1)
 
 
+class Dispatcher(Protocol):
+    """Takes tokens to their experts and back: expert parallelism is another dispatcher."""
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        decision: Decision,
+        experts: RoutedExperts,
+        meanwhile: Callable[[], Result],
+    ) -> tuple[Tensor, Result]:
+        """Weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`,
+        which is work that needs no token to have arrived."""
+
+
 class LocalDispatcher:
     """Takes each token to its experts where all experts are on this rank: a sort, no
     communication."""
@@ -73,8 +87,6 @@ class LocalDispatcher:
         experts: RoutedExperts,
         meanwhile: Callable[[], Result],
     ) -> tuple[Tensor, Result]:
-        """Weighted sum of the routed experts of each token [T, D], and the result of `meanwhile`,
-        which is work that needs no token to have arrived."""
         slots = sort_slots(decision.experts_TK, decision.counts_N)
         return experts(x_TD, decision.weights_TK, slots), meanwhile()
 
@@ -89,7 +101,7 @@ class MoELayer(nn.Module):
         self.router = DocumentPoolRouter(config, layer) if experts is not None else None
         self.experts = experts
         self.shared = SharedExperts(config) if config.experts.shared else None
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
         self,
@@ -98,15 +110,17 @@ class MoELayer(nn.Module):
         request: LayerRequest,
     ) -> tuple[Tensor, LayerStatistics | None]:
         x_TD = _autocast(x_TD)
-        if self.router is None:
+        if self.router is None or self.experts is None:
+            assert self.shared is not None, "a dense layer has shared experts"
             return self.shared(x_TD), None
-        decision, logits_TE = self.router(x_TD, batch, request)
+        router = self.router
+        decision, logits_TE = router(x_TD, batch, request)
 
         def while_tokens_travel() -> tuple[LayerStatistics, Tensor | None]:
-            statistics = self.router.statistics(decision, logits_TE, batch, request)
+            statistics = router.statistics(decision, logits_TE, batch, request)
             if self.shared is None:
                 return statistics, None
-            return statistics, self.shared(x_TD, self.router.shared_weights(logits_TE))
+            return statistics, self.shared(x_TD, router.shared_weights(logits_TE))
 
         y_TD, (statistics, shared_TD) = self.dispatcher(
             x_TD, decision, self.experts, while_tokens_travel
@@ -116,6 +130,7 @@ class MoELayer(nn.Module):
     def document_scores(self, x_TD: Tensor, batch: PackedBatch, request: LayerRequest) -> Tensor:
         """Routing probabilities summed over each document's tokens [G, N], without running an
         expert."""
+        assert self.router is not None
         return self.router(_autocast(x_TD), batch, request)[0].scores_GN
 
 

@@ -3,8 +3,9 @@ head (spec 1.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -130,10 +131,12 @@ class Transformer(nn.Module):
             if (bank := config.bank_of_layer(layer)) not in banks:
                 routed = config.routed_in_layer(layer)
                 banks[bank] = RoutedExperts(config, layer) if routed else None
-        self.blocks = nn.ModuleList(
+        blocks = nn.ModuleList(
             Block(config, layer, banks[config.bank_of_layer(layer)])
             for layer in range(config.num_layers)
         )
+        # A ModuleList does not say of what.
+        self.blocks = cast(Sequence[Block], blocks)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 

@@ -13,7 +13,7 @@ A step cannot be faster than the host issues its kernels.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -110,12 +110,15 @@ def _family(name: str) -> str:
 def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
     """Seconds of one step, `expected` or at either end of the assumed ranges."""
     rate = {name: entry.at(view) for name, entry in RATES.items()}
-    compute, by_phase = Counter(), Counter()
+    compute: defaultdict[str, float] = defaultdict(float)
+    by_phase: defaultdict[tuple[str, bool], float] = defaultdict(float)
     for kernel, count in work.kernels.items():
         seconds = count * kernel_seconds(kernel, cluster.gpu, view, work.fused)
         compute[kernel.part] += seconds
         by_phase[_side(kernel.phase), kernel.part == "shared experts"] += seconds
-    sent, by_side, once = Counter(), Counter(), Counter()
+    sent: defaultdict[str, float] = defaultdict(float)
+    by_side: defaultdict[tuple[str, str], float] = defaultdict(float)
+    once: defaultdict[tuple[str, str], float] = defaultdict(float)
     for collective, count in work.collectives.items():
         one = cluster.collective_seconds(
             collective.kind, collective.bytes, work.axes[collective.axis], view

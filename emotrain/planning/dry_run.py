@@ -162,16 +162,20 @@ def _prepare(
     parallelize(model, config, meshes)
     batch = synthetic_batch(config)
     for block in model.blocks:
-        if isinstance(block.moe.dispatcher, AllToAllDispatcher):
+        dispatcher, router = block.moe.dispatcher, block.moe.router
+        if isinstance(dispatcher, AllToAllDispatcher) and router is not None:
             tokens = config.training.micro_batch * config.data.sequence_length
-            block.moe.dispatcher.split_sizes = _balanced(
-                block.moe.dispatcher, tokens, block.moe.router.num_chosen, routing
-            )
+            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing)
+            setattr(dispatcher, "split_sizes", balanced)  # noqa: B010 - mypy: a method
     fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     model.to_empty(device="cpu")
-    tensors = (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.document_ids_G)
     micro_batches = [
-        PackedBatch(*(fake.from_tensor(tensor) for tensor in tensors))
+        PackedBatch(
+            fake.from_tensor(batch.tokens_BS),
+            fake.from_tensor(batch.targets_BS),
+            fake.from_tensor(batch.document_BS),
+            fake.from_tensor(batch.document_ids_G),
+        )
         for _ in range(
             config.training.global_batch // (config.training.micro_batch * layout.world_size)
         )
@@ -299,9 +303,10 @@ def _fake_cluster(layout: Layout) -> Iterator[Meshes | None]:
 def _groups(meshes: Meshes | None) -> list[tuple[str, dist.ProcessGroup]]:
     if meshes is None:
         return []
+    assert dist.group.WORLD is not None
     found = [("world", dist.group.WORLD)]
     for mesh in (meshes.dense, meshes.experts, *([meshes.ep] if meshes.ep is not None else [])):
-        found += [(axis, mesh.get_group(axis)) for axis in mesh.mesh_dim_names]
+        found += [(axis, mesh.get_group(axis)) for axis in mesh.mesh_dim_names or ()]
     return found
 
 

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -143,7 +144,7 @@ class Meter(TorchDispatchMode):
 
         # FSDP2 frees and brings back gathered parameters by resizing their storages, which is no
         # operator.
-        torch.UntypedStorage.resize_ = resize_
+        setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 - mypy: a method
         self._exits.callback(setattr, torch.UntypedStorage, "resize_", original)
         self._exits.callback(register_module_forward_pre_hook(self._enter_module).remove)
         self._exits.callback(
@@ -185,7 +186,7 @@ class Meter(TorchDispatchMode):
             return
         block = self._born(storage.nbytes(), kind or self._kind())
         key = storage._cdata
-        self._live[key] = (weakref.ref(storage, lambda ref, key=key: self._ended(key, ref)), block)
+        self._live[key] = (weakref.ref(storage, partial(self._ended, key)), block)
 
     def record(
         self,
@@ -406,7 +407,7 @@ def _cpu_attention_backward_flops(
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-FLOPS = {
+FLOPS: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention_flops,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward_flops,
 }

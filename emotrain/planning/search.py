@@ -148,7 +148,8 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
             workers.submit(_best_of_family, config, cluster, routing, family) for family in families
         ]
         for done in as_completed(pending):
-            found += [done.result()] if done.result() else []
+            change = done.result()
+            found += [] if change is None else [change]
             bar.advance()
     found.sort(key=lambda change: -change.tokens_per_second)
     whole: list[Change] = []
@@ -178,7 +179,8 @@ def advice(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
 
 def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]]]:
     """One change each, then pairs of them."""
-    parallel, single = config.parallel, []
+    parallel = config.parallel
+    single: list[tuple[str, Any]] = []
     if not parallel.reshard_after_forward:
         single.append(("parallel.reshard_after_forward", True))
     if config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch":

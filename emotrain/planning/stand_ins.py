@@ -219,7 +219,7 @@ def gpu_kernels(
         )
         # Code that asks a tensor whether it is on a GPU takes the way it would take there.
         stack.callback(delattr, torch.Tensor, "is_cuda")
-        torch.Tensor.is_cuda = property(lambda _: True)
+        setattr(torch.Tensor, "is_cuda", property(lambda _: True))  # noqa: B010 - mypy: a bool
         yield
 
 
@@ -234,7 +234,8 @@ def _import_launch_code() -> None:
     launches kernels, never a kernel."""
     if importlib.util.find_spec("triton") is not None:
         return
-    triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
+    language: Any = types.ModuleType("triton.language")
+    triton: Any = types.ModuleType("triton")
     triton.jit = lambda function: function
     triton.cdiv = lambda a, b: -(-a // b)
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()

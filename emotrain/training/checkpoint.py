@@ -291,6 +291,7 @@ def save(
     Returns its folder."""
     writer = CheckpointWriter(run_dir, keep, alone=True)
     writer.save(model, optimizer, config, state, tokenizer)
+    assert writer.last is not None
     return writer.last.path
 
 
@@ -408,9 +409,10 @@ def _parts(
 def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
     """The result of `check`, unless it failed on any rank: then all raise what the first of them
     met."""
-    result, failure = None, None
+    results: list[T] = []
+    failure = None
     try:
-        result = check()
+        results.append(check())
     except (OSError, ValueError) as error:
         failure = str(error)
     failures = [failure]
@@ -419,7 +421,7 @@ def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
         dist.all_gather_object(failures, failure)
     if any(failures):
         raise UserError(next(filter(None, failures)))
-    return result
+    return results[0]
 
 
 def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:

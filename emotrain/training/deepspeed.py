@@ -28,7 +28,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,9 +46,8 @@ from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
 from emotrain.training.deepspeed_options import _require, read_options
-from emotrain.training.engine import Update, spreading
+from emotrain.training.engine import Phase, Update, part, spreading
 from emotrain.training.optimizer import build_optimizer
-from emotrain.training.profiling import part
 from emotrain.training.tensor_index import TensorPart
 
 OLDEST, TOO_NEW = (0, 19, 8), (0, 20)
@@ -118,7 +117,7 @@ class DeepSpeedEngine:
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
         """As every engine; DeepSpeed clips to the norm of its own settings, which `read_options`
         makes the same."""
-        with part("clipping and optimizer"):
+        with part(Phase.CLIPPING_AND_OPTIMIZER):
             self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         return Update(norm, math.isfinite(norm))
@@ -147,7 +146,7 @@ class DeepSpeedEngine:
         values: dict[str, dict[str, Tensor]] = {}
 
         def wanted(num_updates: int) -> dict[str, TensorPart]:
-            parts = {}
+            parts: dict[str, TensorPart] = {}
             for name, parameter in self.model.named_parameters():
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 values[name] = {"": parameter.detach() if self.stage < 3 else torch.empty(shape)}
@@ -199,7 +198,7 @@ class DeepSpeedEngine:
             return
         with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
             parameter.copy_(whole)
-        size = parameter.partition_numel()
+        size: int = getattr(parameter, "partition_numel")()  # noqa: B009 - of DeepSpeed
 
         def share(tensor: Tensor) -> Tensor:
             padded = tensor.new_zeros(size * self.ranks.world_size)
@@ -231,7 +230,7 @@ class DeepSpeedEngine:
         )
 
         for index, (name, parameter) in enumerate(self.model.named_parameters()):
-            group = self._experts.data_parallel if _is_spread(parameter) else dist.group.WORLD
+            group = self._group_of(parameter)
             gathered = {
                 f"{moment}.{name}": safe_get_full_optimizer_state(parameter, moment)
                 for moment in moments
@@ -244,14 +243,19 @@ class DeepSpeedEngine:
                 for key, tensor in gathered.items():
                     yield key, self._part(name, tensor.cpu())
 
+    def _group_of(self, parameter: nn.Parameter) -> dist.ProcessGroup:
+        """The ranks that a parameter is cut over."""
+        if self._experts is not None and _is_spread(parameter):
+            return self._experts.data_parallel
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
     def _part(self, name: str, local: Tensor) -> TensorPart:
         """The place of a parameter (or moment) of this rank in the whole one."""
         if self._experts is None or (layer := _expert_layer(name)) is None:
             return TensorPart.of(local)
-        num_experts, dispatcher = (
-            self.config.model.routed_in_layer(layer),
-            self.model.blocks[layer].moe.dispatcher,
-        )
+        num_experts = self.config.model.routed_in_layer(layer)
+        dispatcher = cast(AllToAllDispatcher, self.model.blocks[layer].moe.dispatcher)
         offsets = [self._experts.exchange.rank() * dispatcher.per_rank] + [0] * (local.ndim - 1)
         return TensorPart(local, torch.Size(offsets), torch.Size([num_experts, *local.shape[1:]]))
 
@@ -339,9 +343,11 @@ def _build_model(
     for (name, parameter), (_, values) in zip(model.named_parameters(), starts, strict=True):
         first = 0
         if groups is not None and (layer := _expert_layer(name)) is not None:
-            first = groups.exchange.rank() * model.blocks[layer].moe.dispatcher.per_rank
+            dispatcher = cast(AllToAllDispatcher, model.blocks[layer].moe.dispatcher)
+            first = groups.exchange.rank() * dispatcher.per_rank
             # How DeepSpeed knows experts, and the ranks that hold the same ones.
-            parameter.allreduce, parameter.group_name = False, groups.name
+            setattr(parameter, "allreduce", False)  # noqa: B010 - an attribute of DeepSpeed's
+            setattr(parameter, "group_name", groups.name)  # noqa: B010
         if values is not None:
             parameter.data.copy_(values.narrow(0, first, parameter.shape[0]))
     return parallelize(model, config)

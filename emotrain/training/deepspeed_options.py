@@ -127,11 +127,11 @@ def read_options(path: str | Path, config: Config, world_size: int) -> dict[str,
 
 def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: int) -> None:
     parallel, stage = config.parallel, zero.get("stage")
-    _require(
-        type(stage) is int and stage in (1, 2, 3),
-        f"{path}: zero_optimization.stage={stage} must be 1, 2 or 3; without ZeRO, start "
-        f"without --deepspeed",
-    )
+    if type(stage) is not int or stage not in (1, 2, 3):
+        raise UserError(
+            f"{path}: zero_optimization.stage={stage!r} must be the number 1, 2 or 3; without ZeRO, "
+            f"start without --deepspeed"
+        )
     _require(
         parallel.replicate == 1 and parallel.shard in (0, world_size),
         f"parallel.replicate={parallel.replicate}, parallel.shard="

@@ -4,7 +4,10 @@ and DeepSpeed's (deepspeed.py)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +24,40 @@ from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
 from emotrain.training.optimizer import build_optimizer
-from emotrain.training.profiling import part
+
+
+class Phase(StrEnum):
+    """A part of a step. Phases do not nest; one that comes several times in a step is added up."""
+
+    DATA = "data wait"
+    FORWARD = "forward"
+    LOSS = "loss"
+    BACKWARD = "backward"
+    CLIPPING = "clipping"
+    OPTIMIZER = "optimizer"
+    CLIPPING_AND_OPTIMIZER = "clipping and optimizer"
+    """DeepSpeed does both in one."""
+    CHECKPOINT = "checkpoint copy"
+    OTHER = "other"
+    """What no other phase covers."""
+
+
+Recorder = Callable[[str], AbstractContextManager[None]]
+
+_NOTHING = nullcontext()
+_recorder: Recorder | None = None
+
+
+def part(phase: str) -> AbstractContextManager[None]:
+    """This phase of the step, for `with`: it is recorded where somebody records, and else does
+    nothing."""
+    return _NOTHING if _recorder is None else _recorder(phase)
+
+
+def record_phases(recorder: Recorder | None) -> None:
+    """From now on `recorder` opens and closes every phase; None records no more."""
+    global _recorder
+    _recorder = recorder
 
 
 @dataclass(frozen=True)
@@ -98,6 +134,7 @@ class NativeEngine:
         return cls(model, build_optimizer(model, config.optimizer), bfloat16)
 
     def set_learning_rate(self, rate: float) -> None:
+        assert self.optimizer is not None
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -109,9 +146,9 @@ class NativeEngine:
     ) -> tuple[LossSums, RoutingReport]:
         device = batch.tokens_BS.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
-            with part("forward"):
+            with part(Phase.FORWARD):
                 output = self.model(batch, request)
-            with part("loss"):
+            with part(Phase.LOSS):
                 sums = language_model_sums(output, self.model.head, batch, z_weight)
         return sums, output.routing
 
@@ -123,13 +160,13 @@ class NativeEngine:
         spreading(loss).backward()
 
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
-        with part("clipping"):
+        with part(Phase.CLIPPING):
             norm = float(clip_gradients(list(self.model.parameters()), max_norm, ranks))
-        applied = math.isfinite(norm) and self.optimizer is not None
-        if applied:
-            with part("optimizer"):
-                self.optimizer.step()
-        return Update(norm, applied)
+        if self.optimizer is None or not math.isfinite(norm):
+            return Update(norm, applied=False)
+        with part(Phase.OPTIMIZER):
+            self.optimizer.step()
+        return Update(norm, applied=True)
 
     def save(
         self,
@@ -138,9 +175,11 @@ class NativeEngine:
         state: checkpoint.TrainingState,
         tokenizer: Path | None,
     ) -> None:
+        assert self.optimizer is not None
         writer.save(self.model, self.optimizer, config, state, tokenizer)
 
     def restore(self, path: Path) -> checkpoint.TrainingState:
+        assert self.optimizer is not None
         return checkpoint.restore(path, self.model, self.optimizer)
 
 
@@ -158,7 +197,8 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     One norm over all parameters, wherever their parts are: each rank adds the squares of what it
     holds, divided by how many ranks hold the same.
     """
-    gradients = [local_part(p.grad) for p in parameters]
+    gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
+    assert len(gradients) == len(parameters)
     squares_P = torch.stack(torch._foreach_norm(gradients)).double().square()
     copies_P = torch.tensor(
         [num_copies(p) for p in parameters], dtype=torch.float64, device=squares_P.device

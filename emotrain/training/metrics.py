@@ -62,13 +62,10 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
                     ]
                 )
                 extremes = torch.maximum(extremes, spread)
-        entropy = sum(part.entropy_sum.double() for part in parts)[None]
-        tokens = sum(report.num_tokens.double() for report in reports)[None]
-        sums.append(
-            torch.cat(
-                [sum(part.counts_N for part in parts).double(), entropy, tokens, document_sums]
-            )
-        )
+        entropy = torch.stack([part.entropy_sum.double() for part in parts]).sum()[None]
+        tokens = torch.stack([report.num_tokens.double() for report in reports]).sum()[None]
+        counts_N = torch.stack([part.counts_N for part in parts]).sum(dim=0).double()
+        sums.append(torch.cat([counts_N, entropy, tokens, document_sums]))
         lows_highs.append(extremes)
     flat = ranks.sum(torch.cat(sums)).cpu()
     extremes_L2 = ranks.maximum(torch.stack(lows_highs)).cpu()

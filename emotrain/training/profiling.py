@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -32,6 +32,7 @@ from emotrain.config import ProfileConfig
 from emotrain.distributed.ranks import Ranks
 from emotrain.files import json_text, write_whole
 from emotrain.tables import Table
+from emotrain.training.engine import Phase, part, record_phases
 
 log = logging.getLogger("emotrain")
 
@@ -41,27 +42,15 @@ STRAGGLER_RATIO = 1.2
 """A rank is called slow when its own time is this many times the median's, in the median of the
 profiled steps."""
 
-OTHER = "other"
-"""What no part covers."""
-
 STEP, PART = "step ", "part: "
 """How ranges are called in the trace."""
 
 SHOWN_RANKS, SHOWN_OPERATIONS = 5, 20
 
-_NOTHING = nullcontext()
-_window: _Window | None = None
-
-
-def part(name: str) -> AbstractContextManager[None]:
-    """A named part of the step, for `with`. It is measured in a profiled step and does nothing in
-    any other. Parts do not nest; one that comes several times in a step is added up."""
-    return _NOTHING if _window is None else _window.range(PART + name)
-
 
 def profiled_steps(
     batches: Iterable[Batch], first_step: int, settings: ProfileConfig, ranks: Ranks, run_dir: Path
-) -> Iterator[tuple[int, Batch]]:
+) -> Generator[tuple[int, Batch], None, None]:
     """`enumerate(batches, first_step)` that profiles steps `start` to `start + steps - 1`; with
     `start` 0 it is nothing else.
 
@@ -73,28 +62,30 @@ def profiled_steps(
     if not settings.start:
         yield from enumerate(batches, first_step)
         return
-    global _window
     ahead, last_step = iter(batches), settings.start + settings.steps - 1
+    window: _Window | None = None
     try:
         for step in count(first_step):
-            if _window is None and settings.start <= step <= last_step:
-                _window = _Window(ranks)
-            with _NOTHING if _window is None else _window.range(f"{STEP}{step}"):
-                with part("data wait"):
+            if window is None and settings.start <= step <= last_step:
+                window = _Window(ranks)
+                record_phases(window.phase)
+            with nullcontext() if window is None else window.range(f"{STEP}{step}"):
+                with part(Phase.DATA):
                     batch = next(ahead, None)
                 if batch is not None:
                     yield step, batch
-            if _window is not None and batch is not None:
-                _window.steps.append(step)
-            if _window is not None and (batch is None or step == last_step):
-                window, _window = _window, None
-                _report(window, ranks, run_dir / "profile")
+            if window is not None and batch is not None:
+                window.steps.append(step)
+            if window is not None and (batch is None or step == last_step):
+                record_phases(None)
+                finished, window = window, None
+                _report(finished, ranks, run_dir / "profile")
             if batch is None:
                 return
     finally:
-        if _window is not None:
-            _window.profiler.stop_trace()
-            _window = None
+        if window is not None:
+            record_phases(None)
+            window.profiler.stop_trace()
             log.warning(
                 "training ended before profile.steps=%d steps were profiled; no profile is written",
                 settings.steps,
@@ -117,6 +108,9 @@ class _Window:
         self.marks: list[list[torch.cuda.Event]] = []
         """Beginning and end of each range in the GPU's present stream, which runs behind the
         host; in order of the beginnings."""
+
+    def phase(self, phase: str) -> AbstractContextManager[None]:
+        return self.range(PART + phase)
 
     @contextmanager
     def range(self, label: str) -> Iterator[None]:
@@ -170,7 +164,7 @@ class _Window:
 def step_parts(
     labels: Sequence[str], times: Sequence[tuple[float, float]]
 ) -> list[dict[str, tuple[float, float]]]:
-    """Add up the parts of each step, and put the rest of it under OTHER.
+    """Add up the parts of each step, and put the rest of it under Phase.OTHER.
 
     Args:
         labels: `step N` before the `part: NAME` of the step, as they began.
@@ -179,12 +173,12 @@ def step_parts(
     steps: list[dict[str, tuple[float, float]]] = []
     for label, (seconds, collectives) in zip(labels, times, strict=True):
         if label.startswith(STEP):
-            steps.append({OTHER: (seconds, collectives)})
+            steps.append({Phase.OTHER: (seconds, collectives)})
             continue
         parts, name = steps[-1], label.removeprefix(PART)
-        had, rest = parts.get(name, (0.0, 0.0)), parts[OTHER]
+        had, rest = parts.get(name, (0.0, 0.0)), parts[Phase.OTHER]
         parts[name] = (had[0] + seconds, had[1] + collectives)
-        parts[OTHER] = (max(0.0, rest[0] - seconds), max(0.0, rest[1] - collectives))
+        parts[Phase.OTHER] = (max(0.0, rest[0] - seconds), max(0.0, rest[1] - collectives))
     return steps
 
 
@@ -316,7 +310,9 @@ def table(summary: dict[str, Any]) -> str:
 
 def _parts_table(rank: dict[str, Any]) -> Table:
     """The parts of a rank's step, the longest first."""
-    parts = sorted(rank["parts"].items(), key=lambda item: (item[0] == OTHER, -item[1]["seconds"]))
+    parts = sorted(
+        rank["parts"].items(), key=lambda item: (item[0] == Phase.OTHER, -item[1]["seconds"])
+    )
     rows = tuple(
         (
             name,

@@ -18,9 +18,9 @@ from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint
-from emotrain.training.engine import Engine, NativeEngine
+from emotrain.training.engine import Engine, NativeEngine, Phase, part
 from emotrain.training.metrics import RunLog
-from emotrain.training.profiling import part, profiled_steps
+from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
     check_run,
     find_source,
@@ -94,7 +94,7 @@ def train(
             is_last, stops = step == last_step, result.stop and step < last_step
             run_log.step(state, result, is_last or stops)
             if _saves(config, step, is_last, stops, under_way, ranks):
-                with part("checkpoint copy"):
+                with part(Phase.CHECKPOINT):
                     engine.save(checkpoints, config, state, loader.tokenizer_file)
             under_way.stopped = stops
             if stops:

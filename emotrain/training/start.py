@@ -133,8 +133,8 @@ def _find_source(config: Config) -> Source | None:
             )
             return Source(own[-1])
         return Source(start, begins_here=True)
-    if own := newest(run_dir):
-        return Source(own)
+    if last := newest(run_dir):
+        return Source(last)
     if config.anneal.checkpoint:
         return Source(find(config.anneal.checkpoint), anneals_here=True)
     return None

@@ -13,8 +13,7 @@ from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
 from emotrain.model.router import RoutingReport, training_request
-from emotrain.training.engine import Engine
-from emotrain.training.profiling import part
+from emotrain.training.engine import Engine, Phase, part
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,10 @@ def train_step(
     def backward(
         sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
     ) -> None:
-        with part("loss"):
+        with part(Phase.LOSS):
             balance, router_z = router_loss(report, loads, num_tokens)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
-        with part("backward"):
+        with part(Phase.BACKWARD):
             engine.backward(loss, is_last)
         means = (sums.cross_entropy / num_targets, sums.z / num_targets)
         terms.append([term.detach() for term in (loss, *means, balance, router_z)])
@@ -106,39 +105,28 @@ def train_step(
     # One collective for all of them.
     step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
-    loss, cross_entropy, z, balance, router_z, stops = step_sums.tolist()
+    *means, stops = step_sums.tolist()
+    shares = [loss for loss, *_ in terms]
     return StepResult(
-        loss,
-        cross_entropy,
-        z,
-        balance,
-        router_z,
-        int(counts[0]),
-        update.grad_norm,
-        reports,
-        [loss for loss, *_ in terms],
-        stops > 0,
-        update.applied,
+        *means, int(counts[0]), update.grad_norm, reports, shares, stops > 0, update.applied
     )
 
 
 def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> Tensor:
     """int64 [2]: targets and routed tokens of the whole step, over all ranks."""
-    num_targets = sum((batch.targets_BS >= 0).sum() for batch in micro_batches)
-    num_tokens = sum(
-        batch.targets_BS.new_tensor(batch.targets_BS.numel())
-        if batch.valid_T is None
-        else batch.valid_T.sum()
-        for batch in micro_batches
-    )
-    return ranks.sum(torch.stack([num_targets, num_tokens]))
+    counts = []
+    for batch in micro_batches:
+        num_targets, valid_T = (batch.targets_BS >= 0).sum(), batch.valid_T
+        num_tokens = num_targets.new_tensor(batch.targets_BS.numel())
+        counts.append(torch.stack([num_targets, num_tokens if valid_T is None else valid_T.sum()]))
+    return ranks.sum(torch.stack(counts).sum(dim=0))
 
 
 def _sum_counts(reports: Sequence[RoutingReport], ranks: Ranks) -> Sequence[Tensor]:
     """For each layer, the slots of each expert over these reports and all ranks, in one
     collective."""
     per_layer = [
-        sum(report.layers[layer].counts_N for report in reports)
+        torch.stack([report.layers[layer].counts_N for report in reports]).sum(dim=0)
         for layer in range(len(reports[0].layers))
     ]
     if not per_layer:

@@ -158,50 +158,56 @@ class TensorFilesWriter(StorageWriter):
                 self.folder / f"{stem}-{self._rank:05d}.safetensors", items, planner.resolve_data
             )
             results += [
-                WriteResult(item.index, _item_bytes(item), (file, item.tensor_data.chunk.sizes))
+                WriteResult(item.index, _item_bytes(item), (file, _data(item).chunk.sizes))
                 for item in items
             ]
         return _done(results)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        tensors = {
+        stored: Any = metadata.state_dict_metadata
+        tensors: dict[str, Any] = {
             name: {
                 "dtype": DTYPES[tensor.properties.dtype],
                 "shape": list(tensor.size),
                 "parts": [],
             }
-            for name, tensor in metadata.state_dict_metadata.items()
+            for name, tensor in stored.items()
         }
         files = {}
         for result in (result for of_rank in results for result in of_rank):
             file, shape = result.storage_data
+            offset = result.index.offset or ()
             files[file.name] = file
             tensors[result.index.fqn]["parts"].append(
-                {"file": file.name, "offsets": list(result.index.offset), "shape": list(shape)}
+                {"file": file.name, "offsets": list(offset), "shape": list(shape)}
             )
         self._commit([files[name] for name in sorted(files)], {"tensors": tensors})
 
 
 def _item_bytes(item: WriteItem) -> int:
-    return prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
+    return prod(_data(item).chunk.sizes) * _data(item).properties.dtype.itemsize
+
+
+def _data(item: WriteItem) -> TensorWriteData:
+    """Every item here is of a tensor."""
+    assert item.tensor_data is not None
+    return item.tensor_data
 
 
 def _write_file(
-    path: Path, items: list[WriteItem], resolve: Callable[[WriteItem], Tensor]
+    path: Path, items: list[WriteItem], resolve: Callable[[WriteItem], Any]
 ) -> WrittenFile:
     """One safetensors file, written, hashed in the same pass, and flushed to disk. Tensors reach
     host memory one by one."""
     # Larger elements first keeps every tensor aligned to its own element size.
-    items = sorted(
-        items, key=lambda item: (-item.tensor_data.properties.dtype.itemsize, item.index.fqn)
-    )
+    items = sorted(items, key=lambda item: (-_data(item).properties.dtype.itemsize, item.index.fqn))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for item in items:
         start, end = end, end + _item_bytes(item)
         header[item.index.fqn] = {
-            "dtype": DTYPES[item.tensor_data.properties.dtype],
-            "shape": list(item.tensor_data.chunk.sizes),
+            "dtype": DTYPES[_data(item).properties.dtype],
+            "shape": list(_data(item).chunk.sizes),
             "data_offsets": [start, end],
         }
     encoded = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("utf-8")
@@ -219,9 +225,7 @@ def _write_file(
 
         write(len(encoded).to_bytes(8, "little") + encoded)
         for item in items:
-            write(
-                memoryview(resolve(item).cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            )
+            write(resolve(item).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         stream.flush()
         os.fsync(stream.fileno())
     return WrittenFile(path.name, size, digest.hexdigest())
@@ -263,7 +267,8 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         self.state_dict, self.metadata = state_dict, metadata
 
     def create_local_plan(self) -> LoadPlan:
-        stored = self.metadata.state_dict_metadata
+        assert self.metadata is not None
+        stored: Any = self.metadata.state_dict_metadata
         return LoadPlan(
             [
                 item

@@ -80,7 +80,7 @@ class StoredTensors:
     def mismatch(self, parts: Mapping[str, TensorPart]) -> str | None:
         """The first difference in names, shapes or dtypes from `parts`, in words. Kinds of tensors
         (model, optimizer) that are not asked for may be there."""
-        stored = self.metadata.state_dict_metadata
+        stored: Any = self.metadata.state_dict_metadata
         for name, part in parts.items():
             if name not in stored:
                 return f"{name} is not in the checkpoint"
@@ -130,7 +130,7 @@ def read_index(folder: Path, files: Iterable[str]) -> StoredTensors:
                 f"{folder}/{INDEX}: {name} cannot be read ({error}); use another checkpoint"
             ) from None
         metadata[name] = TensorStorageMetadata(TensorProperties(dtype), shape, boxes)
-    return StoredTensors(Metadata(metadata), where)
+    return StoredTensors(Metadata(dict(metadata)), where)
 
 
 def _size(values: Any) -> torch.Size:
