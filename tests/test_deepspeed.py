@@ -430,7 +430,7 @@ def test_options_may_repeat_the_configuration(tmp_path):
             1,
             "zero_optimisation is not passed on to DeepSpeed; remove it",
         ),
-        (options(0), 1, "zero_optimization.stage=0 must be 1, 2 or 3"),
+        (options(0), 1, "zero_optimization.stage=0 must be the number 1, 2 or 3"),
         (
             options(2, offload_optimizer={"device": "cpu"}),
             1,

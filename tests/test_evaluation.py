@@ -303,6 +303,8 @@ def test_json_keys_are_stable():
     assert set(result) == {"settings", "experts", "domains", "mean", "routing"}
     assert set(result["settings"]) == {
         "keep",
+        "domains",
+        "document_tokens",
         "calibration_documents",
         "documents",
         "seed",

@@ -187,7 +187,7 @@ def test_the_pool_in_words(name: str, overrides: tuple[str, ...], pool: str) -> 
 
 def test_the_data_set_is_named_with_the_passes_over_it(tiny_data: Path, tmp_path: Path) -> None:
     data = costs_of("quickstart", f"data.path={tiny_data}", "training.steps=10")["data"]
-    assert data["passes"] == pytest.approx(10 * 32 * 256 / data["tokens"])
+    assert data["passes"] == pytest.approx(10 * 16 * 256 / data["tokens"])
     assert costs_of("quickstart", "data.path=")["data"]["note"] == "data.path is not set"
     nothing = costs_of("quickstart", f"data.path={tmp_path / 'none'}")["data"]
     assert nothing["tokens"] is None and "emotrain prepare" in nothing["note"]

@@ -139,16 +139,15 @@ def test_make_quickstart_end_to_end(tmp_path):
     steps of training."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    for name in ("configs", "launch", "Makefile", "pyproject.toml", "emotrain"):
+    for name in ("configs", "launch", "Makefile", "pyproject.toml", "emotrain", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = tmp_path / ".venv"
     (environment / "bin").mkdir(parents=True)
     (environment / "bin" / "emotrain").write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" -m emotrain.cli "$@"\n'
+        f'#!/bin/sh\n[ "$1" = train ] && set -- "$@" ${{SMALLER}}\n'
+        f'exec "{sys.executable}" -m emotrain.cli "$@"\n'
     )
-    (environment / "bin" / "python").write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" "$@" ${{SMALLER}}\n'
-    )
+    (environment / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     for script in (environment / "bin").iterdir():
         script.chmod(0o755)
     (environment / ".installed").touch()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from emotrain.data.documents import Document
-from emotrain.data.loader import keyed
 from emotrain.data.manifest import SPLITS, ShardInfo
 from emotrain.data.shards import write_shard
 from emotrain.files import json_text
@@ -49,6 +48,8 @@ class Spill:
         valid_fraction: float,
     ) -> None:
         """Take documents numbered from `first_number`."""
+        from emotrain.data.loader import keyed  # here: it loads torch, and prepare need not
+
         numbers = np.arange(first_number, first_number + len(documents))
         hashes = {what: keyed(3 * self.seed + what, numbers) for what in (HELD_OUT, BUCKET, PLACE)}
         held_out, choices, places = (
