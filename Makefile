@@ -11,7 +11,7 @@ EVALUATE ?= --documents 8 --calibration-documents 6 --document-tokens 512
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long modularity benchmarks cluster-benchmarks clean
+.PHONY: help install quickstart test test-long lint modularity benchmarks cluster-benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -50,6 +50,11 @@ test: $(VENV)/.installed .megablocks/.installed  ## run the tests (a few minutes
 
 test-long: $(VENV)/.installed .megablocks/.installed  ## run the tests marked long
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+
+lint: $(VENV)/.installed  ## the formatter, the linter and the type checker, none of which changes a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
 	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity

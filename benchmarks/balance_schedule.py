@@ -7,7 +7,8 @@
 micro-batch's activations need to be kept. For several numbers of micro-batches a step, and for the
 model at its start and after training:
 
-    gradient_deviation   norm of the difference of the two schedules' gradients over the norm of the exact one, all parameters
+    gradient_deviation   norm of the difference of the two schedules' gradients over the norm of the
+                         exact one, all parameters
     router_deviation     the same, over the routers' parameters alone
 
 and, for the largest number of micro-batches, what two trainings of `--steps` steps end with: cross

@@ -10,7 +10,8 @@ each slot's row (no weight: it is applied on return) there and back, and its gra
 int32 a slot that says which expert it is for.
 
     bytes_over_row_per_expert   under uniform routing: every token chooses any k of the N experts
-    pool_P                      the same with documents of `--document-tokens` tokens that draw pools of P experts
+    pool_P                      the same with documents of `--document-tokens` tokens that draw
+                                pools of P experts
 
 `--width` and the dtype (bf16) set the weight of a row against its routing weights; the published
 width is 2048.

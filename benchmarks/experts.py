@@ -6,14 +6,16 @@ they could be computed with.
 For each shape (tokens, width D, hidden width H, experts N, experts a token K), with balanced random
 routing in float32:
 
-    fraction_of_matmul_peak   useful FLOPs a second over those of a dense 2048 x 2048 x 2048 matmul timed in the same rounds.
-                              Useful: 3 GEMMs of D x H a slot, three times over (forward, and two as
-                              large in backward)
-    gemm_only_fraction        the same share for those GEMMs alone, through torch.mm into buffers that are there: what no path
-                              on torch's GEMM can exceed
-    speedup_over_torch        time of backend=torch, the readable twin, over ours (backend=auto: compiled where g++ is installed)
+    fraction_of_matmul_peak   useful FLOPs a second over those of a dense 2048 x 2048 x 2048 matmul
+                              timed in the same rounds. Useful: 3 GEMMs of D x H a slot, three times
+                              over (forward, and two as large in backward)
+    gemm_only_fraction        the same share for those GEMMs alone, through torch.mm into buffers
+                              that are there: what no path on torch's GEMM can exceed
+    speedup_over_torch        time of backend=torch, the readable twin, over ours (backend=auto:
+                              compiled where g++ is installed)
     speedup_over_grouped_mm   the same through torch's grouped GEMM and autograd
-    speedup_over_loop         the same by a loop over experts and autograd, each expert's weights taken by `unbind`
+    speedup_over_loop         the same by a loop over experts and autograd, each expert's weights
+                              taken by `unbind`
 
 All of them start from the sorted slots, and end with gradients of tokens, routing weights and
 expert weights.

@@ -7,9 +7,11 @@ Each case trains two steps in 1, 2 or 4 processes over gloo, and is planned by a
 same device (`dry_run(..., "cpu")`: what a CPU keeps and allocates is not what a GPU does, so that
 the plan is for the one it is checked on). Measured in the second step of rank 0:
 
-    tensors    peak of what tensors hold, every storage followed from its allocation to its end on real tensors (`Meter`)
-    resident   peak resident memory of the process less that before the model was built. It has the buffers of kernels and of gloo on
-               top, and leaves out memory that was allocated and never written
+    tensors    peak of what tensors hold, every storage followed from its allocation to its end on
+               real tensors (`Meter`)
+    resident   peak resident memory of the process less that before the model was built. It has the
+               buffers of kernels and of gloo on top, and leaves out memory that was allocated and
+               never written
     planned    peak of the dry run
 
     worst_tensor_error, worst_resident_error    largest |planned / measured - 1| of all cases
@@ -239,8 +241,8 @@ def main() -> None:
         print(json.dumps(result))
         return
     print(
-        f"{'processes':>9}{'ep':>4}{'recompute':>11}{'schedule':>10}{'planned MiB':>13}{'tensors MiB':>13}{'resident MiB':>14}"
-        f"{'errors':>18}"
+        f"{'processes':>9}{'ep':>4}{'recompute':>11}{'schedule':>10}"
+        f"{'planned MiB':>13}{'tensors MiB':>13}{'resident MiB':>14}{'errors':>18}"
     )
     for row in rows:
         print(

@@ -8,12 +8,16 @@ between the GPU's memory and its processors if every operand travels once a kern
 are gathered by token once a slot; what tiles read again comes from the L2 cache and is not counted.
 A kernel then takes the longer of bytes / bandwidth and FLOPs / peak; real kernels take more.
 
-    fused          our Triton kernels: rows gathered in the loads of a GEMM, SwiGLU and weights in their epilogues
-    permute copy   the published design (spec 3.2; MegaBlocks' grouped path): rows copied into expert order, three GEMMs, rows copied
-                   back and summed. Its SwiGLU is counted as one kernel, in its favour
-    padding        every expert padded to the fullest one, which has --imbalance times the mean number of slots
+    fused          our Triton kernels: rows gathered in the loads of a GEMM, SwiGLU and weights in
+                   their epilogues
+    permute copy   the published design (spec 3.2; MegaBlocks' grouped path): rows copied into
+                   expert order, three GEMMs, rows copied back and summed. Its SwiGLU is counted as
+                   one kernel, in its favour
+    padding        every expert padded to the fullest one, which has --imbalance times the mean
+                   number of slots
 
-    traffic_over_permute_copy   bytes of `fused` over bytes of `permute copy`, expert weights and their gradients included
+    traffic_over_permute_copy   bytes of `fused` over bytes of `permute copy`, expert weights and
+                                their gradients included
 
 The router and the shared expert are the same in every design and left out.
 """

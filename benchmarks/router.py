@@ -7,11 +7,13 @@ Both arms are one module, `DocumentPoolRouter`, with everything a training step 
 choices, counts, balance and z sums, entropy, document scores; one gets pool sizes, the other none.
 Three numbers come out:
 
-    pool_over_plain          at the published shape (T=16,384, D=2048, N=127, k=7, 40 documents in 4 sequences)
-    pool_over_plain_small_d  the same with D=64: without the GEMM that both arms share and that hides what the pool adds
-    loop_over_pool           the same choice of pools by a Python loop over documents with a softmax each, as the reference
-                             code does it, over ours, at D=64 (on a CPU; what the loop costs a GPU
-                             is its copies to the host)
+    pool_over_plain          at the published shape (T=16,384, D=2048, N=127, k=7, 40 documents in 4
+                             sequences)
+    pool_over_plain_small_d  the same with D=64: without the GEMM that both arms share and that
+                             hides what the pool adds
+    loop_over_pool           the same choice of pools by a Python loop over documents with a softmax
+                             each, as the reference code does it, over ours, at D=64 (on a CPU; what
+                             the loop costs a GPU is its copies to the host)
 """
 
 from __future__ import annotations

@@ -6,20 +6,23 @@
 
 Measured, on this machine, each in a process of its own:
 
-    index        the start of the loader and its first batch, on data sets of 10^10 to 1.3 * 10^12 tokens. The manifest and the names
-                 of all shards are real; a few shards are written in full by the code of `prepare`
-                 (offsets, sources, checksums; token ids are 0, holes in the file), and all names
-                 are hard links to these. Their pages are dropped from memory before each start.
-    checkpoint   the list of files and tensors of a checkpoint of many ranks: what the first rank plans and writes, what every rank reads.
-                 The parts are those of the real plan; the ranks' tensor files are holes of the
-                 right size and are not read.
-    start        meshes and FSDP2 on a fake process group: what a rank computes by itself, no rank answers; the first values of the model.
+    index        the start of the loader and its first batch, on data sets of 10^10 to 1.3 * 10^12
+                 tokens. The manifest and the names of all shards are real; a few shards are written
+                 in full by the code of `prepare` (offsets, sources, checksums; token ids are 0,
+                 holes in the file), and all names are hard links to these. Their pages are dropped
+                 from memory before each start.
+    checkpoint   the list of files and tensors of a checkpoint of many ranks: what the first rank
+                 plans and writes, what every rank reads. The parts are those of the real plan; the
+                 ranks' tensor files are holes of the right size and are not read.
+    start        meshes and FSDP2 on a fake process group: what a rank computes by itself, no rank
+                 answers; the first values of the model.
 
 Modelled, by `emotrain plan` (a dry run and a model of the hardware; nothing is timed):
 
-    plan         tokens/s, memory and bytes in collectives a GPU for each number of GPUs and each `ep`, with a constant global batch
-                 (micro-batches get smaller where a GPU has fewer sequences than the configured one)
-                 and with a constant batch a GPU (one micro-batch).
+    plan         tokens/s, memory and bytes in collectives a GPU for each number of GPUs and each
+                 `ep`, with a constant global batch (micro-batches get smaller where a GPU has fewer
+                 sequences than the configured one) and with a constant batch a GPU (one
+                 micro-batch).
 """
 
 from __future__ import annotations

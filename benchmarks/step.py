@@ -7,8 +7,10 @@ One call is what training does for one update: forward, all losses, backward, cl
 (`forward_backward` of the training loop, then the optimizer), on random tokens from the initial
 weights, with the learning rate of the first update.
 
-    emo_over_standard    time of the EMO step (pools as configured) over that of the same model with the pool off
-    speedup_over_hf      with `--peer hf`: our EMO tokens/s over those of the fastest of transformers' expert implementations
+    emo_over_standard    time of the EMO step (pools as configured) over that of the same model with
+                         the pool off
+    speedup_over_hf      with `--peer hf`: our EMO tokens/s over those of the fastest of
+                         transformers' expert implementations
 
 The peer is `OlmoeForCausalLM` at the same layers, widths, heads, vocabulary and sequences, with as
 many experts a layer and a token as ours, shared ones counted, and the same AdamW and clipping;

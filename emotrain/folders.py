@@ -94,8 +94,8 @@ class StagedFolder:
 
 
 def remove(folder: Path, token: str = "") -> None:
-    """Remove a folder: it is out of sight at once, whoever dies on the way. A link is removed, never
-    what it points to. What cannot be removed stays under a hidden name, with a warning."""
+    """Remove a folder: it is out of sight at once, whoever dies on the way. A link is removed,
+    never what it points to. What cannot be removed stays under a hidden name, with a warning."""
     if not os.path.lexists(folder):
         return
     doomed = folder

@@ -1,5 +1,5 @@
-"""Routed slots in the order of their experts: what dispatchers make and expert kernels take. It imports
-nothing of emotrain."""
+"""Routed slots in the order of their experts: what dispatchers make and expert kernels take. It
+imports nothing of emotrain."""
 
 from __future__ import annotations
 

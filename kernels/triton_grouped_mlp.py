@@ -2,8 +2,10 @@
 
 Forward, two GEMMs over the slots sorted by expert and one small sum:
 
-    gate_up_kernel   gathers a tile's rows of x by token in its loads, multiplies with gate and up, applies SwiGLU
-    rows_kernel      multiplies with down, then weights each row and stores it at its (token, choice)
+    gate_up_kernel   gathers a tile's rows of x by token in its loads, multiplies with gate and up,
+                     applies SwiGLU
+    rows_kernel      multiplies with down, then weights each row and stores it at its (token,
+                     choice)
     combine_kernel   adds the K rows of each token (triton_permute.py)
 
 Backward mirrors it: `grad_hidden_kernel` (gathers rows of dy), `rows_kernel` and `combine_kernel`

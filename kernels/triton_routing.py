@@ -4,7 +4,8 @@ model/router.py, its readable twin.
     score_kernel   softmax of TOKENS tokens in document order, summed a document -> partial sums
     pool_kernel    a document's partial sums -> its scores -> their ranks -> its pool
     route_kernel   pool mask, softmax, top-k, weights, log-normaliser, histogram
-    route_backward_kernel   gradients of probabilities, weights and log-normaliser -> gradient of the logits
+    route_backward_kernel   gradients of probabilities, weights and log-normaliser -> gradient of
+                            the logits
 
 Logits are read twice, and between the kernels only [G, N] numbers move. Sums of floats have one
 writer and a fixed order; only the histogram uses atomics, of integers, whose sum has no order.

@@ -132,9 +132,11 @@ def test_every_flipped_byte_is_noticed(folder):
     whole = path.read_bytes()
     for position in range(0, len(whole), 37):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x40]) + whole[position + 1 :])
-        with pytest.raises(ValueError, match=r"its bytes have changed since .*sha256 .*copy it again"):
+        changed = r"its bytes have changed since .*sha256 .*copy it again"
+        with pytest.raises(ValueError, match=changed):
             Dataset(folder).shard("train", 1)
-        try:  # without checksums tokens may be wrong, but nothing may crash or point outside the file
+        # Without checksums tokens may be wrong, but nothing may crash or point outside the file.
+        try:
             shard = Dataset(folder, verify_checksums=False).shard("train", 1)
             assert shard.offsets[-1] == len(shard.tokens)
         except ValueError as error:

@@ -503,5 +503,8 @@ def test_the_embedded_corpus(tmp_path):
 
 
 def test_prepare_loads_no_torch():
-    code = "import sys, emotrain.data.prepare; sys.exit(bool({'torch', 'pyarrow', 'tokenizers', 'rich'} & sys.modules.keys()))"
+    code = (
+        "import sys, emotrain.data.prepare; "
+        "sys.exit(bool({'torch', 'pyarrow', 'tokenizers', 'rich'} & sys.modules.keys()))"
+    )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

@@ -37,12 +37,15 @@ STAND_INS = {
             SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
             pids+=($!)
         done
-        for pid in "${pids[@]}"; do wait "$pid" || { ended=$?; code=$((ended > code ? ended : code)); }; done
+        for pid in "${pids[@]}"; do
+            wait "$pid" || { ended=$?; code=$((ended > code ? ended : code)); }
+        done
         exit $code""",
     "scontrol": r"""if [[ $1 == show ]]; then printf '127.0.0.1\nanother-node\n'; fi""",
     # A trainer that ends with the codes of the file CODES, one an attempt.
     "trainer": r"""
-        echo "$MASTER_ADDR:$MASTER_PORT rank $RANK of $WORLD_SIZE, local $LOCAL_RANK" >> "$CALLS/ranks"
+        address="$MASTER_ADDR:$MASTER_PORT"
+        echo "$address rank $RANK of $WORLD_SIZE, local $LOCAL_RANK" >> "$CALLS/ranks"
         code=$(sed -n 1p "$CODES"); sed -i 1d "$CODES"; exit "$code" """,
 }
 

@@ -188,7 +188,10 @@ class Case:
         return ROWS // self.world_size // self.micro_batches
 
     def __str__(self) -> str:
-        return f"{self.world_size}processes-{self.replicate}copies-ep{self.ep}-{self.micro_batches}micro-{self.recompute}"
+        return (
+            f"{self.world_size}processes-{self.replicate}copies-ep{self.ep}-"
+            f"{self.micro_batches}micro-{self.recompute}"
+        )
 
 
 def cases() -> list[Case]:

@@ -247,7 +247,8 @@ def measure(*options):
 
 
 TINY = """
-model: {d_model: 16, num_layers: 2, num_heads: 2, vocab_size: 64, experts: {routed: 8, shared: 1, top_k: 2, hidden: 16},
+model: {d_model: 16, num_layers: 2, num_heads: 2, vocab_size: 64,
+        experts: {routed: 8, shared: 1, top_k: 2, hidden: 16},
         router: {pool: {kind: uniform, min: 2, max: 8}}}
 data: {sequence_length: 64}
 training: {global_batch: 16, micro_batch: 2, steps: 1, run_dir: runs/tiny}

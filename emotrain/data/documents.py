@@ -2,9 +2,9 @@
 counted by reason.
 
     data/
-        wiki/part-000.jsonl.zst     one document a line      {"text": ..., "domain": ..., "source": ..., "split": ...}
-        code/part-000.parquet       one document a row       columns of the same names
-        letters/1812-06-01.txt      one document a file      domain "letters", the name of its folder
+        wiki/part-000.jsonl.zst   a line is a document: {"text", "domain", "source", "split"}
+        code/part-000.parquet     a row is a document: columns of the same names
+        letters/1812-06-01.txt    a file is a document: domain "letters", the name of its folder
 
 Keys and columns may be named with dots to reach inside of objects: `meta.domain`.
 

@@ -9,7 +9,7 @@
 
 A shard is an Arrow IPC file with the columns
 
-    tokens   large_list<uint16 or uint32>   a document's token ids, EOS last; the smallest type that holds the vocabulary
+    tokens   large_list<uint16 or uint32>   a document's token ids, EOS last; uint16 if they fit
     domain   dictionary<int32, string>
     source   string                         where the document came from
 
@@ -91,8 +91,8 @@ class Shard:
     domains: list[str]
     sources: pa.StringArray
     sums: dict[str, bytes] | None
-    """`tokens` and `offsets`: shards.SUM_BYTES for each of their blocks; None where the file does not
-    hold those that the manifest names."""
+    """`tokens` and `offsets`: shards.SUM_BYTES for each of their blocks; None where the file does
+    not hold those that the manifest names."""
     batch: pa.RecordBatch
     """What the arrays are views of."""
 
@@ -208,9 +208,9 @@ class Dataset:
     def window(
         self, split: str, index: int, start: int, stop: int
     ) -> tuple[np.ndarray, int, np.ndarray]:
-        """The tokens [start, stop) of a shard's stream, and the documents that they belong to. Of the
-        shard only what this needs is read and checked, each time; all of it, once,
-        where it has no checksums of blocks. Safe to call from several threads.
+        """The tokens [start, stop) of a shard's stream, and the documents that they belong to. Of
+        the shard only what this needs is read and checked, each time; all of it, once, where it
+        has no checksums of blocks. Safe to call from several threads.
 
         Returns:
             Token ids [stop - start], a read-only view; the row of the first document; int64 lengths

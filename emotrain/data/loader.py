@@ -1,10 +1,10 @@
 """The loader: a prepared data set in, PackedBatch out, in an order that is a pure function of
 (seed, position).
 
-    data/wiki/train/shard-00000.arrow     tokens  | a a a a E b b E c c c c c c c E d d |      E: end of document
-                                          offsets   0         5     8               16
-    sequence_length = 6                   windows | a a a a E b | b E c c c c | c c c E d d |
-                                                    0             1             2
+    data/wiki/train/shard-00000.arrow   tokens  | a a a a E b b E c c c c c c c E d d |   E ends a
+                                        offsets   0         5     8               16      document
+    sequence_length = 6                 windows | a a a a E b | b E c c c c | c c c E d d |
+                                                  0             1             2
 
 1. **Windows.** A shard is one stream of tokens, documents one after the other. Window i of a shard
    is the stream's tokens [i * sequence_length, (i + 1) * sequence_length); what is left at the end

@@ -155,8 +155,8 @@ def _load(tokenizer: str | Path, eos_token: str) -> TextTokenizer:
     encoder = load_tokenizer(tokenizer, eos_token)
     if encoder.loses_characters():
         log.warning(
-            "%s: has no token for unknown characters and no bytes to spell them: they vanish; take a "
-            "byte-level tokenizer if that matters",
+            "%s: has no token for unknown characters and no bytes to spell them: they vanish; take "
+            "a byte-level tokenizer if that matters",
             tokenizer,
         )
     return encoder

@@ -45,7 +45,7 @@ class Staging:
         self._remove_leftovers()
         self.folder = self.out.with_name(f"{self.out.name}.partial-{secrets.token_hex(4)}")
         self.folder.mkdir()
-        self._lock = open(self.folder / LOCK, "w")
+        self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 (locked until __exit__)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._lock.write("written to by a running process while locked\n")
         self._lock.flush()

@@ -105,8 +105,8 @@ class TextTokenizer:
             cut = (start + end) // 2
             if not start < cut < end:
                 raise UserError(
-                    f"the tokenizer turns {piece[start:end] or piece[:20]!r} into {self.eos_token!r}, "
-                    f"which ends documents; name another token with --eos-token"
+                    f"the tokenizer turns {piece[start:end] or piece[:20]!r} into "
+                    f"{self.eos_token!r}, which ends documents; name another token with --eos-token"
                 )
             pieces += [piece[cut:], piece[:cut]]
         return np.array([*chain.from_iterable(ids), self.eos_id], dtype=np.uint32)

@@ -76,7 +76,8 @@ def describe(
     name, when = "a collective", f"step {step}" if step else "before the first step"
     if entry is not None:
         sizes = ", ".join("x".join(map(str, size)) for size in entry["input_sizes"])
-        name = f"{entry['profiling_name']} of {sizes} in group {entry['process_group'][1] or entry['process_group'][0]}"
+        number, label = entry["process_group"][:2]
+        name = f"{entry['profiling_name']} of {sizes} in group {label or number}"
     if "Timed out" in error or "timeout" in error.lower():
         return (
             f"rank {ranks.rank}, {when}: {name} did not end within {timeout_s:g} s "
@@ -84,8 +85,8 @@ def describe(
             f"is stuck, gone or slow: the ranks that say nothing are the ones to look at"
         )
     return (
-        f"rank {ranks.rank}, {when}: {name} broke off, the process of another rank has ended; its own "
-        f"error says why"
+        f"rank {ranks.rank}, {when}: {name} broke off, the process of another rank has ended; its "
+        f"own error says why"
     )
 
 
@@ -177,7 +178,10 @@ def report_not_finite(
     of_ranks = ranks.gather((suspects, [list(dict.fromkeys(ids)) for ids in document_ids]))
     if not ranks.is_first:
         return
-    what = f"step {step}: skipped an update that is not finite (loss {loss}, gradient norm {grad_norm})"
+    what = (
+        f"step {step}: skipped an update that is not finite "
+        f"(loss {loss}, gradient norm {grad_norm})"
+    )
     first, per_rank = (step - 1) * global_batch, global_batch // ranks.world_size
     found = [(rank, index) for rank, (indices, _) in enumerate(of_ranks) for index in indices]
     if not found or len(found) == global_batch // micro_batch:
@@ -203,7 +207,7 @@ def report_not_finite(
 
 
 def _sequences(first: int, count: int, documents: Sequence[int]) -> str:
-    more = (
-        f" and {len(documents) - SHOWN_DOCUMENTS} more" if len(documents) > SHOWN_DOCUMENTS else ""
-    )
-    return f"sequences {first} to {first + count - 1} of the data order, documents {', '.join(map(str, documents[:SHOWN_DOCUMENTS]))}{more}"
+    shown = ", ".join(map(str, documents[:SHOWN_DOCUMENTS]))
+    if len(documents) > SHOWN_DOCUMENTS:
+        shown += f" and {len(documents) - SHOWN_DOCUMENTS} more"
+    return f"sequences {first} to {first + count - 1} of the data order, documents {shown}"

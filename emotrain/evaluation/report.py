@@ -26,18 +26,25 @@ from emotrain.evaluation.tables import (
 from emotrain.files import json_text, write_whole
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e0e3e8; --page: #ffffff; --card: #f5f6f8 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --soft: #9aa1ad; --line: #31353d; --page: #16181c; --card: #1f2228 } }
-body { margin: 0 auto; padding: 2rem 1.1rem 4rem; max-width: 60rem; background: var(--page); color: var(--ink);
-       font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem }
-p { max-width: 44rem } .soft, caption { color: var(--soft) } img { width: 100%; height: auto; display: block }
-.scroll { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+:root { color-scheme: light dark; --ink: #1b1d21; --soft: #5d636e; --line: #e0e3e8;
+        --page: #ffffff; --card: #f5f6f8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e6ea; --soft: #9aa1ad; --line: #31353d; --page: #16181c; --card: #1f2228 } }
+body { margin: 0 auto; padding: 2rem 1.1rem 4rem; max-width: 60rem; background: var(--page);
+       color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; overflow-wrap: break-word }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .3rem }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem }
+p { max-width: 44rem } .soft, caption { color: var(--soft) }
+img { width: 100%; height: auto; display: block }
+.scroll { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 caption { text-align: left; padding-bottom: .4rem; font-size: .85rem }
-th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th, td { padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
+         white-space: nowrap }
 th { font-weight: 600 } .name { text-align: left }
 ul { padding-left: 1.2rem; max-width: 44rem } li { margin: .3rem 0 }
-details { background: var(--card); border-radius: .5rem; padding: .6rem 1rem; margin: 1rem 0 } summary { cursor: pointer }
+details { background: var(--card); border-radius: .5rem; padding: .6rem 1rem; margin: 1rem 0 }
+summary { cursor: pointer }
 pre { overflow-x: auto; font: .8rem/1.5 ui-monospace, monospace }
 """
 
@@ -150,7 +157,10 @@ def _subset_sentence(result: Mapping[str, Any], keep: str) -> str:
     chosen_by = f"chosen by {result['settings']['calibration_documents']} of its documents"
     base = f"With {kept_label(result, keep)} experts, {chosen_by}, a domain's loss"
     if abs(increase) <= NOISE * error:
-        return f"{base} stays what it was on average: the change of {increase:+.3f} nats/token is within {NOISE:g} standard errors."
+        return (
+            f"{base} stays what it was on average: the change of {increase:+.3f} nats/token is "
+            f"within {NOISE:g} standard errors."
+        )
     effect = "rises" if increase > 0 else "falls"
     return (
         f"{base} {effect} by {abs(increase):.3f} nats/token on average: the perplexity is "
@@ -174,7 +184,10 @@ def _control_sentence(
         verdict = "less than with its own choice: the selection does harm here"
     else:
         verdict = f"no clear difference: {if_equal}, and the model is not modular by this measure"
-    return f"With {kept_label(result, keep)} {words} the change is {other:+.3f} instead of {own:+.3f} nats/token, {verdict}."
+    return (
+        f"With {kept_label(result, keep)} {words} the change is {other:+.3f} instead of "
+        f"{own:+.3f} nats/token, {verdict}."
+    )
 
 
 def _extremes_sentence(result: Mapping[str, Any], keep: str) -> str:
@@ -183,7 +196,10 @@ def _extremes_sentence(result: Mapping[str, Any], keep: str) -> str:
         for name, domain in result["domains"].items()
     }
     best, worst = min(cost, key=cost.__getitem__), max(cost, key=cost.__getitem__)
-    return f"{kept_label(result, keep)} experts serve {best} best ({cost[best]:+.3f} nats/token) and {worst} worst ({cost[worst]:+.3f})."
+    return (
+        f"{kept_label(result, keep)} experts serve {best} best ({cost[best]:+.3f} nats/token) "
+        f"and {worst} worst ({cost[worst]:+.3f})."
+    )
 
 
 def _evaluation_part(result: Mapping[str, Any] | None) -> list[str]:
@@ -264,7 +280,8 @@ def _image(draw: Callable[[bool], bytes], text: str) -> str:
     """A picture in both colour schemes, inside the page itself."""
     light, dark = (base64.b64encode(draw(is_dark)).decode("ascii") for is_dark in (False, True))
     return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{dark}">'
+        f'<picture><source media="(prefers-color-scheme: dark)" '
+        f'srcset="data:image/png;base64,{dark}">'
         f'<img alt="{html.escape(text)}" src="data:image/png;base64,{light}"></picture>'
     )
 

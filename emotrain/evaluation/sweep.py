@@ -3,7 +3,8 @@
 Three arms at every share of kept experts, all against the full model on the same held-out
 documents:
 
-    selected      the experts that a few training documents of the domain chose (`emotrain.modular.select`)
+    selected      the experts that a few training documents of the domain chose
+                  (`emotrain.modular.select`)
     random        as many experts drawn at random: what any subset costs
     cross_domain  the experts that another domain chose: what the wrong subset costs
 

@@ -184,7 +184,7 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
 
 def _headers(file: Path) -> dict[str, _Header]:
     with _open(file) as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (no iterator)
         return {
             name: _Header(file, tuple(part.get_shape()), part.get_dtype())
             for name, part in slices.items()
@@ -262,8 +262,8 @@ def _model_config(published: dict[str, Any], file: Path, num_tensors: int) -> Mo
         raise UserError(f"{file}: {error}") from None
     if config.experts.top_k == 0:
         raise UserError(
-            f"{file}: num_experts_per_tok={experts['shared']} are all shared experts; the published "
-            f"format needs a routed one"
+            f"{file}: num_experts_per_tok={experts['shared']} are all shared experts; the "
+            f"published format needs a routed one"
         )
     return config
 
@@ -283,8 +283,8 @@ class _Published:
         value = default[0] if value is None and default else value
         if type(value) is not int or not 0 <= value <= LARGEST_SIZE:
             raise UserError(
-                f"{self.file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; correct "
-                f"it"
+                f"{self.file}: {key}={value!r} must be a whole number up to {LARGEST_SIZE}; "
+                f"correct it"
             )
         return value
 

@@ -1,5 +1,5 @@
-"""The EMO layer: router, dispatch, SwiGLU experts, combine. A standard MoE is this layer with the pool
-off, a dense model this layer with one shared expert and no router."""
+"""The EMO layer: router, dispatch, SwiGLU experts, combine. A standard MoE is this layer with the
+pool off, a dense model this layer with one shared expert and no router."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
 """From what a step computes, moves and sends (`dry_run.Measured`) to seconds: a model, not a
 measurement.
 
-    a kernel          the longer of FLOPs / reached peak and bytes / reached memory bandwidth, and the gap before it
+    a kernel          the longer of FLOPs / reached peak and bytes / reached memory bandwidth, and
+                      the gap before it
     a collective      `Cluster.collective_seconds`
-    forward           kernels, under which gathers of parameters run; the first gather has nothing to run under
-    backward          the same with gathers and reductions of gradients; the last reduction has nothing to run under
+    forward           kernels, under which gathers of parameters run; the first gather has nothing
+                      to run under
+    backward          the same with gathers and reductions of gradients; the last reduction has
+                      nothing to run under
     exchanges         tokens travel to their experts under the shared expert, and home under nothing
     the rest          optimizer, clipping and small sums: under nothing
     waits             the host waits for split sizes, the device idles

@@ -6,8 +6,10 @@ collectives, allocations and the lives of their tensors. What has no meaning wit
 replaced, and nothing else:
 
     numbers that reach the host     0
-    rows for each expert rank       what routing without preference sends (`AllToAllDispatcher.split_sizes`)
-    Triton kernels                  their own launch code runs and allocates; launches are counted, not started
+    rows for each expert rank       what routing without preference sends
+                                    (`AllToAllDispatcher.split_sizes`)
+    Triton kernels                  their own launch code runs and allocates; launches are counted,
+                                    not started
     attention, RMSNorm              the operators that CUDA would run, where the plan is for a GPU
 """
 

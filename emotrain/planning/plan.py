@@ -162,7 +162,10 @@ def assumptions(plan: Plan) -> list[str]:
         f"process group for NCCL, "
         f"{reserve.fragmentation:.0%} of the rest lost to fragmentation"
     )
-    documents = f"assumed: documents of {MEAN_DOCUMENT:,} tokens on average (OLMoE mix, arXiv 2409.02060), exponentially distributed"
+    documents = (
+        f"assumed: documents of {MEAN_DOCUMENT:,} tokens on average (OLMoE mix, arXiv 2409.02060), "
+        f"exponentially distributed"
+    )
     lines = [chip, reserved, documents]
     lines += [
         f"{rate.kind}: {name} = {rate.value:g} ({rate.pessimistic:g} to {rate.optimistic:g}): "

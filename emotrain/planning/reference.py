@@ -6,9 +6,11 @@ parallelism) gives collectives, GEMMs, attention inside documents and element-wi
 reference did otherwise is replaced here, item by item, from the record of its code (sections in
 brackets):
 
-    experts      rows copied into expert order, one grouped GEMM a matrix, rows copied back (3.2), by MegaBlocks' kernels
+    experts      rows copied into expert order, one grouped GEMM a matrix, rows copied back (3.2),
+                 by MegaBlocks' kernels
     blocks       compiled (5)
-    router       a Python loop over documents in every layer, and copies to the host that stop it from running ahead (2.12)
+    router       a Python loop over documents in every layer, and copies to the host that stop it
+                 from running ahead (2.12)
     balance      two all-reduces a layer and micro-batch (2.6)
 
 None of this enters a plan of our own code.

@@ -265,7 +265,8 @@ def _best_of_family(
             )
             break
         if best is not None and dict(best.settings)["parallel.recompute"] == "none":
-            break  # The exact schedule needs no recomputation: the approximate one has nothing to win.
+            # The exact schedule needs no recomputation: the approximate one has nothing to win.
+            break
     return best
 
 

@@ -131,8 +131,9 @@ def verdict(plan: Plan, changes: Sequence[Change]) -> str:
 
 def search_table(config: Config, cluster: Cluster, found: Sequence[Change]) -> str:
     """Layouts that fit, fastest first."""
+    gpus = f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}"
     if not found:
-        return f"No layout of this model and batch fits {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}; use more GPUs."
+        return f"No layout of this model and batch fits {gpus}; use more GPUs."
     rows = [
         (
             _settings(change.settings),
@@ -144,7 +145,7 @@ def search_table(config: Config, cluster: Cluster, found: Sequence[Change]) -> s
         for change in found
     ]
     best = found[0].plan
-    title = f"layouts on {cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}, {config.training.global_batch} sequences a step"
+    title = f"layouts on {gpus}, {config.training.global_batch} sequences a step"
     text = _table(title, ("settings", "GiB", "tokens/s a GPU", "ms a step", "measured"), rows, 1)
     return text if best is None else f"{text}\n\nThe best of them:\n{describe(best)}"
 

@@ -1,11 +1,14 @@
 """Checkpoints: whole or not there at all, and the same for every layout of processes.
 
     RUN_DIR/checkpoints/step-00001000/
-        model-00000.safetensors, ...      parameters, fp32, named as in `Transformer.named_parameters`; a file a rank
+        model-00000.safetensors, ...      parameters, fp32, named as in
+                                          `Transformer.named_parameters`; a file a rank
         optimizer-00000.safetensors, ...  exp_avg.NAME and exp_avg_sq.NAME of every parameter
-        tensors.json                      where each part of each tensor lies (see `tensor_files.py`)
+        tensors.json                      where each part of each tensor lies (see
+                                          `tensor_files.py`)
         config.yaml                       the resolved configuration
-        state.json                        step, tokens, data fingerprint, learning rate, AdamW's count of updates
+        state.json                        step, tokens, data fingerprint, learning rate, AdamW's
+                                          count of updates
         tokenizer.json                    of the training data, where it has one
         manifest.json                     size and sha256 of each of the above, written last
 

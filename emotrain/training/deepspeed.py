@@ -1,14 +1,16 @@
 """DeepSpeed as the engine of a run: ZeRO in place of FSDP2, with routed experts in DeepSpeed's
 expert groups.
 
-    stage 1, 2      any parallel.ep: routed experts are this rank's own, reduced over the ranks that hold the same ones
+    stage 1, 2      any parallel.ep: routed experts are this rank's own, reduced over the ranks that
+                    hold the same ones
     stage 3         parallel.ep=1: parameters are cut over all ranks, experts too
 
 The loop, the losses, the model's start and the checkpoints are those of the native engine, and so
 are the numbers. DeepSpeed would average gradients over ranks; losses here are divided by counts of
 the whole global batch, so that gradients must be summed:
 
-    stage 1, 2      gradient_allreduce_op=sum: nothing is divided, for dense parameters and for experts
+    stage 1, 2      gradient_allreduce_op=sum: nothing is divided, for dense parameters and for
+                    experts
     stage 3         it always divides by the number of ranks; losses are multiplied by it before
     accumulation    scale_wrt_gas=False: losses are not divided by the number of micro-batches
 

@@ -129,8 +129,8 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
     parallel, stage = config.parallel, zero.get("stage")
     if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(
-            f"{path}: zero_optimization.stage={stage!r} must be the number 1, 2 or 3; without ZeRO, "
-            f"start without --deepspeed"
+            f"{path}: zero_optimization.stage={stage!r} must be the number 1, 2 or 3; without "
+            f"ZeRO, start without --deepspeed"
         )
     _require(
         parallel.replicate == 1 and parallel.shard in (0, world_size),

@@ -1,5 +1,5 @@
-"""How a step reaches the parameters. Two engines: this file's, for a plain model or one under FSDP2,
-and DeepSpeed's (deepspeed.py)."""
+"""How a step reaches the parameters. Two engines: this file's, for a plain model or one under
+FSDP2, and DeepSpeed's (deepspeed.py)."""
 
 from __future__ import annotations
 

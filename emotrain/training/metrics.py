@@ -168,7 +168,7 @@ class MetricsWriter:
                 start_step,
             )
         write_whole(self.path, "".join(kept).encode("utf-8"))
-        self._file = open(self.path, "a", encoding="utf-8")
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (until close)
         self._board = self._open_board(run_dir, start_step) if tensorboard else None
 
     @staticmethod

@@ -1,8 +1,10 @@
 """A profile of a few steps: a Chrome trace of each rank, a table of the step's parts, and the rank
 that the others wait for.
 
-    RUN_DIR/profile/rank-N.trace.json.gz    for chrome://tracing or ui.perfetto.dev; the parts stand in it as `part: forward`, ...
-                    rank-0.txt              the table, ranks by their own time, and the operations that took longest
+    RUN_DIR/profile/rank-N.trace.json.gz    for chrome://tracing or ui.perfetto.dev; the parts stand
+                                            in it as `part: forward`, ...
+                    rank-0.txt              the table, ranks by their own time, and the operations
+                                            that took longest
                     summary.json            the same numbers of every rank, see `summarize`
 
 Ranks that exchange something in every step take equally long for it: a slow one shows in the

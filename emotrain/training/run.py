@@ -102,8 +102,8 @@ def train(
     saved = checkpoints.last.step if checkpoints.last else first_step
     if state.step > saved and not under_way.skipped:
         raise RunError(
-            f"the last checkpoint, of step {state.step}, could not be written; the newest is of step "
-            f"{saved}: free space and give the same command again"
+            f"the last checkpoint, of step {state.step}, could not be written; the newest is of "
+            f"step {saved}: free space and give the same command again"
         )
     return run_log.summary(state, last_step) | {
         "interrupted": under_way.stopped,
@@ -177,8 +177,8 @@ def _build_loader(config: Config) -> Loader:
     left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
     if left_out > 0.05:
         log.warning(
-            "data.sequence_length=%d leaves out %.0f %% of the tokens of %s: what is left at the end "
-            "of each shard fills no sequence; take a shorter one, or larger shards",
+            "data.sequence_length=%d leaves out %.0f %% of the tokens of %s: what is left at the "
+            "end of each shard fills no sequence; take a shorter one, or larger shards",
             loader.sequence_length,
             100 * left_out,
             config.data.path,

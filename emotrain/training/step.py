@@ -105,8 +105,9 @@ def train_step(
     # One collective for all of them.
     step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
-    *means, stops = step_sums.tolist()
-    shares = [loss for loss, *_ in terms]
+    loss, cross_entropy, z, balance, router_z, stops = step_sums.tolist()
+    means = (loss, cross_entropy, z, balance, router_z)
+    shares = [term[0] for term in terms]
     return StepResult(
         *means, int(counts[0]), update.grad_norm, reports, shares, stops > 0, update.applied
     )

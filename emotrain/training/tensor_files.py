@@ -1,10 +1,12 @@
 """Tensors cut into parts over many ranks, as safetensors files and one index, behind
 torch.distributed.checkpoint (DCP).
 
-    model-00000.safetensors      the parts of parameters that rank 0 wrote, each under the name of its tensor
+    model-00000.safetensors      the parts of parameters that rank 0 wrote, each under the name of
+                                 its tensor
     optimizer-00000.safetensors  likewise exp_avg.NAME and exp_avg_sq.NAME
     model-00001.safetensors ...
-    tensors.json                 for each tensor its dtype, shape and parts: {"file", "offsets", "shape"} each
+    tensors.json                 for each tensor its dtype, shape and parts: {"file", "offsets",
+                                 "shape"} each
 
 DCP plans: who writes what (a part that several ranks hold is written once), and which stored parts
 overlap those that a rank wants, on whatever layout. Only the storage is ours. DCP's own keeps its

@@ -85,9 +85,11 @@ class StoredTensors:
             if name not in stored:
                 return f"{name} is not in the checkpoint"
             if stored[name].size != part.shape:
-                return f"{name} is {tuple(stored[name].size)} in the checkpoint and {tuple(part.shape)} in the model"
-            if stored[name].properties.dtype != part.local.dtype:
-                return f"{name} is {stored[name].properties.dtype} in the checkpoint and {part.local.dtype} in the model"
+                shape, wanted = tuple(stored[name].size), tuple(part.shape)
+                return f"{name} is {shape} in the checkpoint and {wanted} in the model"
+            dtype = stored[name].properties.dtype
+            if dtype != part.local.dtype:
+                return f"{name} is {dtype} in the checkpoint and {part.local.dtype} in the model"
         stems = {stem_of(name) for name in parts}
         unknown = next(
             (name for name in stored if name not in parts and stem_of(name) in stems), None
