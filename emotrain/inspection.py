@@ -68,8 +68,8 @@ def pool_text(model: ModelConfig) -> str:
         return "none: a dense model"
     if pool.kind == "none":
         return "none: a standard MoE"
-    sizes = f"{pool.size}" if pool.kind == "fixed" else f"{pool.min} to {pool.max}"
-    return f"{sizes} routed experts"
+    sizes = {"fixed": f"{pool.size}", "uniform": f"{pool.min} to {pool.max}"}
+    return f"{sizes[pool.kind]} routed experts" if pool.kind in sizes else pool.kind
 
 
 def describe(config: Config, costs: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from emotrain.cli import main
 from emotrain.config import load_config
-from emotrain.inspection import describe, run_costs
+from emotrain.evaluation.report import headline
+from emotrain.inspection import describe, pool_text, run_costs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EMO = (13_568_641_024, 1_489_045_504)
@@ -224,3 +226,13 @@ def test_counting_the_largest_model_allocates_nothing() -> None:
     with BytesMade() as made:
         costs = run_costs(config)
     assert costs["weights_bytes"] > 50e9 and made.total == 0
+
+
+def test_a_rule_of_pools_that_is_new_has_its_name_said() -> None:
+    """Whoever adds a kind of pool need not touch what reports it."""
+    config = load_config(CONFIGS / "quickstart.yaml")
+    pool = dataclasses.replace(config.model.router.pool, kind="above_mean")
+    router = dataclasses.replace(config.model.router, pool=pool)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
+    assert pool_text(config.model) == "above_mean"
+    assert headline(config, []).startswith("EMO with document pools of kind above_mean:")

@@ -25,7 +25,7 @@ COMMANDS = [line for block in BLOCKS for line in block]
 # What makes a command of minutes one of seconds; everything else runs as it is written.
 SMALLER = {
     "prepare": ["--workers", "1"],
-    "pretrain": [
+    "emotrain train": [
         "training.steps=3",
         "training.global_batch=2",
         "training.micro_batch=2",
@@ -78,12 +78,28 @@ def test_inline_commands_are_known(clone):
             assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
-def test_links_and_targets_exist():
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_targets_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
     make = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"(?:`|^    |\n)make ([a-z-]+)", text):
         assert re.search(rf"^{target}:", make, re.MULTILINE), target
+
+
+def test_the_index_names_every_page():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    targets = {
+        (ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", index)
+    }
+    assert targets | {ROOT / "docs/index.md"} == set(PAGES)
 
 
 def test_every_command_has_its_line_in_the_overview():
@@ -158,7 +174,7 @@ def test_make_quickstart_end_to_end(tmp_path):
         text=True,
         check=False,
         timeout=280,
-        env={**os.environ, "SMALLER": " ".join(SMALLER["pretrain"])},
+        env={**os.environ, "SMALLER": " ".join(SMALLER["emotrain train"])},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "done: open runs/quickstart/report.html" in done.stdout

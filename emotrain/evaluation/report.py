@@ -98,7 +98,7 @@ def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
             "none": "Standard Mixture of Experts (no document pool)",
             "fixed": f"EMO with a document pool of {pool.size} experts",
             "uniform": f"EMO with document pools of {pool.min} to {pool.max} experts",
-        }[pool.kind]
+        }.get(pool.kind, f"EMO with document pools of kind {pool.kind}")
     per_layer = {model.routed_in_layer(layer) for layer in range(model.num_layers)}
     count = "/".join(map(str, sorted(per_layer)))
     done = (
