@@ -4,8 +4,8 @@ installed.
 Torch needs some twenty small operations an expert, each a pass over memory and a fork and join of
 its threads: at a width of 128 half of the time. The kernel is one call forward and one backward. It
 is compiled when the first call comes that is large enough to gain from it (a few seconds, once for
-a machine), and loaded by ctypes: it knows nothing of torch but the addresses of tensors. Without g++
-everything runs in torch as before.
+a machine), and loaded by ctypes: it knows nothing of torch but the addresses of tensors. Without
+g++ everything runs in torch as before.
 """
 
 from __future__ import annotations

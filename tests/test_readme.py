@@ -96,9 +96,7 @@ def test_links_and_targets_exist(page):
 
 def test_the_index_names_every_page():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
-    targets = {
-        (ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", index)
-    }
+    targets = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", index)}
     assert targets | {ROOT / "docs/index.md"} == set(PAGES)
 
 
