@@ -22,6 +22,7 @@ from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import sweep
 from emotrain.evaluation.tables import mean_table
 from emotrain.model.transformer import Transformer
+from emotrain.modular.select import experts_kept
 from emotrain.training import checkpoint
 from emotrain.training.optimizer import build_optimizer
 
@@ -401,3 +402,13 @@ def test_help_teaches(capsys):
         main(["evaluate", "--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert "example: emotrain evaluate" in text and "as many experts at random" in text
+    example = re.search(
+        r"with (\d+) routed experts and (\d+) shared one, (\d+) in all, `--keep ([\d.]+)` "
+        r"keeps (\d+) .*the shared one and the (\d+) routed",
+        text,
+    )
+    assert example is not None, text
+    routed, shared, everything, keep, kept, kept_routed = map(float, example.groups())
+    config = tiny_config(model__experts__routed=int(routed), model__experts__shared=int(shared))
+    assert experts_kept(config.model, keep) == (kept,) * config.model.num_layers
+    assert everything == routed + shared and kept_routed == kept - shared

@@ -356,6 +356,30 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> No
     assert "the download is not complete" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("left_over", ["the file", "the shards"])
+def test_one_file_beside_shards_is_refused_whichever_is_older(
+    tmp_path: Path, left_over: str
+) -> None:
+    """Either could be what an earlier save left: the wrong one would load without a word."""
+    shard(write(tmp_path))
+    save_file(published_tensors(), tmp_path / "model.safetensors")
+    message = refusal(tmp_path)
+    assert "both model.safetensors and model.safetensors.index.json" in message
+    assert "one file or shards, remove the one" in message
+    if left_over == "the file":
+        (tmp_path / "model.safetensors").unlink()
+    else:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    load_huggingface(tmp_path)
+
+
+def test_an_index_may_name_the_one_file_as_its_only_shard(tmp_path: Path) -> None:
+    names = load_file(write(tmp_path) / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_huggingface(tmp_path)
+
+
 def test_broken_and_missing_files_are_refused(tmp_path: Path) -> None:
     assert "neither model.safetensors" in refusal(tmp_path)
     weights = write(tmp_path) / "model.safetensors"

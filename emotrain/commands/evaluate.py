@@ -21,6 +21,10 @@ EPILOG = """\
 example:
   emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 0.125
 
+--keep counts shared experts, which always stay: of a layer with 32 routed experts and 1 shared one,
+33 in all, `--keep 0.25` keeps 8 (0.25 * 33 = 8.25, rounded), the shared one and the 7 routed ones
+that the domain gives the most routing probability. At least one routed expert stays.
+
 Reading it: a modular model loses little with the experts a domain chose itself, and much with the
 other two."""
 
@@ -46,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=default.keep,
         metavar="SHARE",
-        help=f"shares of each layer's experts to keep, shared ones counted (default: "
-        f"{' '.join(map(str, default.keep))})",
+        help=f"shares of each layer's experts to keep, shared ones counted, as in the example "
+        f"below (default: {' '.join(map(str, default.keep))})",
     )
     _add_settings(parser, default)
     parser.add_argument(

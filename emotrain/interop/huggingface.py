@@ -21,6 +21,7 @@ from torch import Tensor
 
 from emotrain.config import ModelConfig, config_from_dict
 from emotrain.errors import MissingFileError, UserError
+from emotrain.folders import is_safe_name
 from emotrain.model.transformer import Transformer
 
 WEIGHTS = "model.safetensors"
@@ -143,29 +144,20 @@ class _Header:
 
 def _find_tensors(folder: Path) -> dict[str, _Header]:
     """The header of every tensor, from the one file or from the shards that the index names."""
-    if (folder / WEIGHTS).is_file():
-        return _headers(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise MissingFileError(
-            f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging Face "
-            f"checkpoint"
-        )
-    weight_map = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX}: weight_map must name the file of each tensor")
-    for tensor, shard in weight_map.items():
-        # A shard is a plain name: with a separator, a drive or a leading dot it could lead out of
-        # the folder.
-        if (
-            not isinstance(shard, str)
-            or not shard.endswith(".safetensors")
-            or shard.startswith(".")
-            or set(shard) & set("/\\:\0")
-        ):
-            raise UserError(
-                f"{folder / INDEX}: {tensor} is said to be in {shard!r}; it must be a .safetensors "
-                f"file of this folder"
+        if not (folder / WEIGHTS).is_file():
+            raise MissingFileError(
+                f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging "
+                f"Face checkpoint"
             )
+        return _headers(folder / WEIGHTS)
+    weight_map = _weight_map(folder)
+    if (folder / WEIGHTS).is_file() and WEIGHTS not in weight_map.values():
+        # A save in one file and a later one in shards leave both; either can be the older one.
+        raise UserError(
+            f"{folder}: has both {WEIGHTS} and {INDEX}, which does not name it; a checkpoint is "
+            f"one file or shards, remove the one that is left from another save"
+        )
     shards = {shard: _headers(folder / shard) for shard in sorted(set(weight_map.values()))}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
     unlisted = [
@@ -180,6 +172,27 @@ def _find_tensors(folder: Path) -> dict[str, _Header]:
             f"them again"
         )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of each tensor, from the index."""
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX}: weight_map must name the file of each tensor")
+    for tensor, shard in weight_map.items():
+        # Without a drive or a leading dot either, which could lead out of the folder.
+        if (
+            not isinstance(shard, str)
+            or not is_safe_name(shard)
+            or not shard.endswith(".safetensors")
+            or shard.startswith(".")
+            or ":" in shard
+        ):
+            raise UserError(
+                f"{folder / INDEX}: {tensor} is said to be in {shard!r}; it must be a .safetensors "
+                f"file of this folder"
+            )
+    return weight_map
 
 
 def _headers(file: Path) -> dict[str, _Header]:
