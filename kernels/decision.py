@@ -1,11 +1,31 @@
-"""What routing decides: the type that the router and its kernels share. It imports nothing of
-emotrain."""
+"""What routing decides: the type that the router and its kernels share, and the operators whose
+results recomputation keeps. It imports nothing of emotrain."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+
+_LIBRARY = torch.library.Library("emotrain", "DEF")
+_LIBRARY.define("decided(Tensor decision) -> Tensor")
+_LIBRARY.impl("decided", torch.clone, "CompositeExplicitAutograd")
+# Its kernel is in triton_routing.py; its name is here, so that who keeps its results needs no
+# Triton.
+_LIBRARY.define(
+    "route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+decided: Any = torch.ops.emotrain.decided.default
+"""Marks integers or bools as a routing decision: a copy of them, and, where backward computes a
+block again, the copy of the first pass. By whatever operators a rule decides, and whatever rounding
+does to its scores the second time, its answer is that of the first."""
+
+ROUTING_DECISIONS = {decided, torch.ops.emotrain.route.default}
+"""The operators whose results recomputation keeps; without gradient."""
 
 TRITON_POOLS = ("none", "fixed", "uniform")
 """Kinds of pools that triton_routing.py draws. A kind that is not listed runs in PyTorch, so that a

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emotrain.errors import UserError
-from emotrain.kernels.decision import Decision
+from emotrain.kernels.decision import Decision, decided
 from emotrain.kernels.triton_launch import launch
 
 SCORE_TOKENS, ROUTE_TOKENS = 32, 8
@@ -130,7 +130,7 @@ def _pools(
         BLOCK_N=block_n,
         num_warps=8,
     )
-    return scores_GN, kept_GN if pool_u8 is None else pool_u8.view(torch.bool)
+    return scores_GN, kept_GN if pool_u8 is None else decided(pool_u8).view(torch.bool)
 
 
 def _route_options(num_routed: int) -> dict[str, int]:
@@ -184,11 +184,7 @@ def _route(
 
 # An operation of its own, so that activation recomputation can keep its results and never routes a
 # token twice.
-_LIBRARY = torch.library.Library("emotrain", "DEF")
-_LIBRARY.define(
-    "route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_LIBRARY = torch.library.Library("emotrain", "FRAGMENT")
 _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
 
 

@@ -269,9 +269,19 @@ def test_prefetch_raises_where_the_step_would_have_come(loader, monkeypatch):
     )
     with loader.prefetch(0, 5, 6, 3) as steps:
         assert len([next(steps), next(steps)]) == 2
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as caught:
             next(steps)
+        assert Path(__file__).name in str(caught.traceback[-1].path), "where it happened"
+        assert list(steps) == []
     assert not loader_threads()
+
+
+def test_closing_waits_for_one_step_and_no_more(loader, monkeypatch):
+    made, go_on = [], threading.Event()
+    monkeypatch.setattr(loader, "step", lambda index, *_: (go_on.wait(10), made.append(index)))
+    with loader.prefetch(0, 100, 6, 3, depth=8):
+        threading.Timer(0.05, go_on.set).start()
+    assert made == [0] and not loader_threads()
 
 
 def test_prefetch_works_while_the_consumer_does(loader, monkeypatch):

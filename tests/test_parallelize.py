@@ -15,10 +15,14 @@ from test_dispatch import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.config import Config, config_from_dict
+from emotrain.distributed import parallelize as parallelize_module
 from emotrain.distributed.mesh import Layout, build_meshes, experts_of_rank
-from emotrain.distributed.parallelize import ROUTING_DECISIONS, _cut, build_model, parallelize
+from emotrain.distributed.parallelize import _cut, build_model, parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.kernels.decision import ROUTING_DECISIONS, Decision
+from emotrain.model import router as router_module
+from emotrain.model.router import DocumentPoolRouter
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
@@ -202,6 +206,113 @@ def test_recomputation_repeats_products_and_no_routing_decision() -> None:
         and sum(ran["none"].values()) >= 2 * settings.model.num_layers
     )
     assert products["none"] < products["selective"] < products["full"]
+
+
+RULES = {
+    "topk": lambda scores_GN: torch.zeros_like(scores_GN, dtype=torch.bool).scatter_(
+        1, scores_GN.topk(4, dim=1).indices, True
+    ),
+    "argsort": lambda scores_GN: scores_GN.argsort(dim=1).argsort(dim=1) >= 4,
+    "kthvalue": lambda scores_GN: scores_GN >= scores_GN.kthvalue(5, dim=1, keepdim=True).values,
+    "above the mean": lambda scores_GN: scores_GN > scores_GN.mean(dim=1, keepdim=True),
+}
+"""Pools by operators that have nothing in common."""
+
+
+def noisy(calls: list, tensor: torch.Tensor) -> torch.Tensor:
+    """Other noise in every call, so that a decision that is made again is another one."""
+    generator = torch.Generator().manual_seed(len(calls))
+    calls.append(None)
+    return tensor + torch.randn(tensor.shape, generator=generator)
+
+
+def gradients(settings: Config, model: Transformer) -> list[torch.Tensor]:
+    train_step(NativeEngine(model), [tiny_batch()], settings, 1, Ranks())
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_recomputation_keeps_a_pool_by_whatever_operators_it_was_drawn(
+    rule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, list[torch.Tensor]] = {}
+    for recompute in ("none", "full"):
+        calls: list = []
+        monkeypatch.setitem(
+            router_module.POOL_RULES,
+            "uniform",
+            lambda scores_GN, _, calls=calls: RULES[rule](noisy(calls, scores_GN)),
+        )
+        settings = tiny_config(parallel__recompute=recompute, model__init_std=0.3)
+        model = parallelize(Transformer(settings.model).initialize(0), settings)
+        found[recompute] = gradients(settings, model)
+        assert len(calls) == settings.model.num_layers * (2 if recompute == "full" else 1)
+    for plain, recomputed in zip(found["none"], found["full"], strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["none", "uniform"])
+def test_recomputation_decides_as_the_first_pass_did(
+    kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pools, choices and counts, though the router's input is another one the second time."""
+    calls: list = []
+    decisions: list[Decision] = []
+    forward = DocumentPoolRouter.forward
+
+    def noted(router, x_TD, batch, request):
+        decision, logits_TE = forward(router, noisy(calls, x_TD), batch, request)
+        decisions.append(decision)
+        return decision, logits_TE
+
+    monkeypatch.setattr(DocumentPoolRouter, "forward", noted)
+    settings = tiny_config(
+        parallel__recompute="full", model__init_std=0.3, model__router__pool__kind=kind
+    )
+    model = parallelize(Transformer(settings.model).initialize(0), settings)
+    for block in model.blocks:
+        block.moe.router.backend = backend
+    gradients(settings, model)
+    # Backward goes through the blocks from the last to the first.
+    for first, again in zip(decisions[:2], decisions[:1:-1], strict=True):
+        assert not torch.equal(first.scores_GN, again.scores_GN)
+        for name in ("experts_TK", "counts_N", "pool_GN"):
+            kept, repeated = getattr(first, name), getattr(again, name)
+            assert kept is repeated is None or torch.equal(kept, repeated), name
+
+
+def test_compiled_blocks_stay_compiled_and_decide_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list = []
+    decided: Counter = Counter()
+
+    class Noted(parallelize_module._Decisions):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            decided[self.replay] += operation in ROUTING_DECISIONS
+            return super().__torch_dispatch__(operation, types, args, kwargs)
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compile_with_torch = torch.compile
+    monkeypatch.setattr(parallelize_module, "_Decisions", Noted)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: compile_with_torch(function, backend=backend)
+    )
+    found = {}
+    for recompute in ("none", "full"):
+        torch.compiler.reset()
+        graphs.clear()
+        settings = tiny_config(
+            parallel__recompute=recompute, training__compile=True, model__num_layers=1
+        )
+        model = parallelize(Transformer(settings.model).initialize(0), settings)
+        found[recompute] = gradients(settings, model)
+        assert graphs, recompute
+    assert decided == {False: 2, True: 2}
+    for plain, recomputed in zip(found["none"], found["full"], strict=True):
+        torch.testing.assert_close(plain, recomputed)
 
 
 def test_recomputation_keeps_less() -> None:

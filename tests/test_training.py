@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from emotrain.config import OptimizerConfig, config_from_dict, load_config, save_config
+from emotrain.data.source import DataSource
 from emotrain.training import checkpoint
 from emotrain.training import engine as engine_module
 from emotrain.training import run as run_module
@@ -48,6 +50,21 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_data, tmp_path, monkeypatch
     _, cut = checkpoint.load_model(tmp_path / "cut")
     for (name, a), b in zip(whole.state_dict().items(), cut.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_whatever_answers_as_a_data_source_can_be_trained_on(tiny_data, tmp_path, monkeypatch):
+    """Training asks nothing that `DataSource` does not name."""
+    train(tiny_settings(tiny_data, tmp_path / "loader"))
+    build = run_module._build_loader
+    names = [name for name in vars(DataSource) if not name.startswith("_")]
+
+    def narrow(config):
+        loader = build(config)
+        return SimpleNamespace(**{name: getattr(loader, name) for name in names})
+
+    monkeypatch.setattr(run_module, "_build_loader", narrow)
+    train(tiny_settings(tiny_data, tmp_path / "narrow"))
+    assert losses(tmp_path / "narrow") == losses(tmp_path / "loader")
 
 
 class _Always:

@@ -225,8 +225,8 @@ class Dataset:
         else:
             with self._lock:
                 shard = self._mapped(split, index)
-        first = int(np.searchsorted(shard.offsets, start, side="right")) - 1
-        last = int(np.searchsorted(shard.offsets, stop, side="left"))
+        # The first document ends after `start`, the last one at `stop` or after it.
+        first, last = (np.searchsorted(shard.offsets, [start + 1, stop]) - [1, 0]).tolist()
         intact = not (self.verify_checksums and info.sums) or (
             shard.is_intact("tokens", start, stop) and shard.is_intact("offsets", first, last + 1)
         )

@@ -34,11 +34,11 @@
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
@@ -218,11 +218,11 @@ class Loader:
                 f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at "
                 f"least 1"
             )
-        steps = range(start_step, start_step + num_steps)
-        return Prefetcher(
-            (self.step(index, global_batch, micro_batch, rank, world_size) for index in steps),
-            depth,
-        )
+
+        def make(step: int) -> list[PackedBatch]:
+            return self.step(step, global_batch, micro_batch, rank, world_size)
+
+        return Prefetcher(make, range(start_step, start_step + num_steps), depth)
 
     def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The domain of each document; see `Dataset.document_domains`."""
@@ -253,49 +253,35 @@ class Loader:
 
 
 class Prefetcher(Iterator[list[PackedBatch]]):
-    """Runs an iterator on a thread, a few items ahead. Closing it, or leaving its `with` block,
-    ends the thread."""
+    """Makes steps on a thread, up to `depth` of them ahead. Closing it, or leaving its `with`
+    block, ends the thread."""
 
-    def __init__(self, steps: Iterator[list[PackedBatch]], depth: int):
-        self._queue: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(steps,), name="emotrain-loader", daemon=True
-        )
-        self._thread.start()
+    def __init__(self, make: Callable[[int], list[PackedBatch]], steps: range, depth: int):
+        self._make, self._steps = make, iter(steps)
+        self._thread = ThreadPoolExecutor(1, "emotrain-loader")
+        self._ahead: deque[Future[list[PackedBatch]]] = deque()
+        for _ in range(depth):
+            self._start_another()
 
-    def _work(self, steps: Iterator[list[PackedBatch]]) -> None:
-        try:
-            for step in steps:
-                if not self._put(step):
-                    return
-            self._put(None)
-        except BaseException as error:  # whatever happened, it is the consumer that must hear of it
-            self._put(error)
-
-    def _put(self, item: list[PackedBatch] | BaseException | None) -> bool:
-        """Wait for room, unless the consumer has gone; whether the item was put."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def _start_another(self) -> None:
+        for step in islice(self._steps, 1):
+            self._ahead.append(self._thread.submit(self._make, step))
 
     def __next__(self) -> list[PackedBatch]:
-        if self._stop.is_set():
-            raise StopIteration
-        item = self._queue.get()
-        if item is None or isinstance(item, BaseException):
+        try:
+            if not self._ahead:
+                raise StopIteration
+            made = self._ahead.popleft().result()
+        except BaseException:
             self.close()
-            raise StopIteration if item is None else item
-        return item
+            raise
+        self._start_another()
+        return made
 
     def close(self) -> None:
-        """End the thread. Further items are not made; calling it again does nothing."""
-        self._stop.set()
-        self._thread.join()
+        """End the thread after the step that it is making. Calling it again does nothing."""
+        self._ahead.clear()
+        self._thread.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Prefetcher:
         return self

@@ -1,11 +1,11 @@
 """The parallel plan, applied to the plain model from outside, in one fixed order: expert
-parallelism, recomputation, compilation, FSDP2. Without process groups only the two in the middle
+parallelism, compilation, recomputation, FSDP2. Without process groups only the two in the middle
 apply."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,21 +13,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.ranks import Ranks, local_part
-from emotrain.kernels.backends import HAS_TRITON
+from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.transformer import Transformer
-
-ROUTING_DECISIONS = {
-    torch.ops.aten.topk.default,
-    torch.ops.aten.sort.default,
-    torch.ops.aten.sort.stable,
-}
-"""Pools, choices and the order of slots."""
 
 
 def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer:
@@ -63,12 +57,13 @@ def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None
     # First, so that FSDP sees the experts that this rank holds, and shards those.
     if meshes is not None and meshes.ep is not None:
         _spread_experts(model, config, meshes)
-    # Inside of FSDP's hooks: what they gather serves the computing again too.
+    # Before recomputation: torch's `checkpoint` turns compilation off for all that it calls.
+    if config.training.compile:
+        _compile(model)
+    # Before FSDP, so that its hooks lie outside: what they gather for backward serves the
+    # repetition too.
     if config.parallel.recompute != "none":
         _recompute(model, config.parallel.recompute)
-    if config.training.compile:
-        for block in model.blocks:
-            block.compile(dynamic=True)
     if meshes is not None:
         _shard(model, config, meshes)
     return model
@@ -111,6 +106,13 @@ def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
             )
 
 
+def _compile(model: Transformer) -> None:
+    """Run every block through torch.compile."""
+    blocks: list[nn.Module] = list(model.blocks)
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=True)
+
+
 def _recompute(model: Transformer, scope: str) -> None:
     """Have backward compute activations again: of the experts, which hold most of them, or of
     whole blocks."""
@@ -138,33 +140,31 @@ def _decided_once() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _Decisions(TorchDispatchMode):
-    """Keeps the results of ROUTING_DECISIONS, or answers with those kept, in order."""
+    """Keeps the results of ROUTING_DECISIONS, or answers with those kept, in order.
+
+    torch's own selective checkpointing would do the same, but it counts every operator, and those
+    that FSDP and the profiler add differ between the passes.
+    """
 
     def __init__(self, decisions: deque[Any], replay: bool):
         super().__init__()
         self.decisions, self.replay = decisions, replay
-        self.kinds = ROUTING_DECISIONS | _triton_decisions()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Lets compiled blocks run compiled within this mode, which they call for decisions."""
+        return True
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if operation not in self.kinds:
+        if operation not in ROUTING_DECISIONS:
             return operation(*args, **(kwargs or {}))
         if self.replay:
             return self.decisions.popleft()
         result = operation(*args, **(kwargs or {}))
-        self.decisions.append(tuple(part.detach() for part in result))
+        self.decisions.append(tree_map(torch.Tensor.detach, result))
         return result
-
-
-@cache
-def _triton_decisions() -> set[Any]:
-    """The Triton kernels' routing decision, where they are installed."""
-    if not HAS_TRITON:
-        return set()
-    from emotrain.kernels import triton_routing  # noqa: F401  (defines the operation)
-
-    return {torch.ops.emotrain.route.default}
 
 
 def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:

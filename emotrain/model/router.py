@@ -22,7 +22,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig, PoolConfig, RouterConfig
 from emotrain.errors import UserError
 from emotrain.kernels.backends import choose_backend
-from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision
+from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision, decided
 
 # ---- what is asked of a router
 
@@ -161,7 +161,7 @@ def decide_in_torch(
             scores_GN = sum_by_document(
                 torch.softmax(free_TN, dim=1), document_T, batch.num_documents
             )
-            drawn_GN = POOL_RULES[request.pool.kind](scores_GN, request)
+            drawn_GN = decided(POOL_RULES[request.pool.kind](scores_GN, request))
             pool_GN = drawn_GN if pool_GN is None else drawn_GN & pool_GN
     if pool_GN is not None:
         logits_TN = _mask(logits_TN, pool_GN, document_T)
@@ -229,10 +229,12 @@ def route(
         probabilities_TN = torch.softmax(logits_TN, dim=1)
     else:
         probabilities_TN = torch.where(logits_TN == -torch.inf, 0, torch.sigmoid(logits_TN) + 1e-7)
-    weights_TK, experts_TK = torch.topk(probabilities_TN, num_chosen, dim=1)
+    best_TK, experts_TK = torch.topk(probabilities_TN.detach(), num_chosen, dim=1)
     # A pool smaller than K leaves slots whose expert is outside it. A probability of zero inside
     # the pool is one too: it underflowed, and its expert would add nothing.
-    experts_TK = torch.where(weights_TK > 0, experts_TK, num_routed)
+    experts_TK = decided(torch.where(best_TK > 0, experts_TK, num_routed))
+    weights_TK = probabilities_TN.gather(1, experts_TK.clamp(max=num_routed - 1))
+    weights_TK = torch.where(experts_TK < num_routed, weights_TK, 0)
     if normalize:
         weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
     return probabilities_TN, weights_TK, experts_TK

@@ -6,14 +6,15 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
-from emotrain.data.loader import Loader, Prefetcher
+from emotrain.data.loader import Loader
+from emotrain.data.source import DataSource
 from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
@@ -151,8 +152,12 @@ def _checkpoint_writer(config: Config) -> checkpoint.CheckpointWriter:
 
 
 def _batches(
-    config: Config, loader: Loader, state: checkpoint.TrainingState, last_step: int, ranks: Ranks
-) -> Prefetcher:
+    config: Config,
+    loader: DataSource,
+    state: checkpoint.TrainingState,
+    last_step: int,
+    ranks: Ranks,
+) -> AbstractContextManager[Iterator[list[PackedBatch]]]:
     """This rank's micro-batches of every step that is left."""
     setup = config.training
     return loader.prefetch(
@@ -165,8 +170,8 @@ def _batches(
     )
 
 
-def _build_loader(config: Config) -> Loader:
-    loader = Loader(
+def _build_loader(config: Config) -> DataSource:
+    loader: DataSource = Loader(
         config.data.path,
         config.data.sequence_length,
         config.training.seed,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from emotrain.config import Config
-from emotrain.data.loader import Loader
+from emotrain.data.source import DataSource
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
@@ -141,7 +141,7 @@ def _find_source(config: Config) -> Source | None:
 
 
 def starting_state(
-    config: Config, loader: Loader, engine: Engine, source: Source | None
+    config: Config, loader: DataSource, engine: Engine, source: Source | None
 ) -> TrainingState:
     """Load what the run goes on from into the engine; a fresh state where there is nothing.
 
@@ -197,7 +197,9 @@ def _restored(engine: Engine, path: Path) -> TrainingState:
         ) from error
 
 
-def _with_data(config: Config, loader: Loader, path: Path, state: TrainingState) -> TrainingState:
+def _with_data(
+    config: Config, loader: DataSource, path: Path, state: TrainingState
+) -> TrainingState:
     """The state with this run's data: as it was, or changed on purpose and read from the start."""
     setup = config.training
     changes = [
