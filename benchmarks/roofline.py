@@ -6,6 +6,8 @@ on an A100 and an H100.
 THIS IS A MODEL, NOT A MEASUREMENT: nothing here ran on a GPU. It counts what each kernel must move
 between the GPU's memory and its processors if every operand travels once a kernel, and rows that
 are gathered by token once a slot; what tiles read again comes from the L2 cache and is not counted.
+Our kernels' launches say this of themselves (`emotrain.kernels.cost`); the other designs are
+counted here.
 A kernel then takes the longer of bytes / bandwidth and FLOPs / peak; real kernels take more.
 
     fused          our Triton kernels: rows gathered in the loads of a GEMM, SwiGLU and weights in
@@ -28,6 +30,12 @@ import argparse
 import json
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.kernels.slots import SortedSlots
+from emotrain.planning.stand_ins import import_launch_code
 
 DEVICES = {"A100": (2.039e12, 312e12), "H100": (3.35e12, 989e12)}
 """Bytes a second and bfloat16 FLOPs a second of the SXM boards with 80 GB (NVIDIA's data
@@ -90,37 +98,49 @@ class Layer:
 
 
 def fused(layer: Layer) -> tuple[list[Kernel], float]:
-    """Our kernels in the order of their launches, and the bytes kept for backward. `index` is 8
-    bytes a slot (the token or the choice of a sorted slot), `word` is 4 (a weight or a
-    position)."""
-    rows, inner, bank, gemm, index, word = (
-        layer.rows,
-        layer.inner,
-        layer.bank,
-        layer.gemm,
-        8.0 * layer.slots,
-        4.0 * layer.slots,
-    )
+    """Our kernels in the order of their launches, as the launches say their cost, and the bytes
+    kept for backward besides x, which the norm before the layer shares, and the experts' weights.
+    Nothing is launched, so that no GPU and no Triton is needed."""
+    import_launch_code()
+    from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
+    from emotrain.kernels.triton_launch import Launch, recording
+
+    launches: list[Launch] = []
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[id(tensor)] = tensor
+        return tensor
+
+    with torch.device("meta"), recording("sm_90", launches.append):
+        slot_R = torch.empty(layer.slots, dtype=torch.int64)
+        slots = SortedSlots(
+            torch.empty_like(slot_R), slot_R, torch.empty(layer.experts, dtype=torch.int64)
+        )
+        x_TD, gate_up_NFD, down_NHD = (
+            torch.empty(shape, dtype=torch.bfloat16, requires_grad=True)
+            for shape in (
+                (layer.tokens, layer.width),
+                (layer.experts, 2 * layer.hidden, layer.width),
+                (layer.experts, layer.hidden, layer.width),
+            )
+        )
+        weights_TK = torch.empty(layer.tokens, layer.chosen, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y_TD = grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
+        y_TD.backward(x_TD.detach())
+    for tensor in (x_TD, gate_up_NFD, down_NHD):
+        kept.pop(id(tensor), None)
     kernels = [
-        Kernel("plan", index, word),
-        Kernel("gate_up", index + rows + 2 * bank, 2 * inner + inner, 2 * gemm),
-        Kernel("rows", index + word + inner + bank, rows, gemm),
-        Kernel("combine", word + rows, layer.x),
-        # Backward. The weights' gradient leaves one partial sum for 128 hidden units.
         Kernel(
-            "grad_hidden",
-            2 * index + word + rows + bank + 2 * inner,
-            2 * inner + inner + word * layer.hidden / 128,
-            gemm,
-        ),
-        Kernel("weight_grad", index + inner + rows, bank, gemm),
-        Kernel("weight_grad", index + 2 * inner + rows, 2 * bank, 2 * gemm),
-        Kernel("rows", index + 2 * inner + 2 * bank, rows, 2 * gemm),
-        Kernel("combine", word + rows, layer.x),
+            launch.name,
+            launch.cost.bytes_read(),
+            launch.cost.bytes_written(),
+            launch.cost.flops(),
+        )
+        for launch in launches
     ]
-    # Besides x, which the norm before the layer shares: gate and up, two indices, a weight and a
-    # position of each slot.
-    return kernels, 2 * inner + 2 * index + 2 * word
+    return kernels, sum(tensor.nbytes for tensor in kept.values())
 
 
 def permute_copy(layer: Layer) -> tuple[list[Kernel], float]:

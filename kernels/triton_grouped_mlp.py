@@ -26,6 +26,7 @@ import triton
 from torch import Tensor
 
 from emotrain.kernels.backends import check_operands
+from emotrain.kernels.cost import Cost
 from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.triton_grouped_gemms import (
     gate_up_kernel,
@@ -124,6 +125,14 @@ def _gate_up(
         gate_up_kernel,
         (plan.num_tiles * triton.cdiv(2 * hidden, config.columns),),
         config,
+        Cost(
+            reads=(gate_up_NFD, *plan.tables),
+            writes=(),
+            slots=act_RH.shape[0],
+            slot_reads=(plan.token_R, x_TD),
+            slot_writes=(hidden_RF, act_RH),
+            slot_flops=4 * width * hidden,
+        ),
         x_TD,
         gate_up_NFD,
         hidden_RF,
@@ -152,6 +161,14 @@ def _multiply_rows(
         rows_kernel,
         (plan.num_tiles * triton.cdiv(width, config.columns),),
         config,
+        Cost(
+            reads=(bank_NJD, weights_TK if weighted else None, *plan.tables),
+            writes=(),
+            slots=a_RJ.shape[0],
+            slot_reads=(plan.slot_R if weighted else None, a_RJ),
+            slot_writes=(y_RD,),
+            slot_flops=2 * inner * width,
+        ),
         a_RJ,
         bank_NJD,
         y_RD,
@@ -186,6 +203,14 @@ def _grad_hidden(
         grad_hidden_kernel,
         (plan.num_tiles * num_columns,),
         config,
+        Cost(
+            reads=(down_NHD, weights_TK, *plan.tables),
+            writes=(partial_PR,),
+            slots=hidden_RF.shape[0],
+            slot_reads=(plan.token_R, plan.slot_R, grad_TD, hidden_RF),
+            slot_writes=(grad_hidden_RF, weighted_RH),
+            slot_flops=2 * width * hidden,
+        ),
         grad_TD,
         down_NHD,
         hidden_RF,
@@ -219,6 +244,13 @@ def _weight_grad(a_RJ: Tensor, b_TD: Tensor, bank_NJD: Tensor, plan: SlotPlan) -
         weight_grad_kernel,
         (triton.cdiv(inner, config.rows) * triton.cdiv(width, config.columns), num_experts),
         config,
+        Cost(
+            reads=(plan.ends_N,),
+            writes=(grad_NJD,),
+            slots=a_RJ.shape[0],
+            slot_reads=(plan.token_R, a_RJ, b_TD),
+            slot_flops=2 * inner * width,
+        ),
         a_RJ,
         b_TD,
         grad_NJD,

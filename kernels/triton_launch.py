@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.kernels import tuning
+from emotrain.kernels.cost import Cost
 from emotrain.kernels.tuning import TileConfig
 
 
@@ -24,9 +25,14 @@ class Launch:
     grid: tuple[int, ...]
     config: TileConfig | None
     """Tile sizes of a GEMM; None for the others."""
+    cost: Cost
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     """Compile-time constants and launch options."""
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
@@ -78,15 +84,25 @@ def _target(tensor: Tensor) -> str:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], config: TileConfig | None, *arguments: Any, **options: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    config: TileConfig | None,
+    cost: Cost,
+    *arguments: Any,
+    **options: Any,
 ) -> None:
-    """Start `kernel` on the device of its first tensor. A grid with a zero starts nothing."""
+    """Start `kernel` on the device of its first tensor. A grid with a zero starts nothing.
+
+    Args:
+        config: tile sizes of a GEMM; None for the others.
+        cost: what the launch computes and moves.
+    """
     if 0 in grid:
         return
     if config is not None:
         options |= config.options()
     if recorder := _RECORDER.get():
-        recorder.seen(Launch(kernel, grid, config, arguments, options))
+        recorder.seen(Launch(kernel, grid, config, cost, arguments, options))
         return
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

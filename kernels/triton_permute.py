@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emotrain.kernels.backends import check_operands
+from emotrain.kernels.cost import Cost
 from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.triton_launch import launch
 
@@ -46,6 +47,11 @@ class SlotPlan(NamedTuple):
     def num_tiles(self) -> int:
         return self.tile_expert_P.shape[0]
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a GEMM kernel reads to find its tiles."""
+        return self.ends_N, self.tile_expert_P, self.tile_row_P
+
 
 def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
     """Cut every expert's slots into tiles of `rows`, on the device. As many tiles are launched as
@@ -62,6 +68,10 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
         plan_kernel,
         (triton.cdiv(max(num_slots, num_tiles), PLAN_BLOCK),),
         None,
+        Cost(
+            reads=(slots.slot_R, slots.ends_N),
+            writes=(position_R, tile_expert_P, tile_row_P),
+        ),
         slots.slot_R,
         slots.ends_N,
         position_R,
@@ -156,6 +166,13 @@ def gather_rows(
         gather_kernel,
         (triton.cdiv(num_rows, ROW_BLOCK),),
         None,
+        Cost(
+            reads=(plan.ends_N, weights_TK),
+            # Rows of empty slots are written too: zeros.
+            writes=(rows_RD, dots_TK),
+            slots=num_rows,
+            slot_reads=(plan.token_R, x_TD, plan.slot_R if weighted else None, other_RD),
+        ),
         x_TD,
         rows_RD,
         weights_TK if weighted else x_TD,
@@ -190,6 +207,12 @@ def combine_rows(
         combine_kernel,
         (triton.cdiv(num_tokens, ROW_BLOCK), triton.cdiv(width, COLUMN_BLOCK)),
         None,
+        Cost(
+            reads=(position_R, weights_TK),
+            writes=(y_TD,),
+            slots=rows_RD.shape[0],
+            slot_reads=(rows_RD,),
+        ),
         rows_RD,
         position_R,
         y_TD,

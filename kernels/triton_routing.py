@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emotrain.errors import UserError
+from emotrain.kernels.cost import Cost
 from emotrain.kernels.decision import Decision, decided
 from emotrain.kernels.triton_launch import launch
 
@@ -95,6 +96,7 @@ def _pools(
         score_kernel,
         (num_blocks,),
         None,
+        Cost(reads=(logits_TN, *by_document, kept_u8, counted_u8), writes=(partial_PN,)),
         logits_TN,
         by_document.values,
         by_document.indices,
@@ -116,6 +118,10 @@ def _pools(
         pool_kernel,
         (num_documents,),
         None,
+        Cost(
+            reads=(partial_PN, starts_G1, pool_size_G, kept_u8 if pool_u8 is not None else None),
+            writes=(scores_GN, pool_u8),
+        ),
         partial_PN,
         starts_G1,
         _or(pool_size_G, starts_G1),
@@ -158,10 +164,16 @@ def _route(
     )
     pool_u8 = None if pool_GN is None else pool_GN.contiguous().view(torch.uint8)
     valid_u8 = None if valid_T is None else valid_T.contiguous().view(torch.uint8)
+    of_document = () if pool_u8 is None else (document_T, pool_u8)
     launch(
         route_kernel,
         (triton.cdiv(num_tokens, ROUTE_TOKENS),),
         None,
+        Cost(
+            # Slots are added to the histogram, which is read for it.
+            reads=(logits_TN, *of_document, valid_u8, counts_N),
+            writes=(probabilities_TN, weights_TK, experts_TK, lse_T, counts_N),
+        ),
         logits_TN,
         document_T.contiguous(),
         _or(pool_u8, lse_T),
@@ -215,6 +227,10 @@ class _Route(torch.autograd.Function):
             route_backward_kernel,
             (triton.cdiv(num_tokens, ROUTE_TOKENS),),
             None,
+            Cost(
+                reads=(probabilities_TN, *grads, None if grads[1] is None else experts_TK),
+                writes=(grad_logits_TN,),
+            ),
             probabilities_TN,
             experts_TK,
             *(_or(grad, probabilities_TN) for grad in grads),

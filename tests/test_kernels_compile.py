@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 import triton_interpreter
 from conftest import ROOT, run_command
 
 from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, PUBLISHED, Row
-from emotrain.kernels.slots import SortedSlots
-from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
-from emotrain.kernels.triton_launch import Launch, recording
 from emotrain.kernels.tuning import GEMM_KERNELS, SPACE
 
 assert triton_interpreter.triton.knobs.runtime.interpret
@@ -161,56 +157,41 @@ def test_an_unknown_target_is_refused() -> None:
 # ---- the roofline
 
 
-def launches() -> list[Launch]:
-    """Of one layer's experts at the published shapes, forward and backward, in order."""
-    seen: list[Launch] = []
-    tokens, width, hidden = PUBLISHED["tokens"], PUBLISHED["width"], PUBLISHED["hidden"]
-    num_experts, num_chosen = PUBLISHED["num_experts"], PUBLISHED["num_chosen"]
-    with torch.device("meta"), recording("sm_90", seen.append):
-        slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
-        slots = SortedSlots(
-            torch.empty_like(slot_R), slot_R, torch.empty(num_experts, dtype=torch.int64)
-        )
-        leaves = [
-            torch.empty(shape, dtype=dtype, requires_grad=True)
-            for shape, dtype in (
-                ((tokens, width), torch.bfloat16),
-                ((tokens, num_chosen), torch.float32),
-                ((num_experts, 2 * hidden, width), torch.bfloat16),
-                ((num_experts, hidden, width), torch.bfloat16),
-            )
-        ]
-        grouped_mlp_triton(leaves[0], leaves[1], slots, *leaves[2:]).backward(leaves[0].detach())
-    return seen
-
-
-def test_the_roofline_counts_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name by name, and the bytes of every launch from its own arguments: each tensor once, rows
-    gathered by token once a slot."""
+def test_the_roofline_counts_what_a_hand_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our kernels by their launches and on paper: each tensor once, rows gathered by token once a
+    slot. `index` is 8 bytes a slot (its token or its choice), `word` is 4 (a weight or a
+    position). The tables of tiles and of experts are left out on paper."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import roofline
 
     sizes = [PUBLISHED[name] for name in ("tokens", "width", "hidden", "num_experts", "num_chosen")]
-    counted, _ = roofline.fused(roofline.Layer(*sizes))
-    seen = launches()
-    assert [kernel.name for kernel in counted] == [
-        launch.kernel.__name__.removesuffix("_kernel") for launch in seen
+    layer = roofline.Layer(*sizes)
+    rows, inner, bank, gemm, x = layer.rows, layer.inner, layer.bank, layer.gemm, layer.x
+    index, word = 8 * layer.slots, 4 * layer.slots
+    by_hand = [
+        ("plan", index, word, 0),
+        ("gate_up", index + rows + 2 * bank, 3 * inner, 2 * gemm),
+        ("rows", index + word + inner + bank, rows, gemm),
+        ("combine", word + rows, x, 0),
+        # The weights' gradient leaves one partial sum for 128 hidden units.
+        (
+            "grad_hidden",
+            2 * index + word + rows + bank + 2 * inner,
+            3 * inner + word * layer.hidden / 128,
+            gemm,
+        ),
+        ("weight_grad", index + inner + rows, bank, gemm),
+        ("weight_grad", index + 2 * inner + rows, 2 * bank, 2 * gemm),
+        ("rows", 2 * inner + 2 * bank, rows, 2 * gemm),
+        ("combine", word + rows, x, 0),
     ]
-    for kernel, launch in zip(counted, seen, strict=True):
-        tensors = {
-            id(argument): argument
-            for argument in launch.arguments
-            if isinstance(argument, torch.Tensor)
-        }.values()
-        moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        gathers = kernel.name in ("gate_up", "grad_hidden", "weight_grad")
-        moved += (
-            gathers * (PUBLISHED["num_chosen"] - 1) * PUBLISHED["tokens"] * PUBLISHED["width"] * 2
-        )
-        # The tables of tiles and of experts are left out on paper.
-        assert moved == pytest.approx(kernel.bytes, rel=0.002 if kernel.name != "plan" else 0.01), (
-            kernel.name
-        )
+    kernels, kept = roofline.fused(layer)
+    for kernel, (name, read, written, flops) in zip(kernels, by_hand, strict=True):
+        assert kernel.name == name and kernel.flops == flops
+        assert kernel.read == pytest.approx(read, rel=0.002), name
+        assert kernel.written == pytest.approx(written, rel=0.02 if name == "plan" else 0), name
+    # Besides x: gate and up, two indices, a weight and a position of each slot.
+    assert kept == pytest.approx(2 * inner + 2 * index + 2 * word, rel=0.002)
 
 
 def test_the_roofline_bar() -> None:

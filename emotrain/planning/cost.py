@@ -26,8 +26,6 @@ from emotrain.planning.dry_run import Measured
 from emotrain.planning.hardware import GPU, RATES, Cluster
 from emotrain.planning.meter import Collective, Kernel
 
-GROUPED = ("gate_up", "rows", "grad_hidden", "weight_grad")
-"""Our grouped GEMMs."""
 VIEWS = ("expected", "pessimistic", "optimistic")
 
 
@@ -94,7 +92,7 @@ def kernel_seconds(kernel: Kernel, gpu: GPU, view: str, fused: bool = False) -> 
     if kernel.dtype == torch.float32:
         peak = gpu.fp32_flops * rate("dense_gemm")
     else:
-        peak = gpu.bf16_flops * rate(_family(kernel.name))
+        peak = gpu.bf16_flops * rate(_family(kernel))
     return rate("launch_s") + max(moving, kernel.flops / peak)
 
 
@@ -102,12 +100,14 @@ COMPILED = ("attention", "norms", "router", "shared experts", "other", "head")
 """Parts of the model whose element-wise kernels torch.compile fuses."""
 
 
-def _family(name: str) -> str:
+def _family(kernel: Kernel) -> str:
+    """Rate of the arithmetic of a kernel with FLOPs."""
+    name = kernel.name
+    if kernel.ours:
+        return "grouped_gemm"
     if "attention" in name or "attn" in name:
         return "masked_attention" if "efficient" in name else "flash_attention"
-    if name.startswith("cutlass"):
-        return "cutlass_grouped_gemm"
-    return "grouped_gemm" if name in GROUPED else "dense_gemm"
+    return "cutlass_grouped_gemm" if name.startswith("cutlass") else "dense_gemm"
 
 
 def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:

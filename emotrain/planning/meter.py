@@ -79,6 +79,8 @@ class Kernel:
     dtype: torch.dtype
     flops: int
     bytes: int
+    ours: bool = False
+    """Whether it is a Triton kernel of `emotrain.kernels`. Those with FLOPs are grouped GEMMs."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ class Meter(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, kwargs, outputs)
         elif (
-            func.namespace != "prim"
+            # What an operator of ours launches is recorded by the launches.
+            func.namespace not in ("prim", "emotrain")
             and not func.is_view
             and (name := func._opname) not in MOVES_NOTHING
         ):
@@ -196,6 +199,7 @@ class Meter(TorchDispatchMode):
         size: float,
         part: str | None = None,
         launches: int = 1,
+        ours: bool = False,
     ) -> None:
         """Count kernels that no operator stands for."""
         kernel = Kernel(
@@ -205,6 +209,7 @@ class Meter(TorchDispatchMode):
             dtype,
             int(flops / launches),
             int(size / launches),
+            ours,
         )
         self.kernels[kernel] += launches
 

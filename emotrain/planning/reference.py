@@ -25,7 +25,7 @@ from dataclasses import replace
 import torch
 
 from emotrain.config import Config
-from emotrain.planning.cost import GROUPED, Work
+from emotrain.planning.cost import Work
 from emotrain.planning.dry_run import Measured
 from emotrain.planning.hardware import RATES
 from emotrain.planning.meter import Collective, Kernel
@@ -38,7 +38,6 @@ OPERATORS_A_DOCUMENT = 20
 code (2.3 a to g)."""
 WAITS_A_LAYER = 3
 """Copies of single numbers to the host in one layer, besides one a sequence (2.12)."""
-ROUTING_KERNELS = ("score", "pool", "route", "plan", "combine")
 
 
 def reference_config(config: Config) -> Config:
@@ -68,7 +67,7 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
     """
     kernels: Counter[Kernel] = Counter()
     for kernel, count in measured.kernels.items():
-        if not _is_ours_alone(kernel):
+        if not kernel.ours:
             kernels[kernel] += count
     passes = config.model.num_layers * measured.micro_batches
     for kernel in _experts(config, measured):
@@ -102,14 +101,6 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
         fused=True,
         extra_s=loops,
         gathers_overlap=False,
-    )
-
-
-def _is_ours_alone(kernel: Kernel) -> bool:
-    return kernel.name in (*GROUPED, *ROUTING_KERNELS, "route_backward") and kernel.part in (
-        "experts",
-        "router",
-        "dispatch",
     )
 
 

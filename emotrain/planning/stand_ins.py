@@ -131,19 +131,6 @@ def _attention(
     )[0]
 
 
-GEMM_FLOPS = {
-    "gate_up": lambda o: 4 * o["D"] * o["H"],
-    "rows": lambda o: 2 * o["J"] * o["D"],
-    "grad_hidden": lambda o: 2 * o["D"] * o["H"],
-    "weight_grad": lambda o: 2 * o["J"] * o["D"],
-}
-"""FLOPs a slot of the Triton kernels, by their compile-time constants."""
-
-
-GATHERED = {"gate_up": 0, "grad_hidden": 0, "weight_grad": 1, "gather": 0}
-"""The argument whose rows a kernel reads once a slot."""
-
-
 @contextmanager
 def gpu_kernels(
     meter: Meter, target: str, config: Config, layout: Layout, routing: Routing
@@ -155,8 +142,8 @@ def gpu_kernels(
             "experts.backend=megablocks cannot be planned: its memory is its own; plan with "
             "model.experts.backend=auto"
         )
-    _import_launch_code()
-    from emotrain.kernels.triton_launch import recording
+    import_launch_code()
+    from emotrain.kernels.triton_launch import Launch, recording
 
     tokens, lengths_G = (
         config.training.micro_batch * config.data.sequence_length,
@@ -167,26 +154,14 @@ def gpu_kernels(
     slots_in_use = round(tokens * chosen * routing.imbalance)
     rows_sent = sum(routing.sent(routed, chosen, held_experts(routed, ep), tokens)) if ep > 1 else 0
 
-    def count(launch: Any) -> None:
-        name = launch.kernel.__name__.removesuffix("_kernel")
+    def count(launch: Launch) -> None:
+        # Slots of a dispatcher are rows on their way to an expert rank.
+        used = rows_sent if meter.part == "dispatch" else slots_in_use
         tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
-        slots, used = 0, 0
-        if name in (*GATHERED, "rows", "combine"):
-            # Indices of the slots, or (combine) the place of each; slots that stay empty are
-            # neither read nor written.
-            slots = next(
-                t for t in tensors if t.ndim == 1 and t.dtype in (torch.int64, torch.int32)
-            ).shape[0]
-            used = min(slots, rows_sent if meter.part == "dispatch" else slots_in_use)
-        size = 0
-        for tensor in {id(tensor): tensor for tensor in tensors}.values():
-            share = used / slots if slots and tensor.shape[0] == slots else 1.0
-            if name in GATHERED and tensor is launch.arguments[GATHERED[name]]:
-                share = used / tensor.shape[0]
-            size += int(tensor.nbytes * share)
-        flops = GEMM_FLOPS[name](launch.options) * used if name in GEMM_FLOPS else 0
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.int64)
-        meter.record(name, dtype, flops, size)
+        cost = launch.cost
+        size = cost.bytes_read(used) + cost.bytes_written(used)
+        meter.record(launch.name, dtype, cost.flops(used), size, ours=True)
 
     capability = tuple(divmod(int(target.removeprefix("sm_")), 10))
     with ExitStack() as stack:
@@ -229,7 +204,7 @@ def replace_attribute(stack: ExitStack, owner: Any, name: str, value: Any) -> No
     setattr(owner, name, value)
 
 
-def _import_launch_code() -> None:
+def import_launch_code() -> None:
     """Import the Triton wrappers, also where Triton is not installed: a dry run calls what
     launches kernels, never a kernel."""
     if importlib.util.find_spec("triton") is not None:
