@@ -30,15 +30,15 @@ def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 class Touches:
-    """Runs each launch several times over changed arguments, and notes what it touched against what
-    its cost says."""
+    """Runs each launch on copies of its arguments, several times with some of them changed, and
+    notes where it touches other tensors than its cost says."""
 
     def __init__(self) -> None:
         self.seen: set[str] = set()
         self.wrong: list[str] = []
 
     def __call__(self, launch: Launch) -> None:
-        by_place = {
+        given = {
             argument.data_ptr(): argument
             for argument in launch.arguments
             if isinstance(argument, Tensor) and argument.numel()
@@ -46,39 +46,41 @@ class Touches:
         cost = launch.cost
         reads = {t.data_ptr() for t in present((*cost.reads, *cost.slot_reads))}
         writes = {t.data_ptr() for t in present((*cost.writes, *cost.slot_writes))}
-        whole = {t.data_ptr() for t in present(cost.writes)}
-        before = {place: tensor.clone() for place, tensor in by_place.items()}
+        assert reads | writes <= set(given), f"{launch.name} names what it is not given"
+        others = set(given) - reads
 
-        def run(**filled: tuple[set[int], int]) -> dict[int, Tensor]:
-            """Arguments after a run in which those of some places were one number before it."""
-            for place, tensor in by_place.items():
-                tensor.copy_(before[place])
-                for places, value in filled.values():
-                    if place in places:
-                        tensor.fill_(value)
-            launch.kernel[launch.grid](*launch.arguments, **launch.options)
-            return {place: tensor.clone() for place, tensor in by_place.items()}
+        def run(before: dict[int, Tensor]) -> dict[int, Tensor]:
+            after = {place: tensor.clone() for place, tensor in before.items()}
+            arguments = [
+                after.get(argument.data_ptr(), argument)
+                if isinstance(argument, Tensor)
+                else argument
+                for argument in launch.arguments
+            ]
+            launch.kernel[launch.grid](*arguments, **launch.options)
+            return after
 
-        others = set(by_place) - reads
-        first, second = run(others=(others, 77)), run(others=(others, 33))
-        written = {}
-        for place, tensor in first.items():
-            start = torch.full_like(tensor, 77) if place in others else before[place]
-            written[place] = ~same(tensor, start)
-            if not same(tensor, second[place])[written[place]].all():
-                self.wrong.append(f"{launch.name} reads what it does not say")
-        changed = {place for place, where in written.items() if where.any()}
-        if changed != writes or not all(written[place].all() for place in whole - reads):
+        def with_others(number: int) -> dict[int, Tensor]:
+            """The arguments, those that are not read filled with a number that is no result."""
+            fill = torch.tensor(number)
+            return {
+                place: torch.full_like(tensor, fill.to(tensor.dtype)) if place in others else tensor
+                for place, tensor in given.items()
+            }
+
+        before = with_others(-3)
+        first, second = run(before), run(with_others(-5))
+        written = {place: ~same(first[place], before[place]) for place in given}
+        if {place for place in given if written[place].any()} != writes:
             self.wrong.append(f"{launch.name} writes other tensors than it says")
-        for place in reads & set(by_place):
-            third = run(others=(others, 77), zeros=({place}, 0))
-            if all(
-                same(third[out], first[out])[written[out]].all() for out in writes if out != place
-            ):
-                self.wrong.append(f"{launch.name} does not read argument {place}")
-        if not reads <= set(by_place) or not writes <= set(by_place):
-            self.wrong.append(f"{launch.name} names what it is not given")
-        run()
+        if not all(same(first[out], second[out])[written[out]].all() for out in writes):
+            self.wrong.append(f"{launch.name} reads more than it says")
+        for place in reads:
+            changed = torch.zeros_like if given[place].any() else torch.ones_like
+            third = run(before | {place: changed(given[place])})
+            if all(same(first[out], third[out])[written[out]].all() for out in writes):
+                self.wrong.append(f"{launch.name} does not read {tuple(given[place].shape)}")
+        launch.kernel[launch.grid](*launch.arguments, **launch.options)
         self.seen.add(launch.name)
 
 
