@@ -130,6 +130,7 @@ class Meter(TorchDispatchMode):
         self._blocks: list[_Block] = []
         self._live: dict[int, tuple[weakref.ref, _Block]] = {}
         self._now = self._bytes = self.peak_bytes = self._peak_time = 0
+        self._recorded = 0
         self._stack: list[str] = []
         # Autograd numbers its nodes as they are made: the part of the model that made a node is
         # that of the last entry not above it.
@@ -164,6 +165,7 @@ class Meter(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # DTensor calls again with the tensors of this rank.
         kwargs = kwargs or {}
+        recorded = self._recorded
         result = func(*args, **kwargs)
         outputs = _tensors(result)
         for tensor in outputs:
@@ -171,8 +173,9 @@ class Meter(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional"):
             self._collective(func, args, kwargs, outputs)
         elif (
-            # What an operator of ours launches is recorded by the launches.
-            func.namespace not in ("prim", "emotrain")
+            func.namespace != "prim"
+            # An operator whose own launches were recorded is no kernel besides them.
+            and self._recorded == recorded
             and not func.is_view
             and (name := func._opname) not in MOVES_NOTHING
         ):
@@ -212,6 +215,7 @@ class Meter(TorchDispatchMode):
             ours,
         )
         self.kernels[kernel] += launches
+        self._recorded += 1
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
