@@ -7,26 +7,26 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-import test_layout as layout
 import torch
 
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
+from tests import layouts
 
 STEPS = 3
 
 
 def shared(sharing: str, parallel: dict | None = None, schedule: str = "joint") -> Config:
-    config = layout.config(parallel, balance_schedule=schedule)
+    config = layouts.config(parallel, balance_schedule=schedule)
     experts = replace(config.model.experts, sharing=sharing)
     model = replace(config.model, experts=experts, num_layers=4)
     return replace(config, model=model)
 
 
 @cache
-def expected(sharing: str) -> list[torch.Tensor]:
+def expected(sharing: str) -> list[layouts.Step]:
     """One process, one micro-batch."""
-    return layout.train(shared(sharing), layout.ROWS, Ranks(), steps=STEPS)
+    return layouts.train(shared(sharing), layouts.ROWS, Ranks(), steps=STEPS)
 
 
 @pytest.mark.layout
@@ -42,16 +42,18 @@ def expected(sharing: str) -> list[torch.Tensor]:
     ],
 )
 def test_no_layout_changes_the_training_of_shared_banks(
-    sharing: str, world_size: int, parallel: dict, micro_batches: int, tmp_path
+    sharing: str, world_size: int, parallel: dict, micro_batches: int
 ) -> None:
-    size = layout.ROWS // world_size // micro_batches
+    size = layouts.ROWS // world_size // micro_batches
     settings = shared(sharing, parallel)
-    for record in layout.run_processes(settings, size, world_size, tmp_path, steps=STEPS):
+    for record in layouts.train_on(world_size, settings, size, steps=STEPS):
         for got, wanted in zip(record, expected(sharing), strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(vars(got), vars(wanted), rtol=1e-9, atol=1e-12)
 
 
 def test_sharing_is_another_model() -> None:
     """The test above could not fail if sharing did nothing."""
-    losses = {sharing: expected(sharing)[0][0].item() for sharing in ("none", "groups", "all")}
+    losses = {
+        sharing: expected(sharing)[0].numbers[0].item() for sharing in ("none", "groups", "all")
+    }
     assert len(set(losses.values())) == 3
