@@ -10,13 +10,16 @@ modularity.json, modularity.md and modularity.png. Interrupted, it goes on where
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from emotrain.errors import RunError
+from emotrain.evaluation.results import Evaluation, read_evaluation
+from emotrain.files import json_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -82,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
         }
         evaluations = [(label, future.result()) for label, future in futures.items()]
     results = summary(dict(evaluations))
+    whole = {
+        **results,
+        "evaluations": {label: result.to_json() for label, result in evaluations},
+    }
     tables = [mean_table(evaluations), *(domain_table(result) for _, result in evaluations)]
     titles = ["", *(f"### {label}\n\n" for label, _ in evaluations)]
     (out / "modularity.md").write_text(
@@ -92,45 +99,46 @@ def run(args: argparse.Namespace) -> int:
         encoding="utf-8",
     )
     (out / "modularity.png").write_bytes(subset_figure(evaluations))
-    (out / "modularity.json").write_text(
-        json.dumps({**results, "evaluations": dict(evaluations)}, indent=1), encoding="utf-8"
-    )
+    (out / "modularity.json").write_text(json_text(whole, indent=1), encoding="utf-8")
     print((out / "modularity.md").read_text(encoding="utf-8"), file=sys.stderr)
     print(f"results in {out}/modularity.md, .png and .json", file=sys.stderr)
     if args.json:
-        print(json.dumps({**results, "evaluations": dict(evaluations)}))
+        print(json_text(whole))
     return 0
 
 
-def summary(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def summary(evaluations: dict[str, Evaluation]) -> dict[str, Any]:
     """The numbers the comparison is judged by; increases are nats a token, means over domains."""
     emo, standard = evaluations["EMO"], evaluations["standard MoE"]
+    emo_loss, standard_loss = emo.mean.loss_nats, standard.mean.loss_nats
+    if emo_loss is None or standard_loss is None:
+        raise RunError("a model has diverged: its loss is not finite")
     results: dict[str, Any] = {
-        "emo_full_loss_nats": emo["mean"]["loss_nats"],
-        "standard_full_loss_nats": standard["mean"]["loss_nats"],
-        "emo_full_loss_over_standard": emo["mean"]["loss_nats"] / standard["mean"]["loss_nats"],
-        "emo_domain_cosine_last_layer": emo["routing"]["domain_cosine_per_layer"][-1],
-        "standard_domain_cosine_last_layer": standard["routing"]["domain_cosine_per_layer"][-1],
+        "emo_full_loss_nats": emo_loss,
+        "standard_full_loss_nats": standard_loss,
+        "emo_full_loss_over_standard": emo_loss / standard_loss,
+        "emo_domain_cosine_last_layer": emo.routing.domain_cosine_per_layer[-1],
+        "standard_domain_cosine_last_layer": standard.routing.domain_cosine_per_layer[-1],
     }
-    for keep in emo["mean"]["increase_nats"]:
+    for keep in emo.keeps:
         for name, result in (("emo", emo), ("standard", standard)):
-            for arm, increase in result["mean"]["increase_nats"][keep].items():
+            for arm, increase in vars(result.mean.increase_nats[keep]).items():
                 results[f"{name}_increase_nats_{arm}_{keep}"] = increase
-        ours = emo["mean"]["increase_nats"][keep]["selected"]
+        ours, theirs = (result.mean.increase_nats[keep].selected for result in (emo, standard))
         # Where a subset costs EMO nothing, no ratio says by how much it is better.
         results[f"standard_increase_over_emo_{keep}"] = (
-            standard["mean"]["increase_nats"][keep]["selected"] / ours if ours > 0 else None
+            theirs / ours if theirs is not None and ours is not None and ours > 0 else None
         )
     return results
 
 
-def describe(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) -> str:
+def describe(results: dict[str, Any], evaluations: dict[str, Evaluation]) -> str:
     """What was compared and how it came out, in a few lines of Markdown."""
-    kept = evaluations["EMO"]["experts"]
+    emo = evaluations["EMO"]
     lines = [
-        f"- {evaluations['EMO']['step']:,} steps each; {kept['per_layer'][0]} experts a layer "
-        f"({kept['shared']} shared), "
-        f"{kept['per_token']} a token; {len(evaluations['EMO']['domains'])} domains.",
+        f"- {emo.step:,} steps each; {emo.experts.per_layer[0]} experts a layer "
+        f"({emo.experts.shared} shared), "
+        f"{emo.experts.per_token} a token; {len(emo.domains)} domains.",
         f"- Full model, nats a token: EMO {results['emo_full_loss_nats']:.3f}, standard "
         f"{results['standard_full_loss_nats']:.3f} "
         f"({100 * (results['emo_full_loss_over_standard'] - 1):+.2f} %).",
@@ -138,7 +146,7 @@ def describe(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) ->
         f"{results['emo_domain_cosine_last_layer']:.2f}, "
         f"standard {results['standard_domain_cosine_last_layer']:.2f}.",
     ]
-    for keep in evaluations["EMO"]["mean"]["increase_nats"]:
+    for keep in emo.keeps:
         if float(keep) < 1:
             ratio = results[f"standard_increase_over_emo_{keep}"]
             lines.append(
@@ -150,7 +158,7 @@ def describe(results: dict[str, Any], evaluations: dict[str, dict[str, Any]]) ->
     return "\n".join(lines) + "\n"
 
 
-def _train_and_evaluate(name: str, config: Path, args: argparse.Namespace) -> dict[str, Any]:
+def _train_and_evaluate(name: str, config: Path, args: argparse.Namespace) -> Evaluation:
     run_dir = Path(args.out) / name
     environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.jobs > 1 else dict(os.environ)
     _call(
@@ -180,7 +188,7 @@ def _train_and_evaluate(name: str, config: Path, args: argparse.Namespace) -> di
         ],
         environment,
     )
-    return json.loads((run_dir / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))
+    return read_evaluation(run_dir / "evaluation" / "evaluation.json")
 
 
 def _call(command: list[str], environment: dict[str, str]) -> None:

@@ -1,11 +1,10 @@
-"""The one table: for a terminal, for a plain stream, for Markdown, for HTML."""
+"""The one table: for a terminal, for a plain stream, for Markdown. (For HTML: the template of
+`emotrain.evaluation.report`.)"""
 
 from __future__ import annotations
 
-import html
 import sys
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,7 @@ class Table:
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
         columns = [
             "  ".join(
-                cell.ljust(width) if self._is_text(i) else cell.rjust(width)
+                cell.ljust(width) if self.is_text(i) else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -57,28 +56,13 @@ class Table:
     def markdown(self) -> str:
         lines = [
             self.header,
-            tuple(":--" if self._is_text(i) else "--:" for i in range(len(self.header))),
+            tuple(":--" if self.is_text(i) else "--:" for i in range(len(self.header))),
             *self.rows,
         ]
         cells = (
             " | ".join(_on_one_line(cell).replace("|", "\\|") for cell in line) for line in lines
         )
         return "\n".join([f"**{self.title}**", "", *(f"| {line} |" for line in cells), ""])
-
-    def html(self) -> str:
-        def line(cells: Sequence[str], tag: str) -> str:
-            kinds = (' class="name"' if self._is_text(i) else "" for i in range(len(cells)))
-            filled = "".join(
-                f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
-                for cell, kind in zip(cells, kinds, strict=True)
-            )
-            return f"<tr>{filled}</tr>"
-
-        head, body = line(self.header, "th"), "".join(line(row, "td") for row in self.rows)
-        return (
-            f'<div class="scroll"><table><caption>{html.escape(self.title)}</caption>'
-            f"<thead>{head}</thead><tbody>{body}</tbody></table></div>"
-        )
 
     def rich(self) -> rich.table.Table:
         from rich import box
@@ -99,13 +83,14 @@ class Table:
             whole = index < len(self.header) - self.notes
             width = max(map(cell_len, [*name.split(), *cells]), default=0) if whole else None
             table.add_column(
-                Text(name), justify="left" if self._is_text(index) else "right", min_width=width
+                Text(name), justify="left" if self.is_text(index) else "right", min_width=width
             )
         for row in self.rows:
             table.add_row(*map(Text, row))
         return table
 
-    def _is_text(self, column: int) -> bool:
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds names or notes, and no numbers."""
         return column < self.names or column >= len(self.header) - self.notes
 
 

@@ -2,7 +2,6 @@
 extraction changes nothing."""
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -14,8 +13,9 @@ from torch.nn import functional as F
 from emotrain.batch import PackedBatch
 from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack, token_losses
 from emotrain.evaluation.reading import DomainDocuments
+from emotrain.evaluation.results import ARMS, ByArm
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import ARMS, mean_increase, routing_summary, sweep
+from emotrain.evaluation.sweep import mean_increase, routing_summary, sweep
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import experts_kept, greedy_select, random_select
 
@@ -205,7 +205,7 @@ def test_the_sweep_is_what_its_words_say():
     }
     random = [random_select(model.config, 3, counts, seed) for seed in (5, 6)]
     for j, name in enumerate(names):
-        held_out, found = domains[name].held_out, result["domains"][name]
+        held_out, found = domains[name].held_out, result.domains[name]
         full = domain_loss(model, held_out)
         expected = {
             "selected": domain_loss(model, held_out, chosen[name]) - full,
@@ -221,23 +221,20 @@ def test_the_sweep_is_what_its_words_say():
             )
             - full,
         }
-        assert found["loss_nats"] == pytest.approx(full, rel=1e-5)
-        assert found["increase_nats"]["1.0"] == dict.fromkeys(ARMS, 0.0)
+        assert found.loss_nats == pytest.approx(full, rel=1e-5)
+        assert found.increase_nats["1.0"] == ByArm(0.0, 0.0, 0.0)
         for arm in ARMS:
-            assert found["increase_nats"]["0.5"][arm] == pytest.approx(expected[arm], abs=1e-5)
-            assert found["subset_loss_nats"]["0.5"][arm] == pytest.approx(
+            assert found.increase(keep="0.5", arm=arm)[0] == pytest.approx(expected[arm], abs=1e-5)
+            assert getattr(found.subset_loss_nats["0.5"], arm) == pytest.approx(
                 expected[arm] + full, abs=1e-5
             )
+    mean = {arm: result.mean.increase("0.5", arm) for arm in ARMS}
     for arm in ARMS:
-        by_domain = [result["domains"][name]["increase_nats"]["0.5"][arm] for name in names]
-        assert result["mean"]["increase_nats"]["0.5"][arm] == pytest.approx(np.mean(by_domain))
-        errors = [result["domains"][name]["standard_error_nats"]["0.5"][arm] for name in names]
-        assert result["mean"]["standard_error_nats"]["0.5"][arm] == pytest.approx(
-            math.hypot(*errors) / 3
-        )
-    assert len({round(result["mean"]["increase_nats"]["0.5"][arm], 4) for arm in ARMS}) == 3, (
-        "the arms must differ"
-    )
+        by_domain = [result.domains[name].increase("0.5", arm) for name in names]
+        assert mean[arm][0] == pytest.approx(np.mean([increase for increase, _ in by_domain]))
+        errors = [error for _, error in by_domain]
+        assert mean[arm][1] == pytest.approx(math.hypot(*errors) / 3)
+    assert len({round(increase, 4) for increase, _ in mean.values()}) == 3, "the arms must differ"
 
 
 def test_cross_domain_next_uses_the_next_name():
@@ -255,11 +252,11 @@ def test_cross_domain_next_uses_the_next_name():
         )
     ]
     # Sorted: code, law, prose; the last one takes the first one's.
-    prose = result["domains"]["prose"]
-    assert prose["subset_loss_nats"]["0.5"]["cross_domain"] == pytest.approx(
+    prose = result.domains["prose"]
+    assert prose.subset_loss_nats["0.5"].cross_domain == pytest.approx(
         domain_loss(model, domains["prose"].held_out, code), rel=1e-5
     )
-    assert prose["increase_nats"]["0.5"]["random"] is None
+    assert prose.increase_nats["0.5"].random is None
 
 
 def test_standard_error_covers_the_spread_over_samples():
@@ -289,57 +286,18 @@ def test_routing_summary_of_domains_that_share_all_or_nothing():
         torch.tensor([0, 0, 1, 1]),
         2,
     )
-    assert found["domain_cosine_per_layer"] == pytest.approx([1.0, 0.0])
-    assert found["effective_experts_per_layer"] == pytest.approx([6.0, 1.0])
-    assert found["domain_cosine"] == pytest.approx(0.5) and found[
-        "effective_experts"
-    ] == pytest.approx(3.5)
-
-
-def test_json_keys_are_stable():
-    """Scripts and pages read these; a renamed key is a broken promise."""
-    result = sweep(tiny_model(), domains_of(2), SweepSettings(keep=(1, 0.25)), ROW, 2)
-    assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"settings", "experts", "domains", "mean", "routing"}
-    assert set(result["settings"]) == {
-        "keep",
-        "domains",
-        "document_tokens",
-        "calibration_documents",
-        "documents",
-        "seed",
-        "random_seeds",
-        "cross_domain",
-    }
-    assert result["experts"] == {
-        "per_layer": [9, 9],
-        "shared": 1,
-        "per_token": 4,
-        "kept_per_layer": {"1.0": [9, 9], "0.25": [2, 2]},
-    }
-    losses = {"loss_nats", "subset_loss_nats", "increase_nats", "standard_error_nats"}
-    assert set(result["domains"]["law"]) == losses | {
-        "documents",
-        "targets",
-        "calibration_documents",
-    }
-    assert set(result["mean"]) == losses
-    assert set(result["mean"]["increase_nats"]) == {"1.0", "0.25"} and set(
-        result["mean"]["increase_nats"]["0.25"]
-    ) == set(ARMS)
-    assert set(result["routing"]) == {
-        "domain_cosine_per_layer",
-        "domain_cosine",
-        "effective_experts_per_layer",
-        "effective_experts",
-    }
+    assert found.domain_cosine_per_layer == pytest.approx([1.0, 0.0])
+    assert found.effective_experts_per_layer == pytest.approx([6.0, 1.0])
+    assert found.domain_cosine == pytest.approx(0.5) and found.effective_experts == pytest.approx(
+        3.5
+    )
 
 
 def test_one_domain_has_no_cross_domain_control():
     result = sweep(tiny_model(), domains_of(1), SweepSettings(keep=(1.0, 0.5)), ROW, 2)
     for keep in ("1.0", "0.5"):
-        assert result["mean"]["increase_nats"][keep]["cross_domain"] is None
-    assert result["routing"]["domain_cosine"] is None
+        assert result.mean.increase_nats[keep].cross_domain is None
+    assert result.routing.domain_cosine is None
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ line for every mistake."""
 import builtins
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -15,9 +16,19 @@ from emotrain.config import save_config
 from emotrain.data.manifest import SPLITS, write_manifest
 from emotrain.data.shards import write_shard
 from emotrain.evaluation import plots
+from emotrain.evaluation.findings import findings
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments
-from emotrain.evaluation.report import findings, write_report
+from emotrain.evaluation.report import write_report
+from emotrain.evaluation.results import (
+    ByArm,
+    DomainLosses,
+    ExpertCounts,
+    RoutingSummary,
+    SubsetLosses,
+    SweepResult,
+    read_evaluation,
+)
 from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import sweep
 from emotrain.evaluation.tables import mean_table
@@ -265,10 +276,10 @@ def test_the_report_is_one_page_that_loads_nothing(run_dir, data, capsys):
     assert not page.open and not page.loads and page.images == 2
     assert "<b>&" not in text and "code <b>&" in "".join(page.text)
     assert "1 unreadable lines of metrics.jsonl" in text
-    result = json.loads((run_dir / "evaluation/evaluation.json").read_text())
+    result = read_evaluation(run_dir / "evaluation/evaluation.json")
     for sentence in findings(result):
         assert sentence in "".join(page.text)
-    assert f"{result['domains']['law']['loss_nats']:.3f}" in text
+    assert f"{result.domains['law'].loss_nats:.3f}" in text
 
 
 def test_a_report_tells_what_is_not_there_yet(tmp_path):
@@ -291,20 +302,21 @@ def test_report_mistakes_are_one_line(run_dir, tmp_path, capsys):
 
 
 def result_with(selected, random, cross_domain, error=0.01):
-    """The parts of a result that `findings` reads, with these mean increases at half of the
-    experts."""
-    arms = {"selected": selected, "random": random, "cross_domain": cross_domain}
-    entry = {
-        "increase_nats": {"0.5": arms},
-        "standard_error_nats": {"0.5": dict.fromkeys(arms, error)},
+    """A result of one domain with these mean increases at half of the experts."""
+    increase = {"0.5": ByArm(selected, random, cross_domain)}
+    losses = {
+        "loss_nats": 3.0,
+        "subset_loss_nats": increase,
+        "increase_nats": increase,
+        "standard_error_nats": {"0.5": ByArm(error, error, error)},
     }
-    return {
-        "settings": {"calibration_documents": 8},
-        "experts": {"per_layer": [8], "kept_per_layer": {"0.5": [4]}},
-        "mean": entry,
-        "domains": {"law": entry},
-        "routing": {"domain_cosine": None, "effective_experts": 3.0},
-    }
+    return SweepResult(
+        settings=SweepSettings(keep=(0.5,)),
+        experts=ExpertCounts(per_layer=(8,), shared=0, per_token=2, kept_per_layer={"0.5": (4,)}),
+        domains={"law": DomainLosses(**losses, documents=9, targets=99, calibration_documents=8)},
+        mean=SubsetLosses(**losses),
+        routing=RoutingSummary((), None, (3.0,), 3.0),
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,6 +348,18 @@ def test_findings_follow_the_numbers_whichever_way_they_point(increases, said):
         assert words in sentence
 
 
+def test_an_increase_that_has_no_perplexity_is_still_told():
+    assert "more than 100 million times" in findings(result_with(2000.0, 2001.0, None))[0]
+
+
+def test_a_share_whose_losses_are_not_finite_is_a_dash_and_no_finding():
+    result = result_with(None, None, None)
+    assert findings(result) == []
+    assert mean_table([("", result)]).rows[0] == ("4 of 8", "–", "–", "–", "–")
+    assert subset_figure([("", result)]).startswith(PNG)
+    assert subset_figure([("a", result), ("b", result)]).startswith(PNG)
+
+
 def small_result(seed):
     random = np.random.default_rng(seed)
     documents = [np.append(random.integers(1, 60, 12), 0) for _ in range(8)]
@@ -354,7 +378,7 @@ def test_evaluations_are_compared_in_one_table_and_one_plot():
         (label, f"{kept} of 9") for label in ("EMO", "standard") for kept in (9, 4, 2)
     ]
     assert table.rows[1][3].startswith(
-        f"{evaluations[0][1]['mean']['increase_nats']['0.5']['selected']:+.3f}"
+        f"{evaluations[0][1].mean.increase_nats['0.5'].selected:+.3f}"
     )
 
 
@@ -384,6 +408,12 @@ def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_is_mi
     ]
     capsys.readouterr()
     assert_refused(["report", str(run_dir)], "pip install 'emotrain[report]'", capsys)
+
+
+def test_without_jinja2_one_line_says_what_is_missing(run_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert_refused(["report", str(run_dir)], "pip install 'emotrain[report]'", capsys)
+    assert not (run_dir / "report.html").exists()
 
 
 def test_many_domains_fit_one_plot():

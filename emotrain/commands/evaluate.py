@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emotrain.commands.common import add_json
+from emotrain.commands.common import add_json, finish
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import default_folder, evaluate, tables, write_results
-from emotrain.files import json_text
+from emotrain.evaluation.sweep import default_folder, evaluate, write_results
+from emotrain.evaluation.tables import tables
 from emotrain.progress import ProgressBar
 from emotrain.training.checkpoint import find
 
@@ -151,10 +151,7 @@ def run(args: argparse.Namespace) -> int:
             track=bar.track,
             folder=folder,
         )
-    if args.json:
-        print(json_text(result))
-    else:
-        print(*(table.text() for table in tables(result)), sep="\n\n")
+    finish(args, result.to_json(), "\n\n".join(table.text() for table in tables(result)))
     # What was printed is not lost when this fails.
     written = write_results(result, folder)
     if not args.json:

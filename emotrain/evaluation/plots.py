@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emotrain.errors import MissingPackageError
-from emotrain.evaluation.tables import ARM_NAMES, kept_label
+from emotrain.evaluation.results import Arm, SubsetLosses, SweepResult
+from emotrain.evaluation.tables import ARM_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 """Okabe and Ito's colours, told apart with any colour vision."""
-LINES = {"selected": "-", "random": ":", "cross_domain": "--"}
+LINES: dict[Arm, str] = {"selected": "-", "random": ":", "cross_domain": "--"}
 MAX_NAMED_LINES = 12
 """Of more domains than this only the worst and the best are named; the others are thin grey
 lines."""
 
-Evaluations = Sequence[tuple[str, Mapping[str, Any]]]
+Evaluations = Sequence[tuple[str, SweepResult]]
 """(label, result of `sweep`) pairs."""
 
 
@@ -38,7 +39,7 @@ def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
                 color = COLORS[index if len(evaluations) > 1 else arm_index]
                 _increase_line(
                     left,
-                    result["mean"],
+                    result.mean,
                     arm,
                     color,
                     LINES[arm],
@@ -53,7 +54,8 @@ def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
                 _domain_band(right, result, COLORS[index], label)
         for axes in (left, right):
             _keep_axis(axes, evaluations)
-            axes.legend(fontsize="small", frameon=False)
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize="small", frameon=False)
 
     return _png(draw, (10, 4), dark)
 
@@ -108,17 +110,18 @@ def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) ->
     return _png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
 
 
+def _points(losses: SubsetLosses, arm: Arm) -> list[tuple[float, float, float]]:
+    """Share kept, increase and standard error, by share; none for an arm without runs."""
+    found = ((float(keep), losses.increase(keep, arm)) for keep in losses.increase_nats)
+    return sorted((share, *increase) for share, increase in found if increase is not None)
+
+
 def _increase_line(
-    axes: Axes, entry: Mapping[str, Any], arm: str, color: str, style: str, label: str
+    axes: Axes, losses: SubsetLosses, arm: Arm, color: str, style: str, label: str
 ) -> None:
     """One curve with its standard errors; an arm without runs draws nothing."""
-    found = [
-        (float(keep), by_arm[arm], entry["standard_error_nats"][keep][arm])
-        for keep, by_arm in entry["increase_nats"].items()
-        if by_arm[arm] is not None
-    ]
-    if found:
-        x, y, error = zip(*sorted(found), strict=True)
+    if points := _points(losses, arm):
+        x, y, error = zip(*points, strict=True)
         axes.errorbar(
             x,
             y,
@@ -138,27 +141,22 @@ def _shown(label: str) -> str:
     return f"\u200b{label}" if label.startswith("_") else label
 
 
-def _domain_lines(axes: Axes, result: Mapping[str, Any]) -> None:
-    domains, smallest = result["domains"], min(result["mean"]["increase_nats"], key=float)
+def _domain_lines(axes: Axes, result: SweepResult) -> None:
+    points = {name: _points(domain, "selected") for name, domain in result.domains.items()}
+    # By the increase at the smallest share, from the worst.
     ordered = sorted(
-        domains, key=lambda name: domains[name]["increase_nats"][smallest]["selected"], reverse=True
+        (name for name in points if points[name]), key=lambda n: points[n][0][1], reverse=True
     )
     named = ordered if len(ordered) <= MAX_NAMED_LINES else [ordered[0], ordered[-1]]
     for name in ordered:
         if name not in named:
-            increase = domains[name]["increase_nats"]
-            keeps = sorted(increase, key=float)
-            axes.plot(
-                [float(keep) for keep in keeps],
-                [increase[keep]["selected"] for keep in keeps],
-                color="0.6",
-                linewidth=0.8,
-            )
+            shares, increases, _ = zip(*points[name], strict=True)
+            axes.plot(shares, increases, color="0.6", linewidth=0.8)
     for rank, name in enumerate(named):
         # Seven colours in two line styles tell up to twelve domains apart.
         _increase_line(
             axes,
-            domains[name],
+            result.domains[name],
             "selected",
             COLORS[rank % len(COLORS)],
             "--" if rank >= len(COLORS) else "-",
@@ -166,30 +164,34 @@ def _domain_lines(axes: Axes, result: Mapping[str, Any]) -> None:
         )
 
 
-def _domain_band(axes: Axes, result: Mapping[str, Any], color: str, label: str) -> None:
-    keeps = sorted(result["mean"]["increase_nats"], key=float)
-    by_domain = [
-        [domain["increase_nats"][keep]["selected"] for domain in result["domains"].values()]
-        for keep in keeps
-    ]
+def _domain_band(axes: Axes, result: SweepResult, color: str, label: str) -> None:
+    increases: dict[float, list[float]] = {}
+    for domain in result.domains.values():
+        for share, increase, _ in _points(domain, "selected"):
+            increases.setdefault(share, []).append(increase)
+    if not increases:
+        return
+    shares = sorted(increases)
     axes.fill_between(
-        [float(keep) for keep in keeps],
-        [min(row) for row in by_domain],
-        [max(row) for row in by_domain],
+        shares,
+        [min(increases[share]) for share in shares],
+        [max(increases[share]) for share in shares],
         color=color,
         alpha=0.15,
         linewidth=0,
     )
-    _increase_line(axes, result["mean"], "selected", color, "-", f"{label} (band: all domains)")
+    _increase_line(axes, result.mean, "selected", color, "-", f"{label} (band: all domains)")
 
 
 def _keep_axis(axes: Axes, evaluations: Evaluations) -> None:
     """Shares of experts on a log axis from all to few, named by their counts where all models
     agree."""
+    if not axes.has_data():  # no loss is finite: an axis without numbers
+        return
     labels: dict[str, set[str]] = {}
     for _, result in evaluations:
-        for keep in result["mean"]["increase_nats"]:
-            labels.setdefault(keep, set()).add(kept_label(result, keep))
+        for keep in result.keeps:
+            labels.setdefault(keep, set()).add(result.experts.label(keep))
     axes.set_xscale("log", base=2)
     axes.set_xticks(
         [float(keep) for keep in labels],

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,8 +30,19 @@ from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments, read_domains
+from emotrain.evaluation.results import (
+    ARMS,
+    Arm,
+    ByArm,
+    DomainLosses,
+    Evaluation,
+    ExpertCounts,
+    RoutingSummary,
+    SubsetLosses,
+    SweepResult,
+)
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.tables import ARM_NAMES, Table, domain_table, mean_table, routing_table
+from emotrain.evaluation.tables import tables
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import (
@@ -46,10 +57,7 @@ from emotrain.training.checkpoint import find, load_model, load_state
 
 log = logging.getLogger("emotrain")
 
-ARMS = tuple(ARM_NAMES)
-"""Keys of the three subsets compared at every share of kept experts."""
-
-Losses = dict[str, dict[str, Tensor | None]]
+ArmLosses = dict[str, dict[Arm, Tensor | None]]
 """float64 [U] by share kept and arm: sum of each document's losses, the mean over the runs of an
 arm; None without runs."""
 
@@ -63,9 +71,8 @@ def evaluate(
     micro_batch: int = 0,
     track: Track[PackedBatch] = untracked,
     folder: Path | None = None,
-) -> dict[str, Any]:
-    """Evaluate a checkpoint on the held-out documents of a prepared data set; the result is ready
-    for JSON.
+) -> Evaluation:
+    """Evaluate a checkpoint on the held-out documents of a prepared data set.
 
     Args:
         checkpoint: a checkpoint folder, or a run folder (then its newest).
@@ -100,14 +107,15 @@ def evaluate(
         _precision(config, target),
         track,
     )
-    return {
-        "format": 1,
-        "checkpoint": str(checkpoint_folder),
-        "step": load_state(checkpoint_folder).step,
-        "data": str(data),
-        "sequence_length": config.data.sequence_length,
-        **result,
-    }
+    if result.mean.loss_nats is None:
+        log.warning("%s: the losses of this model are not finite", checkpoint_folder)
+    return Evaluation(
+        **vars(result),
+        checkpoint=str(checkpoint_folder),
+        step=load_state(checkpoint_folder).step,
+        data=str(data),
+        sequence_length=config.data.sequence_length,
+    )
 
 
 @torch.no_grad()
@@ -119,7 +127,7 @@ def sweep(
     rows_per_batch: int,
     precision: torch.dtype | None = None,
     track: Track[PackedBatch] = untracked,
-) -> dict[str, Any]:
+) -> SweepResult:
     """Select experts for all domains at once and measure every arm; see `evaluate`."""
     names = sorted(domains)
     document_mask = model.config.attention.document_mask
@@ -142,7 +150,7 @@ def sweep(
             )
 
     full = losses(None, "full model")
-    arms: Losses = {}
+    arms: ArmLosses = {}
     for keep, kept in counts.items():
         if kept == tuple(
             model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
@@ -168,33 +176,30 @@ def sweep(
             )
             for arm in ARMS
         }
-    experts = {
-        "per_layer": [
-            model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
-        ],
-        "shared": model.config.experts.shared,
-        "per_token": model.config.experts.top_k + model.config.experts.shared,
-        "kept_per_layer": {keep: list(kept) for keep, kept in counts.items()},
-    }
-    return {
-        "settings": {
-            **dataclasses.asdict(settings),
-            "keep": [float(keep) for keep in counts],
-            "domains": names,
-        },
-        "experts": experts,
-        **_summary(names, domains, full, arms, group_U),
-        "routing": routing_summary(full, group_U, len(names)),
-    }
+    by_domain, mean = _summary(names, domains, full, arms, group_U)
+    return SweepResult(
+        settings=dataclasses.replace(
+            settings, keep=tuple(map(float, counts)), domains=tuple(names)
+        ),
+        experts=ExpertCounts(
+            per_layer=tuple(map(model.config.experts_in_layer, range(model.config.num_layers))),
+            shared=model.config.experts.shared,
+            per_token=model.config.experts.top_k + model.config.experts.shared,
+            kept_per_layer=counts,
+        ),
+        domains=by_domain,
+        mean=mean,
+        routing=routing_summary(full, group_U, len(names)),
+    )
 
 
 def _summary(
     names: Sequence[str],
     domains: Mapping[str, DomainDocuments],
     full: DocumentLosses,
-    arms: Losses,
+    arms: ArmLosses,
     group_U: Tensor,
-) -> dict[str, Any]:
+) -> tuple[dict[str, DomainLosses], SubsetLosses]:
     """Losses of each domain, and their unweighted mean over domains."""
     targets_J = _by_group(full.targets_U.double(), group_U)
     loss_J = _by_group(full.loss_U, group_U) / targets_J
@@ -208,36 +213,33 @@ def _summary(
         for keep, by_arm in arms.items()
     }
 
-    def table(value: Any) -> dict[str, dict[str, float | None]]:
+    def table(value: Callable[[Tensor, Tensor], Tensor]) -> dict[str, ByArm]:
         return {
-            keep: {
-                arm: None if pair is None else float(value(*pair)) for arm, pair in by_arm.items()
-            }
-            for keep, by_arm in increase.items()
+            keep: ByArm(
+                **{arm: None if pair is None else _finite(value(*pair)) for arm, pair in of.items()}
+            )
+            for keep, of in increase.items()
         }
 
-    by_domain = {
-        name: {
-            "loss_nats": float(loss_J[j]),
-            "subset_loss_nats": table(lambda inc_J, _, j=j: loss_J[j] + inc_J[j]),
-            "increase_nats": table(lambda inc_J, _, j=j: inc_J[j]),
-            "standard_error_nats": table(lambda _, error_J, j=j: error_J[j]),
-            "documents": len(domains[name].held_out),
-            "targets": int(targets_J[j]),
-            "calibration_documents": len(domains[name].calibration),
-        }
-        for j, name in enumerate(names)
-    }
-    mean = {
-        "loss_nats": float(loss_J.mean()),
-        "subset_loss_nats": table(lambda inc_J, _: (loss_J + inc_J).mean()),
-        "increase_nats": table(lambda inc_J, _: inc_J.mean()),
+    def of_domain(j: int, name: str) -> DomainLosses:
+        return DomainLosses(
+            loss_nats=_finite(loss_J[j]),
+            subset_loss_nats=table(lambda inc_J, _: loss_J[j] + inc_J[j]),
+            increase_nats=table(lambda inc_J, _: inc_J[j]),
+            standard_error_nats=table(lambda _, error_J: error_J[j]),
+            documents=len(domains[name].held_out),
+            targets=int(targets_J[j]),
+            calibration_documents=len(domains[name].calibration),
+        )
+
+    mean = SubsetLosses(
+        loss_nats=_finite(loss_J.mean()),
+        subset_loss_nats=table(lambda inc_J, _: (loss_J + inc_J).mean()),
+        increase_nats=table(lambda inc_J, _: inc_J.mean()),
         # Domains hold different documents, so their errors are independent.
-        "standard_error_nats": table(
-            lambda _, error_J: error_J.square().sum().sqrt() / len(error_J)
-        ),
-    }
-    return {"domains": by_domain, "mean": mean}
+        standard_error_nats=table(lambda _, error_J: error_J.square().sum().sqrt() / len(error_J)),
+    )
+    return {name: of_domain(j, name) for j, name in enumerate(names)}, mean
 
 
 def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple[Tensor, Tensor]:
@@ -257,25 +259,28 @@ def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple
     return increase_J, error_J
 
 
-def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> dict[str, Any]:
+def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> RoutingSummary:
     """How far the domains part ways: cosine of their mean routing, and experts that one document
     spreads over."""
     cosines, effective = [], []
     for scores_UN in full.routing:
         share_UN = scores_UN / scores_UN.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        effective.append(float(torch.special.entr(share_UN).sum(dim=1).exp().mean()))
+        effective.append(torch.special.entr(share_UN).sum(dim=1).exp().mean())
         direction_JN = torch.nn.functional.normalize(_by_group(scores_UN, group_U), dim=1)
         pairs_JJ = direction_JN @ direction_JN.T
         if num_groups > 1:
-            cosines.append(
-                float((pairs_JJ.sum() - pairs_JJ.trace()) / (num_groups * (num_groups - 1)))
-            )
-    return {
-        "domain_cosine_per_layer": cosines,
-        "domain_cosine": sum(cosines) / len(cosines) if cosines else None,
-        "effective_experts_per_layer": effective,
-        "effective_experts": sum(effective) / len(effective) if effective else None,
-    }
+            cosines.append((pairs_JJ.sum() - pairs_JJ.trace()) / (num_groups * (num_groups - 1)))
+    return RoutingSummary(
+        domain_cosine_per_layer=tuple(map(_finite, cosines)),
+        domain_cosine=_finite(torch.stack(cosines).mean()) if cosines else None,
+        effective_experts_per_layer=tuple(map(_finite, effective)),
+        effective_experts=_finite(torch.stack(effective).mean()) if effective else None,
+    )
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
@@ -296,7 +301,7 @@ def _mean(runs: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(runs)).mean(dim=0) if runs else None
 
 
-def _has_arm(arm: str, settings: SweepSettings, num_groups: int) -> bool:
+def _has_arm(arm: Arm, settings: SweepSettings, num_groups: int) -> bool:
     return {"selected": True, "random": settings.random_seeds > 0, "cross_domain": num_groups > 1}[
         arm
     ]
@@ -322,14 +327,14 @@ def default_folder(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.name}-evaluation")
 
 
-def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
+def write_results(result: Evaluation, folder: Path) -> list[Path]:
     """Write evaluation.json, evaluation.md and, where matplotlib is installed, subsets.png;
     returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [
         write_whole(
             folder / "evaluation.json",
-            (json_text(result, indent=1, ensure_ascii=False) + "\n").encode(),
+            (json_text(result.to_json(), indent=1, ensure_ascii=False) + "\n").encode(),
         ),
         write_whole(
             folder / "evaluation.md",
@@ -343,7 +348,3 @@ def write_results(result: dict[str, Any], folder: Path) -> list[Path]:
         (folder / "subsets.png").unlink(missing_ok=True)
         log.warning("subsets.png was not drawn: %s", error)
     return written
-
-
-def tables(result: dict[str, Any]) -> list[Table]:
-    return [domain_table(result), routing_table(result), mean_table([("", result)])]
