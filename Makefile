@@ -59,12 +59,13 @@ lint: $(VENV)/.installed  ## the formatter, the linter and the type checker, non
 modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
 	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity
 
-benchmarks: $(VENV)/.installed  ## router, step and expert timings, also against transformers (on an idle machine), and the kernels' roofline
+benchmarks: $(DATA)/dataset.json  ## router, step and expert timings, also against transformers (on an idle machine), and the kernels' roofline
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e '.[bench]'
 	$(BIN)/python benchmarks/router.py
 	$(BIN)/python benchmarks/step.py --peer hf
 	$(BIN)/python benchmarks/experts.py
 	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/contention.py --data $(DATA)
 
 cluster-benchmarks: $(DATA)/dataset.json  ## what can be measured of a cluster without one: exchange, schedule, planned memory, scale
 	$(BIN)/python benchmarks/dispatch.py

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from emotrain.commands import COMMANDS
 from emotrain.errors import EXIT_FAILED, EXIT_MISTAKE, EXIT_PIPE, RunError, UserError
+from emotrain.threads import share_the_cores
 
 EPILOG = """\
 start here:
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     words = sys.argv[1:] if arguments is None else arguments
+    share_the_cores()
     try:
         code = guarded(lambda: _run(words))
     except SystemExit:  # of argparse: help, or how to use a command

@@ -193,3 +193,26 @@ def test_balance_schedule_prints_the_deviation_of_running(tiny_data):
     )
     assert 1e-4 < result["at_start"]["2"]["gradient_deviation"] < 1
     assert result["trained_joint"].keys() == result["trained_running"].keys()
+
+
+def test_contention_prints_its_ratios(tiny_data, monkeypatch, capsys):
+    """One real run beside a busy process; the arithmetic of the rest on rates that are given."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import contention
+
+    settings = ["configs/quickstart.yaml", f"data.path={tiny_data}", *TINY_STEP]
+    settings += ["model.vocab_size=320"]
+    assert contention.run(settings, steps=2, threads=1, spins=100, busy=True) > 0
+
+    rates = {(contention.BEFORE, False): 100.0, (contention.BEFORE, True): 20.0}
+    rates |= {(None, False): 90.0, (None, True): 45.0, (7, False): 1.0, (7, True): 1.0}
+    monkeypatch.setattr(
+        contention, "run", lambda settings, steps, threads, spins, busy: rates[spins, busy]
+    )
+    monkeypatch.setattr(sys, "argv", ["contention.py", "--json", "--spins", "7"])
+    contention.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["quiet_over_before"] == 0.9
+    assert result["contended_over_quiet"] == 0.5
+    assert result["contended_over_before"] == 2.25
+    assert result["tokens_per_second"]["spins_7_busy"] == 1.0
