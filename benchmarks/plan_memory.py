@@ -26,7 +26,6 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,12 +37,11 @@ from _measure import machine, random_documents
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, config_from_dict
-from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
-from emotrain.planning.dry_run import PARTS, dry_run, follow_state
+from emotrain.planning.dry_run import dry_run, follow_state
 from emotrain.planning.meter import Meter
+from emotrain.planning.parts import PARTS
 from emotrain.training.engine import NativeEngine
-from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import train_step
 
 MIB = 1 << 20
@@ -102,18 +100,18 @@ def train(rank: int, processes: int, config: Config, folder: str) -> None:
     _warm_up(config, ranks)
     batches = _batches(config)
     before = _resident()
-    model = build_model(config, ranks)
-    optimizer = build_optimizer(model, config.optimizer)
+    engine = NativeEngine.build(config, ranks, fresh=True)
     meter = Meter(PARTS)
-    step(model, optimizer, batches, config, ranks)
-    follow_state(meter, model, optimizer, batches)
+    train_step(engine, batches, config, 1, ranks)
+    engine.start_step()
+    follow_state(meter, engine, batches)
     with meter:
-        step(model, optimizer, batches, config, ranks)
-    optimizer.zero_grad(set_to_none=True)
+        train_step(engine, batches, config, 2, ranks)
+    engine.start_step()
     # The meter's own work must not be in the resident memory: a step of its own.
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # start a new peak
-    step(model, optimizer, batches, config, ranks)
+    train_step(engine, batches, config, 3, ranks)
     if rank == 0:
         Path(folder, "measured.json").write_text(
             json.dumps(
@@ -142,9 +140,7 @@ def _warm_up(config: Config, ranks: Ranks) -> None:
         ),
         data=replace(config.data, sequence_length=32),
     )
-    model = build_model(tiny, ranks)
-    step(model, build_optimizer(model, tiny.optimizer), _batches(tiny), tiny, ranks)
-    del model
+    train_step(NativeEngine.build(tiny, ranks, fresh=True), _batches(tiny), tiny, 1, ranks)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
@@ -155,18 +151,6 @@ def _batches(config: Config) -> list[PackedBatch]:
         random_documents(rows, config.data.sequence_length, 3 * rows, config.model.vocab_size, seed)
         for seed in range(2)
     ]
-
-
-def step(
-    model: Any,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Any],
-    config: Config,
-    ranks: Ranks,
-) -> None:
-    train_step(NativeEngine(model), batches, config, 1, ranks)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def compare(case: tuple[int, int, str, str, int], small: bool) -> dict[str, Any]:

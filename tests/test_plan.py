@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from emotrain.planning.cost import VIEWS, Work, kernel_seconds, step_time
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import GPUS, RATES, Cluster, find_gpu
 from emotrain.planning.meter import Kernel, Meter
+from emotrain.planning.parts import PARTS, Memory, Part
 from emotrain.planning.plan import make_plan
 from emotrain.planning.search import advice, extrapolated, search, with_settings
 from emotrain.planning.stand_ins import Routing, synthetic_batch
+from emotrain.training.engine import Phase
 
 H100 = find_gpu("h100-80gb")
 
@@ -51,6 +54,7 @@ def config(**overrides) -> Config:
     )
 
 
+@cache
 def planned(**overrides) -> Measured:
     return dry_run(config(**overrides), 8)
 
@@ -77,17 +81,18 @@ def test_the_meter_follows_storages_not_tensors() -> None:
 def test_what_is_alive_at_the_peak_is_told_by_kind() -> None:
     weight = torch.ones(100, 100, requires_grad=True)
     meter = Meter(granularity=512)
-    meter.follow(weight.detach(), "parameters")
+    meter.follow(weight.detach(), Memory.PARAMETERS)
     with meter:
         y = (
             weight @ weight
         ).square()  # the product and its square are alive; backward keeps the product
         y.sum().backward()
-    meter.follow(weight.grad, "gradients")
+    assert weight.grad is not None
+    meter.follow(weight.grad, Memory.GRADIENTS)
     at_peak = meter.bytes_at_peak()
     rounded = 40_448  # 40,000 rounded up to 512
-    assert at_peak["parameters"] == rounded and sum(at_peak.values()) == meter.peak_bytes
-    assert at_peak["activations"] >= 2 * rounded
+    assert at_peak[Memory.PARAMETERS] == rounded and sum(at_peak.values()) == meter.peak_bytes
+    assert at_peak[Memory.ACTIVATIONS] >= 2 * rounded
 
 
 def test_flops_by_part_are_those_of_the_formula() -> None:
@@ -95,19 +100,17 @@ def test_flops_by_part_are_those_of_the_formula() -> None:
     CPU kernel: all scores, 4 and 10 times."""
     settings, batch = tiny_config(), tiny_batch(((16,), (16,)))
     model = tiny_model()
-    with Meter(
-        {"Attention": "attention", "SharedExperts": "shared", "DocumentPoolRouter": "router"}
-    ) as meter:
+    with Meter(PARTS) as meter:
         output = model(batch)
         (output.hidden_TD.sum() + sum(layer.z_sum for layer in output.routing.layers)).backward()
-    flops: dict[str, int] = {}
+    flops: dict[Part, int] = {}
     for kernel, count in meter.kernels.items():
         flops[kernel.part] = flops.get(kernel.part, 0) + count * kernel.flops
     layers, width, hidden, tokens = 2, 16, 8, 32
     scores = layers * batch.tokens_BS.shape[0] * 16 * 16 * width
-    assert flops["attention"] == 6 * layers * tokens * 4 * width * width + 14 * scores
-    assert flops["shared"] == 6 * layers * tokens * 3 * width * hidden
-    assert flops["router"] == 6 * layers * tokens * settings.model.experts_in_layer(0) * width
+    assert flops[Part.ATTENTION] == 6 * layers * tokens * 4 * width * width + 14 * scores
+    assert flops[Part.SHARED_EXPERTS] == 6 * layers * tokens * 3 * width * hidden
+    assert flops[Part.ROUTER] == 6 * layers * tokens * settings.model.experts_in_layer(0) * width
 
 
 # ---- the dry run
@@ -184,14 +187,44 @@ def test_a_token_goes_to_as_many_ranks_as_chance_has_it() -> None:
     )
 
 
+def test_a_step_waits_for_the_sizes_of_every_exchange() -> None:
+    """Once a layer and micro-batch, again where backward computes the block again, and once at the
+    end of the step."""
+    passes = 2 * 4
+    for overrides, waits in (
+        ({}, 1),
+        ({"parallel__ep": 4}, 1 + passes),
+        ({"parallel__ep": 4, "parallel__recompute": "full"}, 1 + 2 * passes),
+    ):
+        assert planned(model__num_layers=2, **overrides).waits == waits
+
+
+def test_every_part_and_phase_of_a_step_is_told_apart() -> None:
+    """Parts by the classes of modules, phases by the names that the engine gives them."""
+    measured = planned(model__num_layers=2, parallel__ep=4, parallel__recompute="full")
+    assert {kernel.part for kernel in measured.kernels} == set(Part)
+    assert {kernel.phase for kernel in measured.kernels} == {
+        Phase.FORWARD,
+        Phase.LOSS,
+        Phase.BACKWARD,
+        Phase.RECOMPUTE,
+        Phase.CLIPPING,
+        Phase.OPTIMIZER,
+        Phase.OTHER,
+    }
+    assert {kernel.part for kernel in measured.kernels if kernel.phase == Phase.CLIPPING} == {
+        Part.OTHER
+    }
+
+
 def test_schedules_and_recomputation_show_in_the_memory() -> None:
     joint, running, full = (
         planned(**{"data__sequence_length": 512, **more})
         for more in ({}, {"losses__balance_schedule": "running"}, {"parallel__recompute": "full"})
     )
     # `joint` keeps the activations of four micro-batches, `running` of one.
-    assert joint.at_peak["activations"] > 2.5 * running.at_peak["activations"] > 0
-    assert full.at_peak["activations"] < joint.at_peak["activations"] / 2
+    assert joint.at_peak[Memory.ACTIVATIONS] > 2.5 * running.at_peak[Memory.ACTIVATIONS] > 0
+    assert full.at_peak[Memory.ACTIVATIONS] < joint.at_peak[Memory.ACTIVATIONS] / 2
     assert sum(full.flops_by_part().values()) > 1.2 * sum(joint.flops_by_part().values())
 
 
@@ -313,8 +346,8 @@ def test_collectives_by_hand() -> None:
 
 def test_kernels_take_the_longer_of_arithmetic_and_memory() -> None:
     gap = RATES["launch_s"].value
-    gemm = Kernel("mm", "head", "forward", torch.bfloat16, 10**12, 10**6)
-    copy = Kernel("clone", "norms", "forward", torch.bfloat16, 0, 10**9)
+    gemm = Kernel("mm", Part.HEAD, Phase.FORWARD, torch.bfloat16, 10**12, 10**6)
+    copy = Kernel("clone", Part.NORMS, Phase.FORWARD, torch.bfloat16, 0, 10**9)
     assert kernel_seconds(gemm, H100, "expected") == pytest.approx(
         gap + 1e12 / (989.4e12 * RATES["dense_gemm"].value)
     )

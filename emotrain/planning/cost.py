@@ -25,6 +25,8 @@ import torch
 from emotrain.planning.dry_run import Measured
 from emotrain.planning.hardware import GPU, RATES, Cluster
 from emotrain.planning.meter import Collective, Kernel
+from emotrain.planning.parts import Part
+from emotrain.training.engine import Phase
 
 VIEWS = ("expected", "pessimistic", "optimistic")
 
@@ -96,7 +98,14 @@ def kernel_seconds(kernel: Kernel, gpu: GPU, view: str, fused: bool = False) -> 
     return rate("launch_s") + max(moving, kernel.flops / peak)
 
 
-COMPILED = ("attention", "norms", "router", "shared experts", "other", "head")
+COMPILED = (
+    Part.ATTENTION,
+    Part.NORMS,
+    Part.ROUTER,
+    Part.SHARED_EXPERTS,
+    Part.OTHER,
+    Part.HEAD,
+)
 """Parts of the model whose element-wise kernels torch.compile fuses."""
 
 
@@ -114,14 +123,14 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
     """Seconds of one step, `expected` or at either end of the assumed ranges."""
     rate = {name: entry.at(view) for name, entry in RATES.items()}
     compute: defaultdict[str, float] = defaultdict(float)
-    by_phase: defaultdict[tuple[str, bool], float] = defaultdict(float)
+    by_phase: defaultdict[tuple[Phase, bool], float] = defaultdict(float)
     for kernel, count in work.kernels.items():
         seconds = count * kernel_seconds(kernel, cluster.gpu, view, work.fused)
         compute[kernel.part] += seconds
-        by_phase[_side(kernel.phase), kernel.part == "shared experts"] += seconds
+        by_phase[_side(kernel.phase), kernel.part == Part.SHARED_EXPERTS] += seconds
     sent: defaultdict[str, float] = defaultdict(float)
-    by_side: defaultdict[tuple[str, str], float] = defaultdict(float)
-    once: defaultdict[tuple[str, str], float] = defaultdict(float)
+    by_side: defaultdict[tuple[Phase, str], float] = defaultdict(float)
+    once: defaultdict[tuple[Phase, str], float] = defaultdict(float)
     for collective, count in work.collectives.items():
         one = cluster.collective_seconds(
             collective.kind, collective.bytes, work.axes[collective.axis], view
@@ -132,27 +141,25 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
         once[side, kind] = max(once[side, kind], one)
 
     parts: dict[str, float] = {}
-    for side, edge in (("forward", "gathers"), ("backward", "reductions")):
+    for side, edge in ((Phase.FORWARD, "gathers"), (Phase.BACKWARD, "reductions")):
         kernels = by_phase[side, False] + by_phase[side, True]
         exchange = by_side[side, "exchange"]
         exposed_exchange = max(0.0, exchange / 2 - by_phase[side, True]) + exchange / 2
         parts[side] = kernels
         parts[f"{side}: exchange of tokens"] = exposed_exchange
         hidden_under = (
-            kernels + exposed_exchange if side == "forward" or work.gathers_overlap else kernels
+            kernels + exposed_exchange if side == Phase.FORWARD or work.gathers_overlap else kernels
         )
         moved = by_side[side, "gathers"] + by_side[side, "reductions"]
-        if side == "forward" and not work.gathers_overlap:
+        if side == Phase.FORWARD and not work.gathers_overlap:
             hidden_under = 0.0
         parts[f"{side}: parameters and gradients"] = exposed = max(
             once[side, edge], moved - hidden_under
         )
         parts[f"{side}: contention"] = rate["contention"] * (moved - exposed)
         parts[f"{side}: small sums"] = by_side[side, "sums"]
-    parts["optimizer"] = (
-        by_phase["optimizer", False]
-        + by_phase["optimizer", True]
-        + sum(seconds for (side, _), seconds in by_side.items() if side == "optimizer")
+    parts[Phase.OPTIMIZER] = by_phase[Phase.OPTIMIZER, False] + sum(
+        seconds for (side, _), seconds in by_side.items() if side == Phase.OPTIMIZER
     )
     parts["waits of the host"] = work.waits * rate["sync_s"] + work.extra_s
     device = sum(parts.values())
@@ -162,10 +169,11 @@ def step_time(work: Work, cluster: Cluster, view: str = "expected") -> StepTime:
     return StepTime(sum(parts.values()), parts, dict(compute), dict(sent), work.tokens)
 
 
-def _side(phase: str) -> str:
-    return {"forward": "forward", "recompute": "backward", "backward": "backward"}.get(
-        phase, "optimizer"
-    )
+def _side(phase: Phase) -> Phase:
+    """What the time of a phase is added to: forward, backward or the optimizer."""
+    if phase in (Phase.BACKWARD, Phase.RECOMPUTE):
+        return Phase.BACKWARD
+    return Phase.OPTIMIZER if phase in (Phase.CLIPPING, Phase.OPTIMIZER) else Phase.FORWARD
 
 
 def _purpose(collective: Collective) -> str:

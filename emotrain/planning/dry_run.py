@@ -16,20 +16,27 @@ replaced, and nothing else:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
+from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
-from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.parallelize import materialize, parallelize
+from emotrain.distributed.ranks import Ranks, local_part
+from emotrain.model import losses
+from emotrain.model.transformer import Transformer
 from emotrain.planning.meter import Collective, Kernel, Meter
+from emotrain.planning.parts import PARTS, Memory, Part
 from emotrain.planning.stand_ins import (
     CUDA_GRANULARITY,
     Routing,
@@ -39,17 +46,9 @@ from emotrain.planning.stand_ins import (
     replace_attribute,
     synthetic_batch,
 )
-
-PARTS = {
-    "Attention": "attention",
-    "RMSNorm": "norms",
-    "DocumentPoolRouter": "router",
-    "MoELayer": "dispatch",
-    "RoutedExperts": "experts",
-    "SharedExperts": "shared experts",
-    "Embedding": "embedding",
-}
-"""Part of the model by class of the module."""
+from emotrain.training.engine import NativeEngine
+from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Measured:
     layout: Layout
     axes: dict[str, tuple[int, ...]]
     """Ranks of the group of each axis that rank 0 is in."""
-    at_peak: dict[str, int]
+    at_peak: dict[Memory, int]
     """Live bytes by kind when their sum was largest."""
     peak_bytes: int
     state_bytes: dict[str, int]
@@ -90,8 +89,8 @@ class Measured:
             of_kind[collective.axis] = of_kind.get(collective.axis, 0) + count
         return result
 
-    def flops_by_part(self) -> dict[str, int]:
-        result: dict[str, int] = {}
+    def flops_by_part(self) -> dict[Part, int]:
+        result: dict[Part, int] = {}
         for kernel, count in self.kernels.items():
             if kernel.flops:
                 result[kernel.part] = result.get(kernel.part, 0) + count * kernel.flops
@@ -123,14 +122,15 @@ def dry_run(
         meter = Meter(PARTS, _group_names(meshes), CUDA_GRANULARITY if on_gpu else 1)
         if on_gpu:
             stack.enter_context(gpu_kernels(meter, target, config, layout, routing))
-        model, optimizer, micro_batches = _prepare(stack, config, meshes, layout, routing)
-        follow_state(meter, model, optimizer, micro_batches)
+        waits: Counter[str] = Counter()
+        engine, micro_batches = _prepare(stack, config, meshes, layout, routing, waits)
+        follow_state(meter, engine, micro_batches)
         stack.enter_context(meter)
         stack.enter_context(ZeroOnHost())
-        _step(meter, model, optimizer, micro_batches, config, Ranks(0, world_size))
+        _step(meter, engine, micro_batches, config, Ranks(0, world_size))
         axes = _group_ranks(meshes)
         at_peak = meter.bytes_at_peak()
-        state = _state_bytes(model, optimizer)
+        state = _state_bytes(engine)
     return Measured(
         layout,
         axes,
@@ -142,23 +142,21 @@ def dry_run(
         len(micro_batches),
         len(micro_batches) * micro_batches[0].tokens_BS.numel(),
         micro_batches[0].num_documents,
-        1 + _exchanges(meter),
+        1 + waits.total(),
         time.perf_counter() - started,
     )
 
 
 def _prepare(
-    stack: ExitStack, config: Config, meshes: Meshes | None, layout: Layout, routing: Routing
-) -> tuple[Any, Any, list[PackedBatch]]:
-    """Model, optimizer and micro-batches of training, without data. Fake tensors exist from here
-    to the end of `stack`."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from emotrain.distributed.dispatch import AllToAllDispatcher
-    from emotrain.distributed.parallelize import parallelize
-    from emotrain.model.transformer import Transformer
-    from emotrain.training.optimizer import build_optimizer
-
+    stack: ExitStack,
+    config: Config,
+    meshes: Meshes | None,
+    layout: Layout,
+    routing: Routing,
+    waits: Counter[str],
+) -> tuple[NativeEngine, list[PackedBatch]]:
+    """Engine and micro-batches of training, without data. Fake tensors exist from here to the end
+    of `stack`; a step counts its waits for split sizes in `waits`."""
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config, meshes)
@@ -167,30 +165,37 @@ def _prepare(
         dispatcher, router = block.moe.dispatcher, block.moe.router
         if isinstance(dispatcher, AllToAllDispatcher) and router is not None:
             tokens = config.training.micro_batch * config.data.sequence_length
-            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing)
+            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing, waits)
             setattr(dispatcher, "split_sizes", balanced)  # noqa: B010 - mypy: a method
     fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-    model.to_empty(device="cpu")
-    micro_batches = [
-        PackedBatch(
-            fake.from_tensor(batch.tokens_BS),
-            fake.from_tensor(batch.targets_BS),
-            fake.from_tensor(batch.document_BS),
-            fake.from_tensor(batch.document_ids_G),
-        )
-        for _ in range(
-            config.training.global_batch // (config.training.micro_batch * layout.world_size)
-        )
-    ]
+    materialize(model, None, torch.device("cpu"))
+    steps = config.training.global_batch // (config.training.micro_batch * layout.world_size)
+    micro_batches = [replace(batch, **_tensors(batch, fake.from_tensor)) for _ in range(steps)]
     optimizer = build_optimizer(model, config.optimizer)
+    # The optimizer's state is there before the step, as in every step but the first.
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return model, optimizer, micro_batches
+    engine = NativeEngine(model, optimizer, config.training.precision == "bfloat16")
+    engine.start_step()
+    return engine, micro_batches
 
 
-def _balanced(dispatcher: Any, tokens: int, chosen: int, routing: Routing):
+def _tensors(
+    batch: PackedBatch, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
+) -> dict[str, Any]:
+    """The tensors of a batch by name, each changed."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _balanced(
+    dispatcher: AllToAllDispatcher,
+    tokens: int,
+    chosen: int,
+    routing: Routing,
+    waits: Counter[str],
+) -> Callable[[Tensor], tuple[list[int], list[int], int]]:
     """`split_sizes` of a dispatcher under routing without preference."""
     send = routing.sent(
         dispatcher.num_experts,
@@ -203,77 +208,59 @@ def _balanced(dispatcher: Any, tokens: int, chosen: int, routing: Routing):
     num_slots = tokens * chosen * dispatcher.num_ranks / sum(send) * received[0]
 
     def split_sizes(send_R2: Tensor) -> tuple[list[int], list[int], int]:
+        waits["split sizes"] += 1
         dist.all_to_all_single(torch.empty_like(send_R2), send_R2, group=dispatcher.group)
         return send, received, round(num_slots)
 
     return split_sizes
 
 
-def follow_state(
-    meter: Meter, model: Any, optimizer: torch.optim.Optimizer, micro_batches: Sequence[PackedBatch]
-) -> None:
+def follow_state(meter: Meter, engine: NativeEngine, micro_batches: Sequence[PackedBatch]) -> None:
     """Tell a meter of what is there before a step: parameters, optimizer state, batches."""
-    from emotrain.distributed.ranks import local_part
-
-    for parameter in model.parameters():
-        meter.follow(local_part(parameter.detach()), "parameters")
-        for tensor in optimizer.state[parameter].values():
-            meter.follow(local_part(tensor), "optimizer state")
+    assert engine.optimizer is not None
+    for parameter in engine.model.parameters():
+        meter.follow(local_part(parameter.detach()), Memory.PARAMETERS)
+        for tensor in engine.optimizer.state[parameter].values():
+            meter.follow(local_part(tensor), Memory.OPTIMIZER_STATE)
     for batch in micro_batches:
-        for tensor in (batch.tokens_BS, batch.targets_BS, batch.document_BS, batch.document_ids_G):
-            meter.follow(tensor, "batches")
+        for tensor in _tensors(batch).values():
+            meter.follow(tensor, Memory.BATCHES)
 
 
 def _step(
     meter: Meter,
-    model: Any,
-    optimizer: torch.optim.Optimizer,
+    engine: NativeEngine,
     micro_batches: Sequence[PackedBatch],
     config: Config,
     ranks: Ranks,
 ) -> None:
-    """The loop's own step: forward and backward of every micro-batch, clipping, AdamW."""
-    from emotrain.distributed.ranks import local_part
-    from emotrain.model import losses
-    from emotrain.training.engine import NativeEngine
-    from emotrain.training.step import train_step
+    """Training's own step. The head is no module, so that its part is named here."""
 
     def head(*args: Any, whole=losses.linear_cross_entropy) -> Any:
-        with meter.inside("head"):
+        with meter.inside(Part.HEAD):
             return whole(*args)
 
     with ExitStack() as stack:
         replace_attribute(stack, losses, "linear_cross_entropy", head)
-        bfloat16 = config.training.precision == "bfloat16"
-        engine = NativeEngine(model, bfloat16=bfloat16)
         train_step(engine, micro_batches, config, 1, ranks)
-    for parameter in model.parameters():
-        meter.follow(local_part(parameter.grad), "gradients")
-    with meter.during("optimizer"):
-        optimizer.step()
+    for gradient in _gradients(engine):
+        meter.follow(gradient, Memory.GRADIENTS)
 
 
-def _state_bytes(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    from emotrain.distributed.ranks import local_part
+def _gradients(engine: NativeEngine) -> list[Tensor]:
+    """This rank's part of each."""
+    return [local_part(p.grad) for p in engine.model.parameters() if p.grad is not None]
 
-    parameters = list(model.parameters())
+
+def _state_bytes(engine: NativeEngine) -> dict[str, int]:
+    """Bytes of parameters, gradients and optimizer state between steps."""
+    assert engine.optimizer is not None
+    state, parameters = engine.optimizer.state, list(engine.model.parameters())
     return {
         "parameters": sum(local_part(p.detach()).nbytes for p in parameters),
-        "gradients": sum(local_part(p.grad).nbytes for p in parameters),
-        "optimizer": sum(
-            local_part(t).nbytes for p in parameters for t in optimizer.state[p].values()
-        ),
+        "gradients": sum(gradient.nbytes for gradient in _gradients(engine)),
+        "optimizer": sum(local_part(t).nbytes for p in parameters for t in state[p].values()),
     }
-
-
-def _exchanges(meter: Meter) -> int:
-    """Times that split sizes reach the host: once for each exchange of the rows to each rank, a
-    vector of int64."""
-    return sum(
-        count
-        for collective, count in meter.collectives.items()
-        if collective.kind == "all_to_all" and collective.bytes == 8 * collective.group_size
-    )
 
 
 @contextmanager

@@ -33,6 +33,9 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from emotrain.planning.parts import Memory, Part
+from emotrain.training.engine import Phase, record_phases
+
 COLLECTIVES = {
     "allgather": "all_gather",
     "all_gather": "all_gather",
@@ -68,14 +71,23 @@ READS_ROWS = {"embedding", "index_select", "gather", "index"}
 """Operators that read as many elements of their source as they write."""
 
 
+MADE_IN = {
+    Phase.BACKWARD: Memory.BACKWARD,
+    Phase.RECOMPUTE: Memory.RECOMPUTED,
+    Phase.CLIPPING: Memory.OPTIMIZER,
+    Phase.OPTIMIZER: Memory.OPTIMIZER,
+}
+"""Kind of what a phase allocates; in the other phases, activations."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One launch: what it computes and moves. Bytes are those of its operands, each counted
     once."""
 
     name: str
-    part: str
-    phase: str
+    part: Part
+    phase: Phase
     dtype: torch.dtype
     flops: int
     bytes: int
@@ -90,8 +102,8 @@ class Collective:
 
     kind: str
     axis: str
-    part: str
-    phase: str
+    part: Part
+    phase: Phase
     group_size: int
     bytes: int
 
@@ -101,23 +113,24 @@ class _Block:
 
     __slots__ = ("born", "bytes", "died", "kind")
 
-    def __init__(self, size: int, kind: str, born: int):
+    def __init__(self, size: int, kind: Memory, born: int):
         self.bytes, self.kind, self.born, self.died = size, kind, born, -1
 
 
 class Meter(TorchDispatchMode):
-    """Measures what runs inside `with meter:`.
+    """Measures what runs inside `with meter:`. The phases of a step are those that training's
+    engine names; backward and what it computes again are told apart without help.
 
     Args:
-        parts: part of the model by class name of a module; a module without an entry belongs to the
-            part around it.
+        parts: part of the model by class of a module; a module without an entry belongs to the part
+            around it.
         axes: axis by name of a process group.
         granularity: allocations are rounded up to this many bytes (512 for the CUDA allocator).
     """
 
     def __init__(
         self,
-        parts: Mapping[str, str] | None = None,
+        parts: Mapping[type[nn.Module], Part] | None = None,
         axes: Mapping[str, str] | None = None,
         granularity: int = 1,
     ):
@@ -126,15 +139,15 @@ class Meter(TorchDispatchMode):
         self.kernels: Counter[Kernel] = Counter()
         self.collectives: Counter[Collective] = Counter()
         self.formulas: dict[str, Callable[..., int]] = dict(FLOPS)
-        self.phase = ""
+        self.phase = Phase.OTHER
         self._blocks: list[_Block] = []
         self._live: dict[int, tuple[weakref.ref, _Block]] = {}
         self._now = self._bytes = self.peak_bytes = self._peak_time = 0
         self._recorded = 0
-        self._stack: list[str] = []
+        self._stack: list[Part] = []
         # Autograd numbers its nodes as they are made: the part of the model that made a node is
         # that of the last entry not above it.
-        self._part_from: list[tuple[int, str]] = [(0, "other")]
+        self._part_from: list[tuple[int, Part]] = [(0, Part.OTHER)]
         self._exits = ExitStack()
 
     def __enter__(self) -> Self:
@@ -149,6 +162,8 @@ class Meter(TorchDispatchMode):
         # operator.
         setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 - mypy: a method
         self._exits.callback(setattr, torch.UntypedStorage, "resize_", original)
+        self._exits.callback(record_phases, None)
+        record_phases(lambda name: self.during(Phase(name)))
         self._exits.callback(register_module_forward_pre_hook(self._enter_module).remove)
         self._exits.callback(
             register_module_forward_hook(self._leave_module, always_call=True).remove
@@ -182,7 +197,7 @@ class Meter(TorchDispatchMode):
             self._kernel(func, name, args, kwargs, result, outputs)
         return result
 
-    def follow(self, tensor: Tensor, kind: str | None = None) -> None:
+    def follow(self, tensor: Tensor, kind: Memory | None = None) -> None:
         """Count a tensor's storage, and call it `kind` from now on and at the peak."""
         storage = tensor.untyped_storage()
         known = self._live.get(storage._cdata)
@@ -200,7 +215,7 @@ class Meter(TorchDispatchMode):
         dtype: torch.dtype,
         flops: float,
         size: float,
-        part: str | None = None,
+        part: Part | None = None,
         launches: int = 1,
         ours: bool = False,
     ) -> None:
@@ -218,9 +233,8 @@ class Meter(TorchDispatchMode):
         self._recorded += 1
 
     @contextmanager
-    def during(self, phase: str) -> Iterator[None]:
-        """Name a phase other than forward, backward and recompute, which are told apart without
-        help."""
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Name the phase that runs within this context."""
         before, self.phase = self.phase, phase
         try:
             yield
@@ -228,7 +242,7 @@ class Meter(TorchDispatchMode):
             self.phase = before
 
     @contextmanager
-    def inside(self, part: str) -> Iterator[None]:
+    def inside(self, part: Part) -> Iterator[None]:
         """Name a part of the model that is no module."""
         self._stack.append(part)
         self._mark()
@@ -238,9 +252,9 @@ class Meter(TorchDispatchMode):
             self._stack.pop()
             self._mark()
 
-    def bytes_at_peak(self) -> dict[str, int]:
+    def bytes_at_peak(self) -> dict[Memory, int]:
         """Live bytes by kind when their sum was largest."""
-        kinds: Counter[str] = Counter()
+        kinds: Counter[Memory] = Counter()
         for block in self._blocks:
             if block.born <= self._peak_time and (block.died < 0 or block.died > self._peak_time):
                 kinds[block.kind] += block.bytes
@@ -251,9 +265,9 @@ class Meter(TorchDispatchMode):
         return self._bytes
 
     def _enter_module(self, module: nn.Module, _args: Any) -> None:
-        self._stack.append(
-            self.parts.get(_class_name(module)) or (self._stack[-1] if self._stack else "other")
-        )
+        # FSDP2 swaps a module's class for one that inherits from it.
+        named = (self.parts[kind] for kind in type(module).__mro__ if kind in self.parts)
+        self._stack.append(next(named, self._around))
         self._mark()
 
     def _leave_module(self, _module: nn.Module, _args: Any, _output: Any) -> None:
@@ -263,37 +277,35 @@ class Meter(TorchDispatchMode):
 
     def _mark(self) -> None:
         if not _in_backward():
-            self._part_from.append(
-                (torch.autograd._get_sequence_nr(), self._stack[-1] if self._stack else "other")
-            )
+            self._part_from.append((torch.autograd._get_sequence_nr(), self._around))
 
     @property
-    def part(self) -> str:
+    def _around(self) -> Part:
+        return self._stack[-1] if self._stack else Part.OTHER
+
+    @property
+    def part(self) -> Part:
         """Part of the model that runs now, or whose backward does."""
         if self._stack:
             return self._stack[-1]
         node = torch._C._current_autograd_node()
         if node is None:
-            return "other"
+            return Part.OTHER
         index = (
             bisect.bisect_right(self._part_from, node._sequence_nr(), key=lambda entry: entry[0])
             - 1
         )
         return self._part_from[index][1]
 
-    def _current_phase(self) -> str:
-        if self.phase:
-            return self.phase
+    def _current_phase(self) -> Phase:
         if not _in_backward():
-            return "forward"
-        return "recompute" if self._stack else "backward"
+            return self.phase
+        return Phase.RECOMPUTE if self._stack else Phase.BACKWARD
 
-    def _kind(self) -> str:
-        return {"forward": "activations", "backward": "backward", "recompute": "recomputed"}.get(
-            phase := self._current_phase(), phase
-        )
+    def _kind(self) -> Memory:
+        return MADE_IN.get(self._current_phase(), Memory.ACTIVATIONS)
 
-    def _born(self, size: int, kind: str) -> _Block:
+    def _born(self, size: int, kind: Memory) -> _Block:
         size = -(-size // self.granularity) * self.granularity
         self._now += 1
         block = _Block(size, kind, self._now)
@@ -328,7 +340,7 @@ class Meter(TorchDispatchMode):
         inputs = _tensors((args, kwargs))
         if not inputs and not outputs:
             return
-        part = "parameter copies" if func.namespace == "fsdp" else self.part
+        part = Part.PARAMETER_COPIES if func.namespace == "fsdp" else self.part
         written = sum(map(_nbytes, outputs))
         read = (
             written + sum(_nbytes(t) for t in inputs[1:])
@@ -374,11 +386,9 @@ class Meter(TorchDispatchMode):
             # The big side is a buffer of gathered parameters or of gradients on their way, the
             # small one a part of this rank's own.
             big = max(tensors, key=_nbytes)
-            self.follow(
-                big, "gathered parameters" if kind == "all_gather" else "gradients in reduction"
-            )
+            self.follow(big, Memory.GATHERED if kind == "all_gather" else Memory.REDUCTION)
             for tensor in _tensors(named.get("output_tensor")) if kind == "reduce_scatter" else ():
-                self.follow(tensor, "gradients")
+                self.follow(tensor, Memory.GRADIENTS)
         self.collectives[
             Collective(kind, axis, self.part, self._current_phase(), group.size(), payload)
         ] += 1
@@ -386,11 +396,6 @@ class Meter(TorchDispatchMode):
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _class_name(module: nn.Module) -> str:
-    """The class a module was written as: FSDP2 swaps it for one that inherits from it."""
-    return type(module).__name__.removeprefix("FSDP")
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -18,18 +18,19 @@ from emotrain.distributed.mesh import Layout
 from emotrain.planning.cost import VIEWS, StepTime, Work, step_time
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import RATES, Cluster, Reserve
+from emotrain.planning.parts import Memory
 from emotrain.planning.stand_ins import MEAN_DOCUMENT, Routing
 from emotrain.training.metrics import flops_per_token
 
 KINDS = {
-    "parameters": "parameters",
-    "optimizer state": "optimizer",
-    "gradients": "gradients",
-    "gathered parameters": "gathered",
-    "gradients in reduction": "reduction",
-    "activations": "activations",
-    "backward": "backward",
-    "recomputed": "recomputed",
+    Memory.PARAMETERS: "parameters",
+    Memory.OPTIMIZER_STATE: "optimizer",
+    Memory.GRADIENTS: "gradients",
+    Memory.GATHERED: "gathered",
+    Memory.REDUCTION: "reduction",
+    Memory.ACTIVATIONS: "activations",
+    Memory.BACKWARD: "backward",
+    Memory.RECOMPUTED: "recomputed",
 }
 """Kind of memory at the peak, as the meter and as the result call it."""
 

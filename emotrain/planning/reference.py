@@ -29,6 +29,8 @@ from emotrain.planning.cost import Work
 from emotrain.planning.dry_run import Measured
 from emotrain.planning.hardware import RATES
 from emotrain.planning.meter import Collective, Kernel
+from emotrain.planning.parts import Part
+from emotrain.training.engine import Phase
 
 PUBLISHED_TOKENS_PER_SECOND = (17.6e3, 18.8e3)
 """Of one of 128 H100, over a whole run of 130 billion tokens in 15 to 16 hours (arXiv
@@ -76,15 +78,15 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
     sums = [
         collective
         for collective in collectives
-        if collective.axis == "world" and collective.phase == "forward"
+        if collective.axis == "world" and collective.phase != Phase.CLIPPING
     ]
     for collective in sums:
         del collectives[collective]
     balance = Collective(
         "all_reduce",
         "world",
-        "router",
-        "forward",
+        Part.ROUTER,
+        Phase.FORWARD,
         measured.layout.world_size,
         8 * config.model.experts_in_layer(0),
     )
@@ -115,20 +117,20 @@ def _experts(config: Config, measured: Measured) -> Iterator[Kernel]:
     bank = 2 * model.routed_in_layer(0) * model.d_model * model.experts.hidden
     flops, whole = 2 * slots * model.d_model * model.experts.hidden, 2 * tokens * model.d_model
 
-    def kernel(name: str, phase: str, size: int, computed: int = 0) -> Kernel:
-        return Kernel(name, "experts", phase, torch.bfloat16, computed, size)
+    def kernel(name: str, phase: Phase, size: int, computed: int = 0) -> Kernel:
+        return Kernel(name, Part.EXPERTS, phase, torch.bfloat16, computed, size)
 
     for _ in ("gate", "up", "down"):
-        yield kernel("cutlass grouped gemm", "forward", rows + inner + bank, flops)
+        yield kernel("cutlass grouped gemm", Phase.FORWARD, rows + inner + bank, flops)
     for name, size in (
         ("gather", 2 * rows),
         ("swiglu", 3 * inner),
         ("scatter", 2 * rows),
         ("sum of choices", rows + whole),
     ):
-        yield kernel(name, "forward", size)
+        yield kernel(name, Phase.FORWARD, size)
     for _ in range(6):
-        yield kernel("cutlass grouped gemm", "backward", rows + inner + bank, flops)
+        yield kernel("cutlass grouped gemm", Phase.BACKWARD, rows + inner + bank, flops)
     for name, size in (
         ("scatter, dx", 2 * rows),
         ("scatter, dweights", 2 * rows),
@@ -137,4 +139,4 @@ def _experts(config: Config, measured: Measured) -> Iterator[Kernel]:
         ("gather, dx", 2 * rows),
         ("sum of choices, dx", rows + whole),
     ):
-        yield kernel(name, "backward", size)
+        yield kernel(name, Phase.BACKWARD, size)

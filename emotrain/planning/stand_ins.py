@@ -23,6 +23,7 @@ from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
 from emotrain.errors import UserError
 from emotrain.planning.meter import Meter
+from emotrain.planning.parts import Part
 
 MEAN_DOCUMENT = 1318
 """Tokens: 4,060 billion in 3,080 million documents (OLMoE, arXiv 2409.02060, table 2; its
@@ -156,7 +157,7 @@ def gpu_kernels(
 
     def count(launch: Launch) -> None:
         # Slots of a dispatcher are rows on their way to an expert rank.
-        used = rows_sent if meter.part == "dispatch" else slots_in_use
+        used = rows_sent if meter.part == Part.DISPATCH else slots_in_use
         tensors = [argument for argument in launch.arguments if isinstance(argument, Tensor)]
         dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.int64)
         cost = launch.cost

@@ -33,6 +33,8 @@ class Phase(StrEnum):
     FORWARD = "forward"
     LOSS = "loss"
     BACKWARD = "backward"
+    RECOMPUTE = "recompute"
+    """A forward pass inside backward; the planner alone tells it from the rest of backward."""
     CLIPPING = "clipping"
     OPTIMIZER = "optimizer"
     CLIPPING_AND_OPTIMIZER = "clipping and optimizer"
