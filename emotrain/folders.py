@@ -1,5 +1,7 @@
 """Folders that are whole or do not exist: written under a hidden name beside the target, flushed to
-the disk, listed in a manifest with sizes and checksums, and renamed at the end.
+the disk, and renamed at the end. Checkpoints (`emotrain.training.checkpoint`) and data sets
+(`emotrain.data.staging`) are made so; those of checkpoints are listed here, in a manifest with
+sizes and checksums.
 
 A process killed at any moment leaves the target as it was before or as it is after. What it had
 written so far is a leftover under a hidden name, which readers never look at.
@@ -7,6 +9,7 @@ written so far is a leftover under a hidden name, which readers never look at.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import logging
@@ -46,7 +49,7 @@ class StagedFolder:
     @property
     def path(self) -> Path:
         """Where the files are written."""
-        return self.target.with_name(f".{self.target.name}.partial-{self.token}")
+        return _hidden(self.target, "partial", self.token)
 
     def make(self, num_bytes: int = 0) -> None:
         """Make the empty folder.
@@ -81,11 +84,28 @@ class StagedFolder:
         listed = {name: vars(entry) for name, entry in entries.items()}
         manifest = self.path / MANIFEST
         manifest.write_text(json_text({"format": form, "files": listed}, indent=1), "utf-8")
-        flush_to_disk(manifest)
-        flush_to_disk(self.path)
+        self.publish(flushed=entries)
+
+    def publish(self, flushed: Collection[str] = ()) -> None:
+        """Give the folder its name, in place of what has it, once everything is on the disk.
+
+        Args:
+            flushed: paths inside of the folder that are on the disk already.
+        """
+        for root, _, names in os.walk(self.path):
+            for file in (Path(root, name) for name in names):
+                if file.relative_to(self.path).as_posix() not in flushed:
+                    flush_to_disk(file)
+            flush_to_disk(Path(root))
         if os.path.lexists(self.target):
-            remove(self.target, self.token)
-        os.rename(self.path, self.target)
+            exchange(self.path, self.target)
+            flush_to_disk(self.target.parent)
+            # A name of its own again: what cannot be removed must not be in the way of `make`.
+            replaced = _hidden(self.target, "removed", self.token)
+            os.rename(self.path, replaced)
+            remove(replaced)
+        else:
+            os.rename(self.path, self.target)
         flush_to_disk(self.target.parent)
 
     def discard(self) -> None:
@@ -93,14 +113,36 @@ class StagedFolder:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def remove(folder: Path, token: str = "") -> None:
+def _hidden(path: Path, why: str, token: str = "") -> Path:
+    return path.with_name(f".{path.name}.{why}-{token or secrets.token_hex(4)}")
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Swap the names of two folders in one step, so that at no moment either name is missing."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    at_cwd, swap = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    paths = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2") and libc.renameat2(at_cwd, paths[0], at_cwd, paths[1], swap) == 0:
+        return
+    # A file system or C library without it: two steps, and nothing is ever deleted.
+    aside = _hidden(other, "aside")
+    os.rename(other, aside)
+    try:
+        os.rename(one, other)
+    except BaseException:
+        os.rename(aside, other)
+        raise
+    os.rename(aside, one)
+
+
+def remove(folder: Path) -> None:
     """Remove a folder: it is out of sight at once, whoever dies on the way. A link is removed,
     never what it points to. What cannot be removed stays under a hidden name, with a warning."""
     if not os.path.lexists(folder):
         return
     doomed = folder
     if not folder.name.startswith("."):
-        doomed = folder.with_name(f".{folder.name}.removed-{token or secrets.token_hex(4)}")
+        doomed = _hidden(folder, "removed")
         os.rename(folder, doomed)
     try:
         if doomed.is_symlink() or not doomed.is_dir():

@@ -92,7 +92,8 @@ def files_of(folder):
 
 
 def leftovers(folder):
-    return [path for path in folder.parent.iterdir() if ".partial-" in path.name]
+    ways = (".partial-", ".removed-", ".aside-")
+    return [path for path in folder.parent.iterdir() if any(way in path.name for way in ways)]
 
 
 def test_round_trip_through_many_shards(corpus, tokenizer_file, tmp_path):
@@ -400,9 +401,10 @@ def test_ctrl_c_leaves_no_trace(corpus, tokenizer_file, tmp_path, monkeypatch):
 
 KILLED = """
 import sys, time
-from emotrain.data import prepare, spill, staging
+from emotrain import folders
+from emotrain.data import prepare, spill
 module, name, before, corpus, out, tokenizer = sys.argv[1:]
-owner = {"prepare": prepare, "spill": spill, "staging": staging}[module]
+owner = {"prepare": prepare, "spill": spill, "folders": folders}[module]
 original = getattr(owner, name)
 def stop(*args, **kwargs):
     if before == "after":
@@ -419,8 +421,8 @@ prepare.prepare([corpus], out, tokenizer=tokenizer, seed=1, overwrite=True)
     [
         ("spill", "write_shard", "before", False),
         ("prepare", "write_manifest", "after", False),
-        ("staging", "_exchange", "before", False),
-        ("staging", "_exchange", "after", True),
+        ("folders", "exchange", "before", False),
+        ("folders", "exchange", "after", True),
     ],
 )
 def test_kill_9_leaves_the_old_data_set_or_the_new_one(
@@ -450,9 +452,27 @@ def test_kill_9_leaves_the_old_data_set_or_the_new_one(
     Dataset(out).verify()
     assert (files_of(out) != before) == replaced
     assert len(leftovers(out)) == 1
-    if not replaced:  # the next run cleans up after the killed one
-        prepare([corpus], out, tokenizer=tokenizer_file, seed=1, overwrite=True)
-        assert not leftovers(out)
+    # The next run cleans up after the killed one.
+    prepare([corpus], out, tokenizer=tokenizer_file, seed=1, overwrite=True)
+    assert not leftovers(out)
+
+
+def test_leftovers_of_before_had_a_plain_name_and_go_too(corpus, tokenizer_file, tmp_path):
+    (tmp_path / "out.partial-0123abcd").mkdir()
+    (tmp_path / "out.partial-0123abcd" / ".lock").write_text("written to by a process\n")
+    prepare([corpus], tmp_path / "out.partial-mine", tokenizer=tokenizer_file)
+    prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
+    assert [path.name for path in leftovers(tmp_path / "out")] == ["out.partial-mine"]
+
+
+def test_a_file_system_that_cannot_swap_names_replaces_all_the_same(
+    corpus, tokenizer_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("emotrain.folders.ctypes.CDLL", lambda *_, **__: object())
+    for seed in (0, 1):
+        prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file, seed=seed, overwrite=True)
+    Dataset(tmp_path / "out").verify()
+    assert not leftovers(tmp_path / "out")
 
 
 def test_a_running_prepare_is_not_cleaned_away(corpus, tokenizer_file, tmp_path):

@@ -1,21 +1,18 @@
-"""A data set folder that is whole or does not exist: written beside its final name and moved
-there at the end."""
+"""A data set that is whole or does not exist: a `StagedFolder` with a lock, which tells what a
+process writes from what a dead one left, and with a look at what it would replace."""
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import glob
 import os
-import secrets
-import shutil
 from pathlib import Path
 from types import TracebackType
 
 from emotrain.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
 from emotrain.errors import UserError, WriteError
-from emotrain.files import flush_to_disk
+from emotrain.folders import StagedFolder, remove
 
 LOCK = ".lock"
 """Held while a staging folder is being written; one that nobody holds was left behind by a
@@ -23,8 +20,8 @@ process that died."""
 
 
 class Staging:
-    """Writes a data set into `DIR.partial-…`, beside DIR, and moves it to DIR in `commit`. Without
-    a commit it is removed.
+    """Writes a data set into a hidden folder beside DIR, and gives it DIR's name in `commit`.
+    Without a commit it is removed.
 
     A process killed at any moment leaves DIR as it was before or as it is after. What it had
     written so far is removed by the next one that writes to DIR.
@@ -43,8 +40,9 @@ class Staging:
         self.overwrite = overwrite
         self._check_target()
         self._remove_leftovers()
-        self.folder = self.out.with_name(f"{self.out.name}.partial-{secrets.token_hex(4)}")
-        self.folder.mkdir()
+        self._staged = StagedFolder(self.out)
+        self._staged.make()
+        self.folder = self._staged.path
         self._lock = open(self.folder / LOCK, "w")  # noqa: SIM115 (locked until __exit__)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._lock.write("written to by a running process while locked\n")
@@ -57,7 +55,7 @@ class Staging:
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lock.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._staged.discard()
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise WriteError(
                 f"no space left on the disk of {self.out}; free some or choose another --out (a "
@@ -66,19 +64,9 @@ class Staging:
             ) from None
 
     def commit(self) -> None:
-        """Make the staged folder DIR, in place of the data set that was there. Everything is on
-        the disk before."""
-        for root, _, names in os.walk(self.folder):
-            for name in names:
-                flush_to_disk(Path(root, name))
-            flush_to_disk(Path(root))
+        """Make the staged folder DIR, in place of the data set that was there."""
         self._check_target()
-        if self.out.is_dir() and any(self.out.iterdir()):
-            _exchange(self.folder, self.out)
-            (self.folder / LOCK).write_text("the data set that was replaced\n")
-        else:
-            os.rename(self.folder, self.out)
-        flush_to_disk(self.out.parent)
+        self._staged.publish()
         (self.out / LOCK).unlink()
 
     def _check_target(self) -> None:
@@ -94,16 +82,29 @@ class Staging:
         _check_replaceable(out)
 
     def _remove_leftovers(self) -> None:
-        for name in glob.glob(f"{glob.escape(str(self.out))}.partial-*"):
-            lock = Path(name, LOCK)
-            if not lock.is_file() or not lock.stat().st_size:
-                continue
-            with open(lock) as held:
-                try:
-                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    continue
-                shutil.rmtree(name, ignore_errors=True)
+        place, name = self.out.parent, glob.escape(self.out.name)
+        for folder in place.glob(f".{name}.removed-*"):
+            remove(folder)
+        # They once had a name that was not hidden.
+        for folder in [*place.glob(f".{name}.partial-*"), *place.glob(f"{name}.partial-*")]:
+            if _is_abandoned(folder):
+                remove(folder)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    """Whether no process writes a staged folder any more: it died, or replaced this data set and
+    died before it had removed it. A folder without either is just being made."""
+    lock = folder / LOCK
+    if not lock.is_file():
+        return (folder / MANIFEST).is_file() and folder.name.startswith(".")
+    if not lock.stat().st_size:
+        return False
+    with open(lock) as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -127,27 +128,3 @@ def _check_replaceable(folder: Path) -> None:
                 f"{folder}: holds {name}, which is not part of the data set; move it away before "
                 f"--overwrite"
             )
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap the names of two folders in one step, so that at no moment either name is missing."""
-    libc, at_cwd, exchange = (
-        ctypes.CDLL(None, use_errno=True),
-        -100,
-        2,
-    )  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
-    if (
-        hasattr(libc, "renameat2")
-        and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
-    ):
-        return
-    aside = one.with_name(
-        f"{one.name}-old"
-    )  # a file system or C library without it: two steps, nothing is ever deleted
-    os.rename(other, aside)
-    try:
-        os.rename(one, other)
-    except BaseException:
-        os.rename(aside, other)
-        raise
-    os.rename(aside, one)
