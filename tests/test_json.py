@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 
 from emotrain.cli import main
+from emotrain.commands import COMMANDS
 from emotrain.commands.common import finish
 from emotrain.config import config_from_dict, save_config
 from emotrain.files import json_text
-from tests.conftest import ROOT, tiny_settings
+from tests.conftest import ROOT, tiny_settings, write_documents
 
 
 def strict(text: str) -> Any:
@@ -38,6 +39,56 @@ def test_numbers_that_are_not_finite_become_null() -> None:
 def test_commands_print_json(capsys: pytest.CaptureFixture[str]) -> None:
     finish(Namespace(json=True), {"loss": math.nan, "name": "ü"}, "")
     assert strict(capsys.readouterr().out) == {"loss": None, "name": "ü"}
+
+
+KEYS = {
+    "prepare": "out vocab_size eos_id files documents tokens text_bytes shard_bytes domains "
+    "skipped_documents passed_over_files seconds",
+    "train": "run_dir step last_step tokens seconds mean_tokens_per_second metrics interrupted "
+    "checkpoint_step",
+    "inspect": "total_parameters active_parameters tokens_per_step tokens flops flops_per_token "
+    "weights_bytes gradients_bytes optimizer_bytes warnings",
+    "evaluate": "format checkpoint step data sequence_length settings experts domains mean routing",
+    "report": "report",
+    "plan": "gpu nodes gpus_per_node fits peak_gib usable_gib memory_gib tokens_per_second_per_gpu "
+    "mfu step_seconds communication_seconds communication_bytes flops assumptions changes",
+    "verify": "whole checkpoints leftovers",
+    "kernels": "triton default_spills failures rows",
+    "settings": "model.router.pool.kind model.router.pool.min",
+}
+"""Keys of each command's result, which scripts read. Units are in the names."""
+
+
+def test_json_is_all_of_stdout_with_stable_keys(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every command. Progress, tables and warnings leave stdout alone, also those that do not
+    come from Python."""
+    data, run_dir, config = tmp_path / "data", tmp_path / "run", tmp_path / "config.yaml"
+    documents = write_documents(tmp_path / "documents.jsonl")
+    with documents.open("a", encoding="utf-8") as file:
+        file.write("{broken\n")  # which prepare warns of
+    save_config(config_from_dict(tiny_settings(data, run_dir)), config)
+    # Compiling kernels takes minutes; test_kernels_compile.py looks at that result.
+    monkeypatch.setattr("emotrain.commands.kernels.compile_all", lambda *_, **__: [])
+    arguments: dict[str, list[Any]] = {
+        "prepare": [documents, "--out", data, "--train-tokenizer", "--vocab-size", 300],
+        "train": [config],
+        "inspect": [config],
+        "evaluate": [run_dir, "--data", data, "--keep", 0.5, "--random-seeds", 0],
+        "report": [run_dir],
+        "plan": [config, "--gpus-per-node", 1],
+        "verify": [run_dir],
+        "kernels": [],
+        "settings": ["pool"],
+    }
+    assert arguments.keys() == KEYS.keys() == COMMANDS.keys()
+    for command, words in arguments.items():
+        assert main([command, *map(str, words), "--json"]) == 0
+        printed = capfd.readouterr()
+        assert printed.out.count("\n") == 1, f"{command} prints more than its result: {printed.out}"
+        result = strict(printed.out)
+        assert set(KEYS[command].split()) <= result.keys(), command
 
 
 @pytest.mark.filterwarnings("ignore")
