@@ -230,6 +230,16 @@ def test_good_checkpoints_survive_a_run_that_diverges(tiny_data, tmp_path):
     assert train(tiny_settings(tiny_data, run_dir, steps=6))["step"] == 6
 
 
+def test_a_run_that_ends_while_updates_are_skipped_does_not_end_well(tiny_data, tmp_path):
+    """Fewer than training.max_skipped_steps, but its last checkpoint is missing."""
+    run_dir = tmp_path / "run"
+    train(tiny_settings(tiny_data, run_dir, steps=2))
+    ruined = tiny_settings(tiny_data, run_dir, steps=4) | {"losses": {"z": 1e38}}
+    with pytest.raises(DivergedError, match=r"2 updates in a row.* at its end.*step-00000002"):
+        train(ruined)
+    assert names(run_dir) == ["step-00000002"]
+
+
 def write(folder: Path, settings: dict) -> Path:
     path = folder / "config.yaml"
     path.write_text(json.dumps(settings))

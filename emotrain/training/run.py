@@ -101,6 +101,9 @@ def train(
             if stops:
                 break
     saved = checkpoints.last.step if checkpoints.last else first_step
+    if under_way.skipped and not under_way.stopped:
+        rule = "the run is at its end, and no checkpoint is written of what may be beyond repair"
+        raise _diverged(config, state.step, under_way.skipped, rule)
     if state.step > saved and not under_way.skipped:
         raise RunError(
             f"the last checkpoint, of step {state.step}, could not be written; the newest is of "
@@ -229,13 +232,18 @@ def _report_skipped(
         ranks,
     )
     if under_way.skipped >= setup.max_skipped_steps:
-        whole = checkpoint.list_checkpoints(Path(setup.run_dir))
-        last = f"{whole[-1]}, from before that" if whole else "the start: there is no checkpoint"
-        raise DivergedError(
-            f"step {step}: {under_way.skipped} updates in a row were not finite "
-            f"(training.max_skipped_steps={setup.max_skipped_steps}); lower optimizer.lr and go on "
-            f"from {last}"
-        )
+        rule = f"training.max_skipped_steps={setup.max_skipped_steps}"
+        raise _diverged(config, step, under_way.skipped, rule)
+
+
+def _diverged(config: Config, step: int, skipped: int, rule: str) -> DivergedError:
+    """The error of a run whose last updates were not finite."""
+    whole = checkpoint.list_checkpoints(Path(config.training.run_dir))
+    last = f"{whole[-1]}, from before that" if whole else "the start: there is no checkpoint"
+    return DivergedError(
+        f"step {step}: {skipped} updates in a row were not finite ({rule}); lower optimizer.lr "
+        f"and go on from {last}"
+    )
 
 
 @contextmanager
