@@ -72,9 +72,9 @@ def route(args: argparse.Namespace, rank: int, pool: int | None) -> Decision:
     return decide(logits_TN, batch, args.chosen, RouterConfig(), request)
 
 
-def experts(rows_PD: Tensor, weights_PK: Tensor, _slots) -> Tensor:
+def experts(rows_ID: Tensor, weights_IK: Tensor, _slots) -> Tensor:
     """In place of experts: what they compute has no part in what travels."""
-    return rows_PD * weights_PK.sum(dim=1, keepdim=True).to(rows_PD.dtype)
+    return rows_ID * weights_IK.sum(dim=1, keepdim=True).to(rows_ID.dtype)
 
 
 def exchange(args: argparse.Namespace, routing: Decision) -> dict[str, float]:

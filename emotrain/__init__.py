@@ -10,7 +10,12 @@ Shapes are written as suffixes of a name, one letter an axis, everywhere in this
     V  vocabulary                               R  routed slots, R = T * K
     F  2 * H, gate and up side by side          M  shared experts
     C  attention head width                     A  attention heads
-    J  inner width of a GEMM, H or F            P  tiles or partial sums of a kernel
+    J  inner width of a GEMM, H or F;           P  tiles or partial sums of a kernel
+       groups of documents in an evaluation     W  ranks that exchange tokens
+    U  documents of an evaluation               O  rows that a rank sends
+    X  any width, Y  another one                I  rows that a rank receives
+
+A digit is an axis of that length (`send_W2`), a small letter a part of its axis (`hidden_tD`).
 """
 
 __version__ = "0.1.0"

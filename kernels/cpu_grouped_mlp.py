@@ -95,9 +95,9 @@ class _FusedMLP(torch.autograd.Function):
         sizes = (len(chunks), *x_TD.shape, down_NHD.shape[1], rows)
         hidden = x_TD.new_empty(sum(chunk[4] for chunk in chunks), gate_up_NFD.shape[1])
         y_TD = torch.empty(x_TD.shape)
-        chunks_C6 = torch.tensor(chunks, dtype=torch.int64)
-        _call("forward", *operands, chunks_C6, *sizes, hidden, y_TD, *_scratch(sizes))
-        ctx.save_for_backward(*operands, chunks_C6, hidden)
+        chunks_P6 = torch.tensor(chunks, dtype=torch.int64)
+        _call("forward", *operands, chunks_P6, *sizes, hidden, y_TD, *_scratch(sizes))
+        ctx.save_for_backward(*operands, chunks_P6, hidden)
         ctx.sizes, ctx.idle = (
             sizes,
             [expert for expert, length in enumerate(lengths) if length == 0],
@@ -107,14 +107,14 @@ class _FusedMLP(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
-        *operands, chunks_C6, hidden = ctx.saved_tensors
+        *operands, chunks_P6, hidden = ctx.saved_tensors
         x_TD, weights_TK, _, _, gate_up_NFD, down_NHD = operands
         grad_x_TD, grad_weights_TK = torch.empty_like(x_TD), torch.zeros_like(weights_TK)
         grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
         _call(
             "backward",
             *operands,
-            chunks_C6,
+            chunks_P6,
             *ctx.sizes,
             hidden,
             grad_TD.contiguous(),

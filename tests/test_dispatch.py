@@ -129,8 +129,8 @@ def _once_to_each_rank(rank: int) -> None:
     sizes = []
 
     class Watched(AllToAllDispatcher):
-        def split_sizes(self, send_R2):
-            sizes.append(super().split_sizes(send_R2))
+        def split_sizes(self, send_W2):
+            sizes.append(super().split_sizes(send_W2))
             return sizes[-1]
 
     Watched(dist.group.WORLD, 4)(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from helpers import tiny_config, tiny_model
 
+import emotrain
 from emotrain.data.loader import Loader
 from emotrain.data.prepare import prepare
 from emotrain.distributed.ranks import Ranks
@@ -235,3 +236,16 @@ def test_argparse_stays_at_the_door() -> None:
         if "argparse" in imported(path):
             where = path.resolve().relative_to(ROOT).as_posix()
             assert where.startswith("emotrain/commands/") or where == "emotrain/cli.py", where
+
+
+def test_every_letter_of_a_shape_is_in_the_legend() -> None:
+    assert emotrain.__doc__
+    legend = set(re.findall(r"(?:^ {4}| {2}|, )([A-Z])  (?=\S)", emotrain.__doc__, re.MULTILINE))
+    assert {"B", "G", "W", "Y"} <= legend
+    suffix = re.compile(r"_?[a-z][a-z0-9_]*_([A-Za-z0-9]*[A-Z][A-Za-z0-9]*)")
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for name in (getattr(node, field, None) for field in ("id", "attr", "arg")):
+                if isinstance(name, str) and (found := suffix.fullmatch(name)):
+                    letters = set(re.sub("[0-9]", "", found[1]).upper())
+                    assert letters <= legend, f"{path}: {name} has {letters - legend}"

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="rows that the busiest expert rank receives over the mean (default: %(default)s)",
+        help="routed slots of the busiest expert rank over the mean (default: %(default)s)",
     )
     add_json(parser)
 

@@ -5,9 +5,9 @@ A token goes once to each rank that holds at least one of its experts, with its 
 which of that rank's experts it chose, and comes back as one weighted sum. With 7 of 127 experts
 over 8 ranks that is 4.9 rows a token instead of 7.
 
-    rows_SD     sorted by destination      --exchange-->   rows_PD       sorted by origin
+    rows_OD     sorted by destination      --exchange-->   rows_ID       sorted by origin
     shared experts and statistics run                      grouped_mlp over this rank's experts
-    y_TD  = sum of a token's rows          <--exchange--   sums_PD       one a row
+    y_TD  = sum of a token's rows          <--exchange--   sums_ID       one a row
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Result = TypeVar("Result")
 
 
 class AllToAllDispatcher:
-    """Takes each token to its experts where the N experts of the layer are spread over R ranks,
-    ceil(N / R) a rank and fewer on the last."""
+    """Takes each token to its experts where the N experts of the layer are spread over W ranks,
+    ceil(N / W) a rank and fewer on the last."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, backend: str = "auto"):
         self.group, self.backend = group, backend
@@ -51,68 +51,69 @@ class AllToAllDispatcher:
                 decision.experts_TK // self.per_rank,
                 self.num_ranks,
             )
-            ranks_TR, send_R2 = self._destinations(owner_TK)
-        send, received, num_local_slots = self.split_sizes(send_R2)
-        slots = sort_slots(ranks_TR, send_R2[:, 0], sum(send))
-        token_S, rank_S1 = (
+            ranks_TW, send_W2 = self._destinations(owner_TK)
+        send, received, num_local_slots = self.split_sizes(send_W2)
+        slots = sort_slots(ranks_TW, send_W2[:, 0], sum(send))
+        token_O, rank_O1 = (
             slots.token_R[: sum(send)],
             (slots.slot_R[: sum(send)] % self.num_ranks)[:, None],
         )
-        mine_SK = owner_TK.index_select(0, token_S) == rank_S1
-        local_SK = decision.experts_TK.index_select(0, token_S) - rank_S1 * self.per_rank
-        weights_SK = torch.where(mine_SK, decision.weights_TK.index_select(0, token_S), 0)
+        mine_OK = owner_TK.index_select(0, token_O) == rank_O1
+        local_OK = decision.experts_TK.index_select(0, token_O) - rank_O1 * self.per_rank
+        weights_OK = torch.where(mine_OK, decision.weights_TK.index_select(0, token_O), 0)
 
         there = _Exchange(self.group, send, received)
-        choices_PK = there.start(
-            torch.where(mine_SK, local_SK, self.per_rank).to(self._choice_dtype)
+        choices_IK = there.start(
+            torch.where(mine_OK, local_OK, self.per_rank).to(self._choice_dtype)
         )
-        weights_PK, rows_PD = _Depart.apply(there, weights_SK, permute(x_TD, slots, self.backend))
+        weights_IK, rows_ID = _Depart.apply(there, weights_OK, permute(x_TD, slots, self.backend))
         result = meanwhile()
-        weights_PK, rows_PD = _Arrive.apply(there, weights_PK, rows_PD)
-        sums_PD = experts(
-            rows_PD, weights_PK, self._local_slots(choices_PK.long(), num_local_slots)
+        weights_IK, rows_ID = _Arrive.apply(there, weights_IK, rows_ID)
+        sums_ID = experts(
+            rows_ID, weights_IK, self._local_slots(choices_IK.long(), num_local_slots)
         )
 
         back = _Exchange(self.group, received, send)
-        (sums_SD,) = _Arrive.apply(back, *_Depart.apply(back, sums_PD))
-        return unpermute(sums_SD, slots, len(x_TD), backend=self.backend), result
+        (sums_OD,) = _Arrive.apply(back, *_Depart.apply(back, sums_ID))
+        return unpermute(sums_OD, slots, len(x_TD), backend=self.backend), result
 
-    def split_sizes(self, send_R2: Tensor) -> tuple[list[int], list[int], int]:
+    def split_sizes(self, send_W2: Tensor) -> tuple[list[int], list[int], int]:
         """Rows sent to and received from each rank, and the slots of this rank's experts that the
         latter bring. The one place of the forward pass where numbers reach the host.
 
         Args:
-            send_R2: rows and slots for each rank.
+            send_W2: rows and slots for each rank.
         """
-        received_R2 = torch.empty_like(send_R2)
-        dist.all_to_all_single(received_R2, send_R2, group=self.group)
-        rows_R3 = torch.stack([send_R2[:, 0], received_R2[:, 0], received_R2[:, 1]]).tolist()
-        return rows_R3[0], rows_R3[1], sum(rows_R3[2])
+        received_W2 = torch.empty_like(send_W2)
+        dist.all_to_all_single(received_W2, send_W2, group=self.group)
+        sizes_3W = torch.stack([send_W2[:, 0], received_W2[:, 0], received_W2[:, 1]])
+        sent, received, slots = sizes_3W.tolist()
+        return sent, received, sum(slots)
 
     def _destinations(self, owner_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that each token goes to, [T, R] with R where it does not go; rows and slots
-        for each rank, [R, 2]."""
-        ranks_R = torch.arange(self.num_ranks, device=owner_TK.device)
-        slots_TR = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(
+        """The ranks that each token goes to, [T, W] with W where it does not go; rows and slots
+        for each rank, [W, 2]."""
+        ranks_W = torch.arange(self.num_ranks, device=owner_TK.device)
+        slots_TW = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(
             1, owner_TK, torch.ones_like(owner_TK)
         )[:, :-1]
-        goes_TR = slots_TR > 0
-        return torch.where(goes_TR, ranks_R, self.num_ranks), torch.stack(
-            [goes_TR.sum(0), slots_TR.sum(0)], dim=1
+        goes_TW = slots_TW > 0
+        return torch.where(goes_TW, ranks_W, self.num_ranks), torch.stack(
+            [goes_TW.sum(0), slots_TW.sum(0)], dim=1
         )
 
     @property
     def _choice_dtype(self) -> torch.dtype:
         return torch.uint8 if self.per_rank < 256 else torch.int32
 
-    def _local_slots(self, choices_PK: Tensor, in_use: int) -> SortedSlots:
+    def _local_slots(self, choices_IK: Tensor, in_use: int) -> SortedSlots:
         """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty
         slots."""
         # per_rank marks a choice of another rank; the last ranks may hold fewer experts than that.
-        choices_PK = choices_PK.clamp(max=self.num_local)
-        counts = choices_PK.new_zeros(self.num_local + 1)
-        counts.scatter_add_(0, choices_PK.reshape(-1), torch.ones_like(choices_PK.reshape(-1)))
-        return sort_slots(choices_PK, counts[:-1], in_use)
+        choices_IK = choices_IK.clamp(max=self.num_local)
+        counts = choices_IK.new_zeros(self.num_local + 1)
+        counts.scatter_add_(0, choices_IK.reshape(-1), torch.ones_like(choices_IK.reshape(-1)))
+        return sort_slots(choices_IK, counts[:-1], in_use)
 
 
 class _Exchange:

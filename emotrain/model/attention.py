@@ -40,14 +40,14 @@ class Attention(nn.Module):
             q_TAC, k_TAC, v_TAC = (
                 part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC)
             )
-            ends_G1, length = view.documents.ends_G1, x_BSD.shape[1]
+            edges, length = view.documents.edges, x_BSD.shape[1]
             # The row length bounds that of its documents, which the host does not know.
             y_TAC = varlen_attn(
                 q_TAC,
                 k_TAC,
                 v_TAC,
-                ends_G1,
-                ends_G1,
+                edges,
+                edges,
                 length,
                 length,
                 window_size=(-1, 0),
@@ -121,7 +121,7 @@ class DocumentEnds:
     """What each token sees, as the places where documents end: all that flash attention needs,
     and 4 bytes a document."""
 
-    ends_G1: Tensor
+    edges: Tensor
     """int32: 0, then one past the last token of each document in the flattened rows."""
 
 
@@ -164,8 +164,8 @@ def document_mask(batch: PackedBatch) -> DocumentMask:
 
 
 def document_ends(batch: PackedBatch) -> DocumentEnds:
-    tokens_G1 = batch.document_T.new_zeros(batch.num_documents + 1, dtype=torch.int32)
-    tokens_G1.scatter_add_(
+    tokens = batch.document_T.new_zeros(batch.num_documents + 1, dtype=torch.int32)
+    tokens.scatter_add_(
         0, batch.document_T + 1, torch.ones_like(batch.document_T, dtype=torch.int32)
     )
-    return DocumentEnds(tokens_G1.cumsum(0, dtype=torch.int32))
+    return DocumentEnds(tokens.cumsum(0, dtype=torch.int32))

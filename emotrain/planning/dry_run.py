@@ -197,20 +197,15 @@ def _balanced(
     waits: Counter[str],
 ) -> Callable[[Tensor], tuple[list[int], list[int], int]]:
     """`split_sizes` of a dispatcher under routing without preference."""
-    send = routing.sent(
-        dispatcher.num_experts,
-        chosen,
-        held_experts(dispatcher.num_experts, dispatcher.num_ranks),
-        tokens,
-    )
-    received = [min(tokens, round(send[0] * routing.imbalance))] * dispatcher.num_ranks
-    # As many slots a row as on average.
-    num_slots = tokens * chosen * dispatcher.num_ranks / sum(send) * received[0]
+    experts, num_ranks = dispatcher.num_experts, dispatcher.num_ranks
+    held = held_experts(experts, num_ranks)
+    send = routing.sent(experts, chosen, held, tokens)
+    rows, num_slots = routing.received(experts, chosen, held, tokens)
 
-    def split_sizes(send_R2: Tensor) -> tuple[list[int], list[int], int]:
+    def split_sizes(send_W2: Tensor) -> tuple[list[int], list[int], int]:
         waits["split sizes"] += 1
-        dist.all_to_all_single(torch.empty_like(send_R2), send_R2, group=dispatcher.group)
-        return send, received, round(num_slots)
+        dist.all_to_all_single(torch.empty_like(send_W2), send_W2, group=dispatcher.group)
+        return send, [rows] * num_ranks, num_slots
 
     return split_sizes
 

@@ -179,7 +179,7 @@ def assumptions(plan: Plan) -> list[str]:
         else "assumed: experts are chosen without preference, so that a token's k choices spread "
         "over expert ranks as chance has it"
     )
-    lines.append(f"assumed: the busiest expert rank receives {routing.imbalance:g} times the mean")
+    lines.append(f"assumed: the busiest expert rank computes {routing.imbalance:g} times the mean")
     lines.append(
         "assumed: gathers and reductions of parameters run under kernels; tokens travel to experts "
         "under the shared expert, home "

@@ -65,7 +65,8 @@ class Routing:
     """Expert ranks that a token goes to; 0 means as many as k choices without preference reach.
     Documents whose pools lie together need fewer."""
     imbalance: float = 1.0
-    """Rows that this rank receives over the mean."""
+    """Routed slots of this rank's experts over the mean. The rows that bring them grow alike, until
+    every token sends one."""
 
     def sent(self, num_experts: int, chosen: int, held: Sequence[int], tokens: int) -> list[int]:
         """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k
@@ -75,6 +76,15 @@ class Routing:
         ]
         scale = self.ranks_per_token / sum(share_R) if self.ranks_per_token else 1.0
         return [min(tokens, round(tokens * share * scale)) for share in share_R]
+
+    def received(
+        self, num_experts: int, chosen: int, held: Sequence[int], tokens: int
+    ) -> tuple[int, int]:
+        """Rows that rank 0 gets from each rank, and the slots of its experts that all of them
+        bring: no more a row than a token has choices and the rank experts."""
+        rows = min(tokens, round(self.sent(num_experts, chosen, held, tokens)[0] * self.imbalance))
+        slots = round(tokens * len(held) * chosen * held[0] / num_experts * self.imbalance)
+        return rows, min(slots, rows * len(held) * min(chosen, held[0]))
 
 
 class ZeroOnHost(TorchDispatchMode):
@@ -152,8 +162,11 @@ def gpu_kernels(
     )
 
     chosen, routed, ep = config.model.chosen_in_layer(0), config.model.routed_in_layer(0), layout.ep
-    slots_in_use = round(tokens * chosen * routing.imbalance)
-    rows_sent = sum(routing.sent(routed, chosen, held_experts(routed, ep), tokens)) if ep > 1 else 0
+    slots_in_use, rows_sent = tokens * chosen, 0
+    if ep > 1:
+        held = held_experts(routed, ep)
+        slots_in_use = routing.received(routed, chosen, held, tokens)[1]
+        rows_sent = sum(routing.sent(routed, chosen, held, tokens))
 
     def count(launch: Launch) -> None:
         # Slots of a dispatcher are rows on their way to an expert rank.
