@@ -1,6 +1,6 @@
-"""Proves that a step on a GPU does not wait for numbers from the device between its first launch and
-its last: the host would stop feeding the device. The step is the dry run's, with the launches of a
-GPU and tensors that have no values, so that whoever asks for one is seen."""
+"""Proves that a step on a GPU does not wait for numbers from the device between its first launch
+and its last: the host would stop feeding the device. The step is the dry run's, with the launches
+of a GPU and tensors that have no values, so that whoever asks for one is seen."""
 
 from __future__ import annotations
 
