@@ -216,3 +216,20 @@ def test_steps() -> None:
     assert steps(training={"global_batch": 10, "micro_batch": 1, "tokens": 1001}) == 11
     assert steps(training={"global_batch": 10, "micro_batch": 1, "tokens": 1001, "steps": 5}) == 5
     assert steps(anneal={"checkpoint": "a", "tokens": 1099}) == 10
+
+
+# ---- the configurations that come with the project
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_a_long_run_loses_at_most_a_thousand_steps_and_keeps_checkpoints_for_good(path):
+    """The interval of those that stay is the published one: 5,000 steps, 20,000 of a trillion
+    tokens."""
+    config = load_config(path)
+    run = config.training
+    if config.num_steps > 5000:
+        assert 0 < run.checkpoint_every <= 1000 and run.keep_checkpoints > 0
+        assert run.permanent_every == (
+            20_000 if "1t" in path.stem or config.anneal.checkpoint else 5000
+        )
+        assert run.permanent_every % run.checkpoint_every == 0

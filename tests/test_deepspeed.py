@@ -1,5 +1,5 @@
 """DeepSpeed trains the same model as the native engine: ZeRO 1, 2 and 3, experts in DeepSpeed's
-expert groups, any number of micro-batches, clipped or not.
+expert groups, experts that layers share, any number of micro-batches, clipped or not.
 
 Proves that gradients of dense parameters and of experts have the right scale and one norm (what
 DeepSpeed does by itself is measured beside), that no option of the JSON file that is let through
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -32,10 +33,11 @@ import torch.multiprocessing as mp
 
 from emotrain.config import Config, config_from_dict, config_to_dict, save_config
 from emotrain.distributed.ranks import Ranks
+from emotrain.errors import UserError
 from emotrain.training import checkpoint
 from emotrain.training import run as run_module
 from emotrain.training.deepspeed import DeepSpeedEngine
-from emotrain.training.deepspeed_options import read_options
+from emotrain.training.deepspeed_options import ZERO_OPTIONS, Whole, check_bucket
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
 from tests import test_layout as layout
@@ -67,6 +69,15 @@ def config(
 
 def options(stage: int, **others) -> dict:
     return {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000, **others}}
+
+
+def extremes(end: str) -> dict:
+    """Every number of zero_optimization at one end of its range. (A whole buffer of DeepSpeed is
+    allocated, and not used: its largest size is tried as far as a small machine goes.)"""
+    numbers = {name: kind for name, kind in ZERO_OPTIONS.items() if isinstance(kind, Whole)}
+    del numbers["stage"]
+    values = {name: getattr(kind, end) // kind.step * kind.step for name, kind in numbers.items()}
+    return {**values, "reduce_bucket_size": min(values["reduce_bucket_size"], 1 << 20)}
 
 
 class Recorder:
@@ -229,6 +240,28 @@ def test_without_clipping(stage, tmp_path):
     assert_same_training(records, expected(clip_norm=0.0), 1)
 
 
+@pytest.mark.parametrize(
+    ("sharing", "stage", "ep", "recompute"),
+    [
+        ("groups", 1, 2, "none"),
+        ("all", 2, 2, "full"),
+        ("groups", 3, 1, "selective"),
+        ("all", 3, 1, "none"),
+    ],
+)
+def test_banks_of_experts_that_layers_share(sharing, stage, ep, recompute, tmp_path):
+    """One parameter has gradients of several layers, and a rank's share of it is one share."""
+
+    def shared(settings: Config) -> Config:
+        experts = replace(settings.model.experts, sharing=sharing)
+        return replace(settings, model=replace(settings.model, experts=experts, num_layers=4))
+
+    oracle = native(shared(config()))
+    train(oracle, 2)
+    settings = shared(config(ep, 2, recompute=recompute))
+    assert_same_training(run(tmp_path, settings, options(stage), train, 2), oracle.record(), ep)
+
+
 def test_bfloat16_is_that_of_the_configuration(tmp_path):
     """DeepSpeed turns an autocast that it did not make off on GPUs; here the engine makes its
     own."""
@@ -254,12 +287,30 @@ def test_bfloat16_is_that_of_the_configuration(tmp_path):
         (2, 2, {"reduce_bucket_size": 100}),
         (3, 1, {"overlap_comm": False, "stage3_param_persistence_threshold": 0}),
         (3, 1, {"reduce_scatter": False, "sub_group_size": 1000}),
+        (2, 2, extremes("least")),
+        (2, 2, {"reduce_bucket_size": 383}),
+        (1, 2, {"reduce_bucket_size": 383}),
+        (2, 1, extremes("most")),
+        (3, 1, extremes("least")),
+        (3, 1, extremes("most")),
     ],
     ids=str,
 )
 def test_no_option_that_is_let_through_changes_training(stage, ep, others, tmp_path):
     records = run(tmp_path, config(ep, 2), options(stage, **others), train, 2)
     assert_same_training(records, expected(2), ep)
+
+
+def test_a_bucket_that_unequal_shares_of_experts_fill_differently_is_refused():
+    """Seven experts on two ranks are four and three: the ranks would reduce other gradients
+    together. Equal shares fill it alike."""
+    shares, totals = [[512, 512], [384, 384]], [5000, 4744]
+    for size in (1, 383, 5000, 2**31 - 1):
+        check_bucket(size, shares, totals)
+    for size in (384, 1000, 4999):
+        with pytest.raises(UserError, match=f"={size}: ranks .* need less than 384 or at least 5"):
+            check_bucket(size, shares, totals)
+        check_bucket(size, [shares[0]] * 2, [5000] * 2)
 
 
 # ---- what DeepSpeed would do by itself
@@ -372,111 +423,7 @@ def test_a_native_checkpoint_goes_on_under_deepspeed(tmp_path):
     )
 
 
-# ---- options that contradict the configuration
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda path: path.name)
-def test_the_files_that_come_with_the_project_are_valid(file):
-    read = read_options(file, config(), 2)
-    assert read["zero_optimization"]["stage"] == int(file.stem[-1])
-    assert read["train_batch_size"] == layout.ROWS and read["gradient_clipping"] == 0.5
-    assert ("gradient_allreduce_op" in read) == (file.stem != "zero3")
-
-
-def test_options_may_repeat_the_configuration(tmp_path):
-    file = tmp_path / "options.json"
-    file.write_text(
-        json.dumps(
-            {
-                **options(2),
-                "train_batch_size": layout.ROWS,
-                "gradient_clipping": 0.5,
-                "fp16": {"enabled": False},
-                "gradient_accumulation_steps": "auto",
-                "steps_per_print": 7,
-            }
-        )
-    )
-    read = read_options(file, config(micro_batch=2), 2)
-    assert (read["gradient_accumulation_steps"], read["steps_per_print"]) == (
-        2,
-        7,
-    ) and "fp16" not in read
-
-
-@pytest.mark.parametrize(
-    ("changes", "ep", "message"),
-    [
-        (
-            {"train_batch_size": 64},
-            1,
-            "train_batch_size=64 contradicts training.global_batch=8, which decides; remove "
-            "train_batch_size",
-        ),
-        (
-            {"gradient_clipping": 1.0},
-            1,
-            "gradient_clipping=1.0 contradicts optimizer.clip_norm=0.5",
-        ),
-        ({"bf16": {"enabled": True}}, 1, "bf16 is decided by training.precision; remove it"),
-        ({"optimizer": {"type": "Adam"}}, 1, "optimizer is decided by optimizer.*; remove it"),
-        (
-            {"gradient_predivide_factor": 2.0},
-            1,
-            "gradient_predivide_factor is decided by the losses, which need sums; remove it",
-        ),
-        (
-            {"zero_optimisation": {}},
-            1,
-            "zero_optimisation is not passed on to DeepSpeed; remove it",
-        ),
-        (options(0), 1, "zero_optimization.stage=0 must be the number 1, 2 or 3"),
-        (
-            options(2, offload_optimizer={"device": "cpu"}),
-            1,
-            "zero_optimization.offload_optimizer is not known to leave training the same",
-        ),
-        (
-            options(3),
-            2,
-            "zero_optimization.stage=3 cuts every parameter over all processes.*use stage 2 or "
-            "parallel.ep=1",
-        ),
-        (
-            options(1, reduce_scatter=False),
-            2,
-            "zero_optimization.reduce_scatter=False sums experts over the wrong ranks with "
-            "parallel.ep=2",
-        ),
-        ({"zero_optimization": 2}, 1, "it needs a section zero_optimization"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_an_option_that_contradicts_the_configuration_is_refused_in_one_line(
-    changes, ep, message, tmp_path
-):
-    file = tmp_path / "options.json"
-    file.write_text(json.dumps({**options(2), **changes}))
-    with pytest.raises(ValueError, match=message) as error:
-        read_options(file, config(ep), 2)
-    assert "\n" not in str(error.value)
-
-
-def test_copies_of_the_model_are_refused(tmp_path):
-    settings = config_from_dict({**config_to_dict(config()), "parallel": {"replicate": 2}})
-    with pytest.raises(
-        ValueError,
-        match="parallel.replicate=2, parallel.shard=0: ZeRO spreads one copy over all 2 processes",
-    ):
-        read_options(SHIPPED[0], settings, 2)
-
-
-def test_files_that_are_not_options(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file; `ls configs/deepspeed`"):
-        read_options(tmp_path / "none.json", config(), 1)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(ValueError, match="not a DeepSpeed configuration"):
-        read_options(tmp_path / "bad.json", config(), 1)
+# ---- what is missing
 
 
 def test_what_is_missing_is_named(monkeypatch):

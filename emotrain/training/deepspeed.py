@@ -29,6 +29,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,15 +40,19 @@ from torch import Tensor, nn
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
-from emotrain.distributed.mesh import Layout
+from emotrain.distributed.mesh import Layout, limit_collectives
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
-from emotrain.errors import MissingPackageError
+from emotrain.errors import MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
-from emotrain.training.deepspeed_options import _require, read_options
+from emotrain.training.deepspeed_options import (
+    asks_for_reports,
+    check_bucket,
+    read_options,
+)
 from emotrain.training.engine import Phase, Update, part, spreading
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.tensor_index import TensorPart
@@ -68,19 +73,27 @@ class DeepSpeedEngine:
             fresh: whether the model gets its initial values, or waits for those of a checkpoint.
 
         Raises:
-            ModuleNotFoundError: DeepSpeed is not installed. ValueError: a release that is not
-                known; a layout that cannot be;
-            processes without a launcher.
+            MissingPackageError: DeepSpeed is not installed. UserError: a release that is not
+                known; a layout that cannot be; processes without a launcher.
         """
         settings = read_options(options, config, ranks.world_size)
         layout = Layout.of(config, ranks.world_size)
-        deepspeed = _import_deepspeed(ranks)
+        deepspeed = _import_deepspeed(ranks, asks_for_reports(settings))
         self.config, self.ranks, self.stage = config, ranks, settings["zero_optimization"]["stage"]
+        timeout_s = config.training.collective_timeout_s
         deepspeed.init_distributed(
-            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False
+            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
+            verbose=False,
+            timeout=timedelta(seconds=timeout_s),
         )
         self._experts = _ExpertGroups(layout.ep) if layout.ep > 1 else None
+        self._everyone = _limit_groups(self._experts, timeout_s)
         self.model = _build_model(config, ranks.device, self._experts, fresh)
+        if self._experts is not None:
+            bucket = settings["zero_optimization"]["reduce_bucket_size"]
+            sizes = [p.numel() for p in self.model.parameters()]
+            share = [p.numel() for p in self.model.parameters() if _is_spread(p)]
+            check_bucket(bucket, *zip(*ranks.gather((share, sum(sizes))), strict=True))
         optimizer = build_optimizer(self.model, config.optimizer)
         _regroup(optimizer)
         wrapped = _WithLosses(self.model, config, ranks.device.type)
@@ -249,8 +262,7 @@ class DeepSpeedEngine:
         """The ranks that a parameter is cut over."""
         if self._experts is not None and _is_spread(parameter):
             return self._experts.data_parallel
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
+        return self._everyone
 
     def _part(self, name: str, local: Tensor) -> TensorPart:
         """The place of a parameter (or moment) of this rank in the whole one."""
@@ -296,22 +308,40 @@ class _ExpertGroups:
         self.data_parallel: dist.ProcessGroup = groups._get_expert_data_parallel_group(self.name)
 
 
-def _import_deepspeed(ranks: Ranks) -> Any:
+def _limit_groups(experts: _ExpertGroups | None, timeout_s: float) -> dist.ProcessGroup:
+    """Give every group that DeepSpeed communicates in a name and the limit of the run's
+    collectives, before the first of them: it makes groups without. Returns that of all ranks."""
+    from deepspeed.utils import groups
+
+    everyone: dist.ProcessGroup = groups._get_data_parallel_group()
+    named = {"data_parallel": everyone}
+    if experts is not None:
+        named["expert_exchange"] = experts.exchange
+        named["expert_data_parallel"] = experts.data_parallel
+    for name, group in named.items():
+        group._set_group_desc(name)
+    limit_collectives(named.values(), timeout_s)
+    return everyone
+
+
+def _import_deepspeed(ranks: Ranks, reports: bool) -> Any:
+    """The package, told what this project knows already. `reports`: whether it shall say what it
+    is doing."""
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingPackageError(f"--deepspeed needs DeepSpeed, which is not installed; {INSTALL}")
     version = importlib.metadata.version("deepspeed")
     release = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    _require(
-        OLDEST <= release < TOO_NEW,
-        f"deepspeed=={version}: gradients are known to be right with 0.19.8 and later of 0.19; "
-        f"{INSTALL}",
-    )
+    if not OLDEST <= release < TOO_NEW:
+        raise UserError(
+            f"deepspeed=={version}: gradients are known to be right with 0.19.8 and later of "
+            f"0.19; {INSTALL}"
+        )
     launched = dist.is_initialized() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-    _require(
-        launched,
-        "--deepspeed needs a launcher of processes; start with `deepspeed launch/pretrain.py "
-        "CONFIG --deepspeed JSON`",
-    )
+    if not launched:
+        raise UserError(
+            "--deepspeed needs a launcher of processes; start with `deepspeed launch/pretrain.py "
+            "CONFIG --deepspeed JSON`"
+        )
     # Otherwise it takes a GPU that is there, whatever training.device says.
     os.environ["DS_ACCELERATOR"] = ranks.device.type
     import deepspeed
@@ -319,8 +349,9 @@ def _import_deepspeed(ranks: Ranks) -> Any:
     # Of use for inference alone, and minutes of g++ at the first start on a CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO if reports else logging.WARNING)
     for handler in logger.handlers:
+        handler.setLevel(logger.level)
         # Its own writes to stdout, where results go.
         if type(handler) is logging.StreamHandler:
             handler.setStream(sys.stderr)
@@ -365,6 +396,7 @@ def _spread_experts(model: Transformer, config: Config, groups: _ExpertGroups) -
             groups.exchange, config.model.routed_in_layer(layer), config.model.experts.backend
         )
         block.moe.dispatcher = dispatcher
+        # Layers of a bank have one module, which gets the same share again.
         for name, parameter in list(block.moe.experts.named_parameters()):
             setattr(
                 block.moe.experts,
