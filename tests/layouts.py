@@ -116,12 +116,17 @@ def global_batch(
 
 
 def micro_batches(
-    step: int, size: int, ranks: Ranks, documents: str = "mixed", rows: int = ROWS
+    step: int,
+    size: int,
+    rank: int,
+    world_size: int,
+    documents: str = "mixed",
+    rows: int = ROWS,
 ) -> list[PackedBatch]:
     """This rank's micro-batches of `size` rows, out of the first `rows` of the global batch."""
     tokens, lengths, ids = global_batch(step, documents)
-    per_rank = rows // ranks.world_size
-    starts = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank, size)
+    per_rank = rows // world_size
+    starts = range(rank * per_rank, (rank + 1) * per_rank, size)
     return [
         PackedBatch.from_segments(
             tokens[s : s + size], lengths[s : s + size], ids[s : s + size], documents != "uneven"
@@ -190,7 +195,7 @@ def train(
     rows = settings.training.global_batch
     record = []
     for step in range(1, steps + 1):
-        batches = micro_batches(step, size, ranks, documents, rows)
+        batches = micro_batches(step, size, ranks.rank, ranks.world_size, documents, rows)
         result = train_step(engine, batches, settings, step, ranks)
         numbers = [
             result.loss,

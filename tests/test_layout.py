@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -130,6 +131,27 @@ def test_every_choice_is_met_twice() -> None:
     assert {choice: met[choice] for choice in choices if met[choice] < 2} == {}
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 1, 1, 2, "full"),
+        Case(2, 1, 1, 2, "selective", documents="uneven"),
+        Case(2, 1, 2, 1, "full", reshard=False, model="pools of one"),
+        Case(3, 1, 3, 2, model="sigmoid"),
+    ],
+    ids=str,
+)
+def test_no_layout_changes_training_through_torch_compile(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as in a run, but run by PyTorch's own kernels (`aot_eager`): the
+    generated ones take minutes to compile and know nothing of layouts."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    for record in case.train(steps=2, compile=True):
+        assert_same(record, one_process(case.model, case.documents, case.rows, 2))
+
+
 # ---- other precisions
 
 
@@ -242,7 +264,7 @@ def test_in_fp32_only_parameters_without_a_gradient_move_apart() -> None:
 
 def test_evaluation_between_steps_changes_nothing() -> None:
     def evaluate(model: Transformer) -> None:
-        model(micro_batches(99, ROWS, Ranks())[0])
+        model(micro_batches(99, ROWS, 0, 1)[0])
 
     evaluated = train(config(), ROWS, Ranks(), after_step=evaluate)
     for got, wanted in zip(evaluated, one_process("published", "mixed", ROWS, 5), strict=True):
