@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import emotrain
 from emotrain.cli import guarded, main
 from emotrain.commands import COMMANDS
 from emotrain.config import config_from_dict, save_config
@@ -141,6 +142,11 @@ def test_a_reader_that_has_enough_is_no_error(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_the_package_runs_as_the_command() -> None:
+    done = run_command("-m", "emotrain", "--version")
+    assert (done.returncode, done.stdout) == (0, f"emotrain {emotrain.__version__}\n"), done.stderr
+
+
 @pytest.mark.parametrize("words", [["settings", "--json"], ["--version"]])
 def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
