@@ -141,12 +141,12 @@ def test_a_reader_that_has_enough_is_no_error(
     assert done.returncode == (0 if environment is not BUFFERED and "--help" in words else 141)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_the_package_runs_as_the_command() -> None:
     done = run_command("-m", "emotrain", "--version")
     assert (done.returncode, done.stdout) == (0, f"emotrain {emotrain.__version__}\n"), done.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", [["settings", "--json"], ["--version"]])
 def test_a_full_disk_behind_stdout_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
