@@ -21,6 +21,8 @@ memory gate and up lie side by side, as the bank has them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
@@ -36,6 +38,7 @@ from emotrain.kernels.triton_grouped_gemms import (
 )
 from emotrain.kernels.triton_launch import float32_precision, launch, tuned
 from emotrain.kernels.triton_permute import SlotPlan, combine_rows, plan_slots
+from emotrain.kernels.tuning import TileConfig
 
 
 @torch.compiler.disable
@@ -82,14 +85,15 @@ class _GroupedMLP(torch.autograd.Function):
         act_RH = x_TD.new_empty(slots.num_rows, hidden)
         _gate_up(x_TD, gate_up_NFD, hidden_RF, act_RH, plan)
         y_RD = _multiply_rows(act_RH, down_NHD, plan, weights_TK, weighted=True)
-        ctx.save_for_backward(x_TD, weights_TK, gate_up_NFD, down_NHD, hidden_RF, *plan)
+        ctx.save_for_backward(x_TD, weights_TK, gate_up_NFD, down_NHD, hidden_RF, *plan.tensors)
+        ctx.tile_rows = plan.tile_rows
         return combine_rows(y_RD, plan.position_R, weights_TK.shape[0])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
-        x_TD, weights_TK, gate_up_NFD, down_NHD, hidden_RF, *plan = ctx.saved_tensors
-        plan, grad_TD = SlotPlan(*plan), grad_TD.contiguous()
+        x_TD, weights_TK, gate_up_NFD, down_NHD, hidden_RF, *tensors = ctx.saved_tensors
+        plan, grad_TD = SlotPlan(*tensors, ctx.tile_rows), grad_TD.contiguous()
         needs_x, needs_weights, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
         grad_hidden_RF, weighted_RH, grad_weights_TK = _grad_hidden(
             grad_TD, down_NHD, hidden_RF, weights_TK, plan
@@ -116,11 +120,16 @@ class _GroupedMLP(torch.autograd.Function):
         )
 
 
+def _tiles_of(plan: SlotPlan, kernel: str, tensor: Tensor) -> TileConfig:
+    """Tile sizes of a kernel that walks the tiles of a plan: its rows are the plan's."""
+    return replace(tuned(kernel, tensor), rows=plan.tile_rows)
+
+
 def _gate_up(
     x_TD: Tensor, gate_up_NFD: Tensor, hidden_RF: Tensor, act_RH: Tensor, plan: SlotPlan
 ) -> None:
     width, hidden = x_TD.shape[1], act_RH.shape[1]
-    config = tuned("gate_up", x_TD)
+    config = _tiles_of(plan, "gate_up", x_TD)
     launch(
         gate_up_kernel,
         (plan.num_tiles * triton.cdiv(2 * hidden, config.columns),),
@@ -156,7 +165,7 @@ def _multiply_rows(
     stay unwritten; `combine_rows` does not read them."""
     inner, width = bank_NJD.shape[1:]
     y_RD = a_RJ.new_empty(a_RJ.shape[0], width)
-    config = tuned("rows", a_RJ)
+    config = _tiles_of(plan, "rows", a_RJ)
     launch(
         rows_kernel,
         (plan.num_tiles * triton.cdiv(width, config.columns),),
@@ -192,7 +201,7 @@ def _grad_hidden(
     """Gradient of the pre-activation [R, F], the weighted activation [R, H], the gradient of the
     weights."""
     hidden, width = down_NHD.shape[1:]
-    config = tuned("grad_hidden", grad_TD)
+    config = _tiles_of(plan, "grad_hidden", grad_TD)
     num_columns = triton.cdiv(hidden, config.columns)
     grad_hidden_RF, weighted_RH = (
         torch.empty_like(hidden_RF),

@@ -58,7 +58,12 @@ def recording(target: str, seen: Callable[[Launch], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tiles(configs: dict[str, TileConfig]) -> Iterator[None]:
-    """Within this context GEMM kernels use these tile sizes instead of the tuned ones."""
+    """Within this context GEMM kernels use these tile sizes instead of the tuned ones.
+
+    Raises:
+        ValueError: rows that differ where kernels share them.
+    """
+    tuning.check_rows(configs)
     token = _TILES.set(configs)
     try:
         yield

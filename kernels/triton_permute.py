@@ -27,7 +27,7 @@ thread, two full-width loads."""
 
 
 class SlotPlan(NamedTuple):
-    """Sorted slots, and the tiles that GEMM kernels walk. A tile is up to `rows` consecutive
+    """Sorted slots, and the tiles that GEMM kernels walk. A tile is up to `tile_rows` consecutive
     slots of one expert."""
 
     token_R: Tensor
@@ -42,6 +42,14 @@ class SlotPlan(NamedTuple):
     """int32: the expert of each tile; -1 for the tiles that this routing does not need."""
     tile_row_P: Tensor
     """int32: the first sorted slot of each tile."""
+    tile_rows: int
+    """Slots of a full tile, which every kernel that walks the tiles takes at a time: one that took
+    more would read and write those of the next tile and expert."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What autograd keeps; `tile_rows` makes a plan of them again."""
+        return self[:-1]
 
     @property
     def num_tiles(self) -> int:
@@ -86,7 +94,7 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
         num_warps=8,
     )
     return SlotPlan(
-        slots.token_R, slots.slot_R, slots.ends_N, position_R, tile_expert_P, tile_row_P
+        slots.token_R, slots.slot_R, slots.ends_N, position_R, tile_expert_P, tile_row_P, rows
     )
 
 
@@ -94,7 +102,7 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
 def permute_triton(x_TD: Tensor, slots: SortedSlots) -> Tensor:
     """`permute` in Triton."""
     check_operands("permute", x_TD)
-    return _Permute.apply(x_TD, slots.num_rows, *plan_slots(slots))
+    return _Permute.apply(x_TD, slots.num_rows, plan_slots(slots))
 
 
 @torch.compiler.disable
@@ -104,48 +112,44 @@ def unpermute_triton(
     """`unpermute` in Triton; products and sums are formed in float32."""
     check_operands("unpermute", rows_RD)
     weights_TK = None if weights_TK is None else weights_TK.float().contiguous()
-    return _Unpermute.apply(rows_RD, num_tokens, weights_TK, *plan_slots(slots))
+    return _Unpermute.apply(rows_RD, num_tokens, weights_TK, plan_slots(slots))
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD, num_rows, *plan):
-        ctx.save_for_backward(*plan)
+    def forward(ctx, x_TD, num_rows, plan):
+        ctx.save_for_backward(plan.position_R)
         ctx.num_tokens = x_TD.shape[0]
-        return gather_rows(x_TD, SlotPlan(*plan), num_rows)
+        return gather_rows(x_TD, plan, num_rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_RD):
-        plan = SlotPlan(*ctx.saved_tensors)
-        return (
-            combine_rows(grad_RD.contiguous(), plan.position_R, ctx.num_tokens),
-            None,
-            *(None for _ in plan),
-        )
+        (position_R,) = ctx.saved_tensors
+        return combine_rows(grad_RD.contiguous(), position_R, ctx.num_tokens), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_RD, num_tokens, weights_TK, *plan):
-        ctx.save_for_backward(None if weights_TK is None else rows_RD, weights_TK, *plan)
-        ctx.num_rows = rows_RD.shape[0]
-        return combine_rows(rows_RD, SlotPlan(*plan).position_R, num_tokens, weights_TK)
+    def forward(ctx, rows_RD, num_tokens, weights_TK, plan):
+        ctx.save_for_backward(None if weights_TK is None else rows_RD, weights_TK, *plan.tensors)
+        ctx.num_rows, ctx.tile_rows = rows_RD.shape[0], plan.tile_rows
+        return combine_rows(rows_RD, plan.position_R, num_tokens, weights_TK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_TD):
-        rows_RD, weights_TK, *plan = ctx.saved_tensors
+        rows_RD, weights_TK, *tensors = ctx.saved_tensors
         grad_weights_TK = None if weights_TK is None else torch.zeros_like(weights_TK)
         grad_RD = gather_rows(
             grad_TD.contiguous(),
-            SlotPlan(*plan),
+            SlotPlan(*tensors, ctx.tile_rows),
             ctx.num_rows,
             weights_TK,
             rows_RD,
             grad_weights_TK,
         )
-        return grad_RD, None, grad_weights_TK, *(None for _ in plan)
+        return grad_RD, None, grad_weights_TK, None
 
 
 def gather_rows(

@@ -8,6 +8,8 @@ free of spills at the published shapes.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,8 +49,10 @@ class TileConfig:
 
 
 GEMM_KERNELS = ("gate_up", "rows", "grad_hidden", "weight_grad")
-"""Kernels with a TileConfig. The first three share their rows: they walk the same tiles of
-slots."""
+"""Kernels with a TileConfig."""
+WALKERS = GEMM_KERNELS[:3]
+"""They walk the same tiles of slots, cut to the rows of the first: entries of theirs that are used
+together have the same rows (`check_rows`)."""
 
 _FLOAT32 = {
     "gate_up": TileConfig(64, 64, 32, 8, 3),
@@ -116,7 +120,7 @@ SPACE: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(128, 256, 64, 8, 5),
     ),
 }
-"""bfloat16 tiles worth timing."""
+"""bfloat16 tiles worth timing; `joint_space` says which of them together."""
 
 
 def default_tiles(target: str, dtype: torch.dtype) -> dict[str, TileConfig]:
@@ -126,6 +130,26 @@ def default_tiles(target: str, dtype: torch.dtype) -> dict[str, TileConfig]:
         name for name in DEFAULTS if target != "interpreter" and _number(name) <= _number(target)
     ]
     return DEFAULTS[max(known, key=_number) if known else "sm_80"][dtype]
+
+
+def joint_space() -> Iterator[dict[str, TileConfig]]:
+    """Every choice of SPACE that may run together, a tile for each kernel."""
+    for combination in itertools.product(*(SPACE[kernel] for kernel in GEMM_KERNELS)):
+        configs = dict(zip(GEMM_KERNELS, combination, strict=True))
+        if len({configs[kernel].rows for kernel in WALKERS}) == 1:
+            yield configs
+
+
+def check_rows(configs: Mapping[str, TileConfig]) -> None:
+    """Refuse tiles for kernels that walk the same tiles of slots and differ in rows: all but the
+    first would run with rows that nobody chose.
+
+    Raises:
+        ValueError: such tiles.
+    """
+    rows = {kernel: configs[kernel].rows for kernel in WALKERS if kernel in configs}
+    if len(set(rows.values())) > 1:
+        raise ValueError(f"{rows}: these kernels walk the same tiles; give them the same rows")
 
 
 def _number(target: str) -> int:

@@ -24,7 +24,16 @@ from emotrain.kernels.grouped_mlp import grouped_mlp
 from emotrain.kernels.slots import SortedSlots, sort_slots
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
-from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig, default_tiles
+from emotrain.kernels.tuning import (
+    DEFAULTS,
+    GEMM_KERNELS,
+    SPACE,
+    WALKERS,
+    TileConfig,
+    check_rows,
+    default_tiles,
+    joint_space,
+)
 from emotrain.model.router import LayerRequest
 
 assert triton_interpreter.triton.knobs.runtime.interpret
@@ -137,6 +146,39 @@ def test_the_published_number_of_experts_in_the_tiles_that_ship() -> None:
     leaves, slots = arguments(choices(30, 127, 7, skew=2.0), 127, 24, 16, torch.bfloat16)
     assert (torch.diff(slots.ends_N) == 0).any()
     assert_agrees(leaves, slots, default_tiles("sm_90", torch.bfloat16))
+
+
+@pytest.mark.parametrize("rows", [16, 64, 128])
+def test_tiles_of_any_rows_agree(rows: int) -> None:
+    """Whatever kernel the rows are given for: those that walk the same tiles take the same."""
+    leaves, slots = arguments(choices(70, 3, 2, skew=1.0), 3, 24, 16, torch.float32)
+    other = TileConfig(rows, 32, 32, warps=4, stages=1, group=2)
+    for kernel in WALKERS:
+        assert_agrees(leaves, slots, {kernel: other})
+    assert_agrees(leaves, slots, {**SMALL, **dict.fromkeys(WALKERS, other)})
+
+
+@pytest.mark.parametrize("kernel", WALKERS)
+def test_rows_that_kernels_cannot_share_are_refused(kernel: str) -> None:
+    odd = TileConfig(64, 32, 32, warps=4, stages=1)
+    with pytest.raises(ValueError, match="same tiles; give them the same rows"):
+        with tiles({**SMALL, kernel: odd}):
+            pass
+    with tiles({**SMALL, "weight_grad": odd}):
+        pass
+
+
+def test_tables_agree_on_rows() -> None:
+    for target in DEFAULTS.values():
+        for configs in target.values():
+            check_rows(configs)
+    joint = list(joint_space())
+    for configs in joint:
+        check_rows(configs)
+    # Nothing worth timing is left out, and those that ship are timed too.
+    for kernel, space in SPACE.items():
+        assert {configs[kernel] for configs in joint} == set(space)
+    assert all(DEFAULTS[target][torch.bfloat16] in joint for target in DEFAULTS)
 
 
 ROUTINGS = {

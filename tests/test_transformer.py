@@ -12,11 +12,9 @@ import pytest
 import torch
 from helpers import pools_of, tiny_batch, tiny_config, tiny_model
 from torch import Tensor
-from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
-from emotrain.model import attention
-from emotrain.model.attention import document_ends, document_mask, rotary_table, rotate
+from emotrain.model.attention import document_mask, rotary_table, rotate
 from emotrain.model.losses import language_model_sums
 from emotrain.model.router import draw_pool_sizes, select_pool
 from emotrain.model.transformer import Transformer, parameter_counts
@@ -194,37 +192,6 @@ def test_document_mask_is_causal_inside_documents() -> None:
         assert mask_B1SS[row, 0, query, key] == (
             key <= query and document_BS[row, query] == document_BS[row, key]
         )
-
-
-def test_flash_attention_gets_the_documents_of_the_mask(monkeypatch) -> None:
-    """The GPU's path, with torch's flash attention (CUDA alone) replaced by attention document
-    by document."""
-
-    def one_by_one(q_TAC, k_TAC, v_TAC, ends_q, ends_k, max_q, max_k, *, window_size, enable_gqa):
-        assert (
-            window_size == (-1, 0)
-            and enable_gqa
-            and ends_q is ends_k
-            and ends_q.dtype == torch.int32
-        )
-        parts = []
-        for start, end in itertools.pairwise(ends_q.tolist()):
-            assert end - start <= max_q == max_k
-            q_ATC, k_ATC, v_ATC = (
-                part[start:end].transpose(0, 1) for part in (q_TAC, k_TAC, v_TAC)
-            )
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q_ATC, k_ATC, v_ATC, is_causal=True, enable_gqa=True
-                ).transpose(0, 1)
-            )
-        return torch.cat(parts)
-
-    model, batch = tiny_model(model__num_heads=4, model__num_kv_heads=2).double(), tiny_batch()
-    by_mask = logits_of(model, batch)
-    monkeypatch.setattr(attention, "varlen_attn", one_by_one)
-    monkeypatch.setattr(attention, "documents_of", document_ends)
-    torch.testing.assert_close(logits_of(model, batch), by_mask, rtol=1e-10, atol=1e-12)
 
 
 def test_changing_a_document_changes_no_other() -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import register_dataclass, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from emotrain.config import Config
@@ -21,7 +21,13 @@ from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.ranks import Ranks, local_part
 from emotrain.kernels.decision import ROUTING_DECISIONS
-from emotrain.model.transformer import Transformer
+from emotrain.model.router import LayerStatistics, RoutingReport
+from emotrain.model.transformer import ModelOutput, Transformer
+
+# FSDP2 gathers parameters for backward by hooks on the tensors of what a module returns. In torch
+# 2.11 it finds those in containers that are registered alone.
+for _output in (ModelOutput, RoutingReport, LayerStatistics):
+    register_dataclass(_output)
 
 
 def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer:

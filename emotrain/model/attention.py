@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
+from emotrain.model.varlen import attend_documents
 
 
 class Attention(nn.Module):
@@ -35,25 +35,12 @@ class Attention(nn.Module):
         q_BASC, k_BASC = rotate(qk_BASC, view.cos, view.sin).split(
             (self.num_heads, self.kv_heads), dim=1
         )
-        grouped = self.num_heads != self.kv_heads
         if isinstance(view.documents, DocumentEnds):
             q_TAC, k_TAC, v_TAC = (
                 part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC)
             )
-            edges, length = view.documents.edges, x_BSD.shape[1]
             # The row length bounds that of its documents, which the host does not know.
-            y_TAC = varlen_attn(
-                q_TAC,
-                k_TAC,
-                v_TAC,
-                edges,
-                edges,
-                length,
-                length,
-                window_size=(-1, 0),
-                enable_gqa=grouped,
-            )
-            assert isinstance(y_TAC, Tensor)
+            y_TAC = attend_documents(q_TAC, k_TAC, v_TAC, view.documents.edges, x_BSD.shape[1])
             return self.out(y_TAC.flatten(1).view_as(x_BSD))
         mask_B1SS = None if view.documents is None else view.documents.mask_B1SS
         y_BASC = F.scaled_dot_product_attention(
@@ -62,7 +49,7 @@ class Attention(nn.Module):
             v_BASC,
             attn_mask=mask_B1SS,
             is_causal=mask_B1SS is None,
-            enable_gqa=grouped,
+            enable_gqa=self.num_heads != self.kv_heads,
         )
         return self.out(y_BASC.transpose(1, 2).flatten(2))
 

@@ -1,8 +1,0 @@
-"""`python -m emotrain` is the command `emotrain`."""
-
-import sys
-
-from emotrain.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main())
