@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import emotrain
 from emotrain.cli import guarded, main
 from emotrain.commands import COMMANDS
 from emotrain.config import config_from_dict, save_config
@@ -138,6 +139,11 @@ def test_a_reader_that_has_enough_is_no_error(
     assert done.stderr == ""
     # argparse, unbuffered, notices nothing.
     assert done.returncode == (0 if environment is not BUFFERED and "--help" in words else 141)
+
+
+def test_the_package_runs_as_the_command() -> None:
+    done = run_command("-m", "emotrain", "--version")
+    assert (done.returncode, done.stdout) == (0, f"emotrain {emotrain.__version__}\n"), done.stderr
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

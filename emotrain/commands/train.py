@@ -14,7 +14,7 @@ EPILOG = """examples:
   emotrain train configs/quickstart.yaml
   emotrain train configs/quickstart.yaml training.run_dir=runs/lr1e-3 optimizer.lr=1e-3
   torchrun --nproc-per-node 2 launch/pretrain.py configs/quickstart.yaml training.micro_batch=8
-  deepspeed launch/pretrain.py configs/emo_1b14b_130b.yaml --deepspeed configs/deepspeed/zero2.json
+  deepspeed launch/pretrain.py CONFIG --deepspeed configs/deepspeed/zero2.json parallel.ep=8
 
 The same command goes on from the newest checkpoint of training.run_dir. Ctrl-C, SIGTERM or SIGUSR1
 finishes the step, saves a checkpoint and exits with 75; a second one stops at once. `emotrain

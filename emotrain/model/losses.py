@@ -1,7 +1,7 @@
-"""The loss of one optimizer step, normalised by the token counts of the whole global batch.
+"""The terms of the loss of one optimizer step.
 
-Every term is a sum over tokens divided by a count of the whole step, so that the gradients of all
-micro-batches on all ranks simply add up to the gradient of the global loss, whatever the layout.
+Every term is a sum over tokens, and is divided by a count of the whole step, here or in `step.py`.
+So the gradients of all micro-batches on all ranks add up to that of the global loss, on any layout.
 """
 
 from __future__ import annotations
