@@ -19,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
@@ -31,6 +30,7 @@ from emotrain.training.checkpoint import CheckpointWriter, TrainingState
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.tensor_files import TensorFilesWriter, load_parts, save_parts
 from emotrain.training.tensor_index import TensorPart, read_index
+from tests.processes import run_ranks
 
 pytestmark = [
     pytest.mark.layout,
@@ -106,35 +106,6 @@ def gathered(model, optimizer) -> dict[str, torch.Tensor]:
     }
 
 
-def in_processes(function, world_size: int, folder: Path, *args, timeout: float = 60) -> list:
-    """`function(*args)` in forked ranks of one process group (none for one rank). Returns what
-    each returned; a hang is a failure."""
-    folder.mkdir(exist_ok=True)
-    rendezvous = folder / f"rendezvous-{time.monotonic_ns()}"
-
-    def rank_main(rank: int) -> None:
-        torch.set_num_threads(1)
-        if world_size > 1:
-            dist.init_process_group(
-                "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-            )
-        torch.save(function(*args), folder / f"{rendezvous.name}-{rank}.pt")
-        if world_size > 1:
-            dist.destroy_process_group()
-
-    context = mp.start_processes(rank_main, nprocs=world_size, join=False, start_method="fork")
-    deadline = time.monotonic() + timeout
-    while not context.join(timeout=1):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail(f"{function.__name__}: a rank was still waiting after {timeout} s")
-    return [
-        torch.load(folder / f"{rendezvous.name}-{rank}.pt", weights_only=True)
-        for rank in range(world_size)
-    ]
-
-
 def save(arrangement: Arrangement, run_dir: Path, asynchronous: bool = True):
     config, model, optimizer = build(arrangement)
     with CheckpointWriter(run_dir, asynchronous=asynchronous) as writer:
@@ -163,9 +134,9 @@ def restore(arrangement: Arrangement, path: Path):
     ids=str,
 )
 def test_saved_on_one_layout_and_loaded_on_another(before, after, tmp_path):
-    saved = in_processes(save, before.processes, tmp_path, before, tmp_path / "run")[0]
+    saved = run_ranks(lambda _: save(before, tmp_path / "run"), before.processes)[0]
     path = checkpoint.find(tmp_path / "run")
-    for loaded in in_processes(restore, after.processes, tmp_path, after, path):
+    for loaded in run_ranks(lambda _: restore(after, path), after.processes):
         assert loaded.keys() == saved.keys()
         for name, tensor in saved.items():
             assert torch.equal(loaded[name], tensor), name
@@ -179,8 +150,8 @@ def test_saved_on_one_layout_and_loaded_on_another(before, after, tmp_path):
 def test_every_element_is_stored_once_by_a_rank_that_holds_it_and_nothing_is_a_pickle(
     arrangement, tmp_path
 ):
-    saved = in_processes(
-        save, arrangement.processes, tmp_path, arrangement, tmp_path / "run", False
+    saved = run_ranks(
+        lambda _: save(arrangement, tmp_path / "run", asynchronous=False), arrangement.processes
     )[0]
     path = checkpoint.find(tmp_path / "run")
     elements = {name: 0 for name in saved if not name.startswith("step.")}
@@ -239,8 +210,8 @@ def test_ranks_without_any_rows_and_cuts_along_several_axes(tmp_path):
                 )
                 assert torch.equal(tensor.full_tensor(), whole), name
 
-    in_processes(write, 4, tmp_path)
-    in_processes(read, 4, tmp_path)
+    run_ranks(lambda _: write(), 4)
+    run_ranks(lambda _: read(), 4)
 
 
 # ---- failures of one rank
@@ -279,8 +250,8 @@ def fails_on_rank_1(run_dir: Path, on_error: str, asynchronous: bool):
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
 def test_a_full_disk_on_one_rank_is_known_to_all(on_error, asynchronous, tmp_path):
     run_dir = tmp_path / "run"
-    (first_rank, logged), (second_rank, quiet) = in_processes(
-        fails_on_rank_1, 2, tmp_path, run_dir, on_error, asynchronous
+    (first_rank, logged), (second_rank, quiet) = run_ranks(
+        lambda _: fails_on_rank_1(run_dir, on_error, asynchronous), 2
     )
     assert first_rank == second_rank and not quiet
     first, second, third, last = first_rank
@@ -323,7 +294,7 @@ def dies_while_writing(run_dir: Path):
 
 def test_a_rank_that_dies_leaves_the_others_neither_waiting_nor_with_half_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError):  # neither rank returns anything
-        in_processes(dies_while_writing, 2, tmp_path, tmp_path / "run")
+        run_ranks(lambda _: dies_while_writing(tmp_path / "run"), 2)
     assert float((tmp_path / "run" / "waited").read_text()) < 10
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000001"]
 
@@ -340,12 +311,12 @@ def refused(arrangement: Arrangement, path: Path):
 
 
 def test_damage_that_one_rank_finds_is_refused_by_all_and_changes_nothing(tmp_path):
-    in_processes(save, 2, tmp_path, FSDP2, tmp_path / "run")
+    run_ranks(lambda _: save(FSDP2, tmp_path / "run"), 2)
     path = checkpoint.find(tmp_path / "run")
     for file in sorted(path.glob("*.safetensors")):
         contents = file.read_bytes()
         file.write_bytes(contents[:-3] + bytes([contents[-3] ^ 1]) + contents[-2:])
-        messages = in_processes(refused, 4, tmp_path, EP4, path)
+        messages = run_ranks(lambda _: refused(EP4, path), 4)
         assert set(messages) == {
             f"{file}: contents differ from the checksum in manifest.json; use another checkpoint"
         }

@@ -7,30 +7,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import tiny_config
 
 from emotrain.distributed.dispatch import AllToAllDispatcher
+from emotrain.distributed.ranks import Ranks
 from emotrain.kernels import Decision
 from emotrain.model.moe import LocalDispatcher, RoutedExperts
+from tests.processes import run_ranks
 
 WIDTH, HIDDEN = 16, 8
-
-
-def run(world_size: int, folder, body, *args) -> None:
-    """`body(rank, *args)` in `world_size` processes of one group."""
-    mp.start_processes(
-        _enter, (world_size, str(folder), body, args), nprocs=world_size, start_method="fork"
-    )
-
-
-def _enter(rank, world_size, folder, body, args):
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size
-    )
-    body(rank, *args)
-    dist.destroy_process_group()
 
 
 def bank(num_experts: int) -> RoutedExperts:
@@ -82,8 +67,8 @@ def routing_of(choices: str, rank: int, num_experts: int) -> Decision:
     return Decision(None, weights_TK.requires_grad_(), experts_TK, None, counts_N, None, None)
 
 
-def _same_as_local(rank: int, choices: str, num_experts: int) -> None:
-    world_size = dist.get_world_size()
+def _same_as_local(ranks: Ranks, choices: str, num_experts: int) -> None:
+    rank, world_size = ranks.rank, ranks.world_size
     whole = bank(num_experts)
     part = part_of(whole, rank, world_size)
     routing = routing_of(choices, rank, num_experts)
@@ -110,12 +95,12 @@ def _same_as_local(rank: int, choices: str, num_experts: int) -> None:
 @pytest.mark.parametrize("choices", CHOICES)
 @pytest.mark.parametrize(("world_size", "num_experts"), [(2, 8), (2, 7), (4, 7)])
 def test_sums_and_gradients_are_those_of_one_rank(
-    world_size: int, num_experts: int, choices: str, tmp_path
+    world_size: int, num_experts: int, choices: str
 ) -> None:
-    run(world_size, tmp_path, _same_as_local, choices, num_experts)
+    run_ranks(_same_as_local, world_size, choices, num_experts)
 
 
-def _once_to_each_rank(rank: int) -> None:
+def _once_to_each_rank(ranks: Ranks) -> None:
     """Experts 0 and 1 are rank 0's, 2 and 3 rank 1's."""
     routing = Decision(
         None,
@@ -134,14 +119,17 @@ def _once_to_each_rank(rank: int) -> None:
             return sizes[-1]
 
     Watched(dist.group.WORLD, 4)(
-        torch.randn(4, WIDTH, dtype=torch.float64), routing, part_of(bank(4), rank, 2), lambda: None
+        torch.randn(4, WIDTH, dtype=torch.float64),
+        routing,
+        part_of(bank(4), ranks.rank, 2),
+        lambda: None,
     )
     # Two of four tokens have an expert on each rank: three slots on either, from each of two ranks.
     assert sizes == [([2, 2], [2, 2], 6)]
 
 
-def test_a_token_goes_once_to_each_rank_that_holds_one_of_its_experts(tmp_path) -> None:
-    run(2, tmp_path, _once_to_each_rank)
+def test_a_token_goes_once_to_each_rank_that_holds_one_of_its_experts() -> None:
+    run_ranks(_once_to_each_rank, 2)
 
 
 class _Noted(torch.autograd.Function):
@@ -159,7 +147,7 @@ class _Noted(torch.autograd.Function):
         return grad, None
 
 
-def _overlaps(rank: int) -> None:
+def _overlaps(ranks: Ranks) -> None:
     events: list[str] = []
     original = dist.all_to_all_single
 
@@ -179,7 +167,7 @@ def _overlaps(rank: int) -> None:
         return work
 
     dist.all_to_all_single = noted
-    routing, experts = routing_of("random", rank, 8), part_of(bank(8), rank, 2)
+    routing, experts = routing_of("random", ranks.rank, 8), part_of(bank(8), ranks.rank, 2)
     x_TD = torch.randn(12, WIDTH, dtype=torch.float64, requires_grad=True)
     y_TD, shared_TD = AllToAllDispatcher(dist.group.WORLD, 8)(
         x_TD, routing, experts, lambda: _Noted.apply(x_TD, events)
@@ -191,5 +179,5 @@ def _overlaps(rank: int) -> None:
     assert events == [*back, "start", "start", "meanwhile", "wait", "wait"]
 
 
-def test_what_needs_no_token_runs_while_tokens_and_gradients_travel(tmp_path) -> None:
-    run(2, tmp_path, _overlaps)
+def test_what_needs_no_token_runs_while_tokens_and_gradients_travel() -> None:
+    run_ranks(_overlaps, 2)

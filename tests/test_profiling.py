@@ -17,8 +17,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from emotrain.config import ProfileConfig, config_from_dict
 from emotrain.distributed.ranks import Ranks
@@ -32,6 +30,7 @@ from emotrain.training.profiling import (
     table,
 )
 from tests.conftest import tiny_settings
+from tests.processes import run_ranks
 
 NAP = 0.03
 
@@ -141,18 +140,14 @@ def test_leaving_the_loop_early_drops_the_profile(tmp_path, caplog):
 # ---- several ranks
 
 
-def _rank(rank, folder, naps_of_rank):
+def _rank(ranks, folder, naps_of_rank):
     messages = logging.handlers.MemoryHandler(1000)
     logging.getLogger("emotrain").addHandler(messages)
     logging.getLogger("emotrain").setLevel("INFO")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    naps(naps_of_rank[rank], Ranks(rank, 2), folder, ProfileConfig(start=2, steps=3))
-    (folder / f"log-{rank}").write_text(
+    naps(naps_of_rank[ranks.rank], ranks, folder, ProfileConfig(start=2, steps=3))
+    (folder / f"log-{ranks.rank}").write_text(
         "\n".join(record.getMessage() for record in messages.buffer)
     )
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(("slow_part", "where"), [("forward", 1), ("data wait", 0)])
@@ -160,7 +155,7 @@ def test_the_slow_rank_is_named_with_its_part(slow_part, where, tmp_path):
     """Both ranks' steps take as long; only the collective's time tells who waited."""
     slow = [{}, {}]
     slow[where] = {slow_part: 4 * NAP}
-    mp.start_processes(_rank, (tmp_path, slow), nprocs=2, start_method="fork")
+    run_ranks(_rank, 2, tmp_path, slow)
     summary = json.loads((tmp_path / "profile/summary.json").read_text())
     assert (
         summary["slowest"]["rank"] == where
@@ -180,22 +175,10 @@ def test_the_slow_rank_is_named_with_its_part(slow_part, where, tmp_path):
     assert {event["name"] for event in trace(tmp_path, 1)} >= {"part: forward", "gloo:all_reduce"}
 
 
-def _train(rank, folder, settings):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    run_module.train(config_from_dict(settings), Ranks(rank, 2))
-    dist.destroy_process_group()
-
-
 def test_training_profiles_the_steps_it_was_asked_for_and_learns_the_same(tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", micro_batch=1, checkpoint_every=4)
-    mp.start_processes(
-        _train,
-        (tmp_path, {**settings, "profile": {"start": 3, "steps": 2}}),
-        nprocs=2,
-        start_method="fork",
-    )
+    config = config_from_dict({**settings, "profile": {"start": 3, "steps": 2}})
+    run_ranks(lambda ranks: run_module.train(config, ranks), 2)
     summary = json.loads((tmp_path / "run/profile/summary.json").read_text())
     assert summary["steps"] == [3, 4] and [rank["rank"] for rank in summary["ranks"]] == [0, 1]
     for rank in summary["ranks"]:
