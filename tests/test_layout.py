@@ -95,12 +95,15 @@ def with_long(cases: list[Case], others: list[Case]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", [*cases, *more], ids=str)
 
 
-def assert_same(got: list[Step], wanted: list[Step]) -> None:
-    """To 1e-9 of each element: for fp64."""
+def assert_same(got: list[Step], wanted: list[Step], parameters: float = 1e-12) -> None:
+    """To 1e-9 of each element: for fp64.
+
+    Args:
+        parameters: what an element of a parameter that is near zero may be off.
+    """
     for step, one in zip(got, wanted, strict=True):
         for key, values in vars(one).items():
-            # AdamW multiplies what rounding leaves of a gradient of zero by lr / eps = 1e6.
-            atol = 1e-10 if key == "parameters" else 1e-12
+            atol = parameters if key == "parameters" else 1e-12
             torch.testing.assert_close(vars(step)[key], values, rtol=1e-9, atol=atol)
 
 
@@ -112,8 +115,11 @@ def test_no_layout_changes_training(case: Case) -> None:
 
 @with_long(COMBINED, [case for case in every_case() if case not in PLAIN])
 def test_no_layout_changes_training_whatever_the_model_and_the_documents(case: Case) -> None:
+    # Where a document is one token, attention has no gradient: AdamW multiplies what rounding
+    # leaves of it by lr / eps = 1e6.
+    atol = 1e-10 if case.documents == "length one" else 1e-12
     for record in case.train(steps=3):
-        assert_same(record, one_process(case.model, case.documents, case.rows, 3))
+        assert_same(record, one_process(case.model, case.documents, case.rows, 3), atol)
 
 
 def test_every_choice_is_met_twice() -> None:
