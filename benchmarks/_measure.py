@@ -41,15 +41,21 @@ class Timing:
 
 
 def time_in_turn(
-    arms: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1
+    arms: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 1,
+    settle: Callable[[], None] = lambda: None,
 ) -> dict[str, Timing]:
-    """Call every arm `repeats` times in turn, after `warmup` rounds that are not counted."""
+    """Call every arm `repeats` times in turn, after `warmup` rounds that are not counted. `settle`
+    waits for the device before and after each call."""
     taken: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(-warmup, repeats):
         names = list(arms) if round_ % 2 == 0 else list(reversed(list(arms)))
         for name in names:
+            settle()
             start = time.perf_counter()
             arms[name]()
+            settle()
             ms = (time.perf_counter() - start) * 1e3
             if round_ >= 0:
                 taken[name].append(ms)

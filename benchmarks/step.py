@@ -64,9 +64,13 @@ def our_step(config: Config, micro_batches: list[PackedBatch]) -> Callable[[], N
 
 
 def hf_step(
-    config: Config, micro_batches: list[PackedBatch], implementation: str
+    config: Config,
+    micro_batches: list[PackedBatch],
+    implementation: str,
+    device: torch.device | None = None,
 ) -> Callable[[], None]:
-    """One update of transformers' OLMoE."""
+    """One update of transformers' OLMoE; on a GPU under autocast to bfloat16, as ours."""
+    device = device or torch.device("cpu")
     from transformers import OlmoeConfig, OlmoeForCausalLM
 
     model_config = config.model
@@ -94,6 +98,7 @@ def hf_step(
         experts_implementation=implementation,
         dtype=torch.float32,
     ).train()
+    model.to(device)
     optimizer = build_optimizer(
         model, replace(config.optimizer, lr=learning_rate(config.optimizer, 1, config.num_steps))
     )
@@ -102,10 +107,9 @@ def hf_step(
     def run() -> None:
         model.zero_grad(set_to_none=True)
         for batch in micro_batches:
-            loss = model(input_ids=batch.tokens_BS, labels=batch.tokens_BS).loss / len(
-                micro_batches
-            )
-            loss.backward()
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(input_ids=batch.tokens_BS, labels=batch.tokens_BS).loss
+            (loss / len(micro_batches)).backward()
         clip_gradients(parameters, config.optimizer.clip_norm, Ranks())
         optimizer.step()
 
