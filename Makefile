@@ -70,6 +70,7 @@ benchmarks: $(DATA)/dataset.json  ## router, step and expert timings, also again
 cluster-benchmarks: $(DATA)/dataset.json  ## what can be measured of a cluster without one: exchange, schedule, planned memory, scale
 	$(BIN)/python benchmarks/dispatch.py
 	$(BIN)/python benchmarks/balance_schedule.py --data $(DATA)
+	$(BIN)/python benchmarks/placement.py --data $(DATA)
 	$(BIN)/python benchmarks/plan_memory.py
 	$(BIN)/python benchmarks/scaling.py
 

@@ -216,3 +216,27 @@ def test_contention_prints_its_ratios(tiny_data, monkeypatch, capsys):
     assert result["contended_over_quiet"] == 0.5
     assert result["contended_over_before"] == 2.25
     assert result["tokens_per_second"]["spins_7_busy"] == 1.0
+
+
+def test_placement_trains_both_models_and_prints_rows_and_load(
+    tiny_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import placement
+
+    small = [*TINY_STEP, "model.vocab_size=320", "model.experts.routed=8", "model.experts.top_k=2"]
+    small += ["model.router.pool.max=8", "training.steps=2", "optimizer.warmup_steps=0"]
+    folders = ["--data", str(tiny_data), "--out", str(tmp_path)]
+    sizes = ["--ep", "2", "4", "--tokens", "2000", "--micro-batch", "1"]
+    assert placement.main([*folders, *sizes, "--json", *small]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "placement.json").read_text())
+    assert result["ep"] == 4
+    assert result["rows_over_contiguous"] == result["emo"]["ep_4"]["rows_over_contiguous"]
+    for name in ("emo", "standard"):
+        for ep in (2, 4):
+            of = result[name][f"ep_{ep}"]
+            assert 1 <= of["rows_per_token"] <= 2 and of["load_max_over_mean"] >= 1
+    given = ["--checkpoints", str(tmp_path / "emo"), str(tmp_path / "standard")]
+    assert placement.main([*folders, *sizes, "--json", *given]) == 0
+    assert json.loads(capsys.readouterr().out) == result

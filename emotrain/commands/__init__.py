@@ -11,6 +11,7 @@ COMMANDS = {
     "inspect": "count a configuration's parameters, memory and FLOPs without building it",
     "evaluate": "loss of each domain with all experts and with its best subsets",
     "report": "write a run's curves and subsets as one HTML page",
+    "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",
     "verify": "check a checkpoint's files against its checksums",
     "kernels": "compile the GPU kernels without a GPU and check their machine code",

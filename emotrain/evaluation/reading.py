@@ -44,7 +44,7 @@ def read_domains(
         UserError: data of another vocabulary than the model's, or too few documents.
     """
     dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
-    _check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+    check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
 
     def take(split: str, domain: str, count: int) -> list[np.ndarray]:
         if domain not in dataset.domains[split]:
@@ -102,7 +102,7 @@ def _too_few(
     return None
 
 
-def _check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
+def check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:
     if vocab_size > config.model.vocab_size:
         raise UserError(
             f"{data} has a vocabulary of {vocab_size} tokens, the model has "

@@ -90,7 +90,7 @@ def evaluate(
             f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of "
             f"training"
         )
-    target = _device(device)
+    target = choose_device(device)
     checkpoint_folder = find(checkpoint)
     config, model = load_model(checkpoint_folder, target)
     for fraction in settings.keep:
@@ -104,7 +104,7 @@ def evaluate(
         settings,
         config.data.sequence_length,
         micro_batch or config.training.micro_batch,
-        _precision(config, target),
+        precision_on(config, target),
         track,
     )
     if result.mean.loss_nats is None:
@@ -307,7 +307,7 @@ def _has_arm(arm: Arm, settings: SweepSettings, num_groups: int) -> bool:
     ]
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device=cuda needs a GPU and a CUDA build of torch, none was found; use --device cpu"
@@ -315,7 +315,7 @@ def _device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _precision(config: Config, device: torch.device) -> torch.dtype | None:
+def precision_on(config: Config, device: torch.device) -> torch.dtype | None:
     """The precision of training: bfloat16 by autocast, or None for fp32."""
     return torch.bfloat16 if config.training.uses_bfloat16(device.type) else None
 

@@ -1,0 +1,106 @@
+"""`emotrain placement`: which experts share a rank under expert parallelism."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from emotrain.commands.common import add_json, finish
+from emotrain.errors import NotAFolderError, UserError
+from emotrain.evaluation.placement import compute_placements
+from emotrain.files import json_text, make_writable, write_whole
+from emotrain.modular.placement import MAX_LOAD
+from emotrain.progress import ProgressBar
+
+DESCRIPTION = """\
+Compute a balanced placement of each layer's routed experts from which of them tokens choose
+together. A token is sent once to each rank that holds one of its experts, so that experts that
+serve the same documents should share a rank. Half of the documents place the experts, the other
+half measures the rows and the load. Training does not read placements yet: the file says what one
+would save."""
+EPILOG = """\
+example:
+  emotrain placement runs/quickstart --data data/sample --ep 8 --out placement.json
+
+Reading it: `rows` are the ranks that a token is sent to, `contiguous` is the same where neighbours
+in number share a rank. `load` is that of the fullest rank over the mean, over all tokens; `load of
+an exchange` is that among the tokens that travel together, which is what the ranks wait for."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder written by `emotrain prepare`, with the model's tokenizer",
+    )
+    parser.add_argument(
+        "--ep", type=int, required=True, metavar="RANKS", help="ranks to spread the experts over"
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE",
+        help="JSON file to write: for each layer the experts of rank 0, then those of rank 1, …",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=1 << 17,
+        metavar="N",
+        help="tokens to route, both halves together (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-load",
+        type=float,
+        default=MAX_LOAD,
+        metavar="X",
+        help="load of the fullest rank over the mean, on the half that places (default: "
+        "%(default)s)",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="sequences of a rank in one exchange (default: as in training)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: %(default)s)",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; give the name of a file, for example {out}/ep.json")
+    try:
+        make_writable(out.parent)
+    except NotAFolderError:
+        raise NotAFolderError(f"{out.parent}: is not a folder; choose another --out") from None
+    with ProgressBar("batches") as bar:
+        (result,) = compute_placements(
+            args.checkpoint,
+            args.data,
+            [args.ep],
+            max_tokens=args.tokens,
+            max_load=args.max_load,
+            micro_batch=args.micro_batch,
+            device=args.device,
+            track=bar.track,
+        )
+    text = json_text(result.to_json(), indent=1) + "\n"
+    write_whole(out, text.encode())
+    finish(args, result.to_json(), f"{result.table().text()}\nwrote {out}")
+    return 0

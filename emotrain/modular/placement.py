@@ -1,0 +1,193 @@
+"""Which experts live on the same rank under expert parallelism.
+
+A token goes once to each rank that holds at least one of its experts
+(`emotrain.distributed.dispatch`). So experts that tokens choose together should share a rank: fewer
+rows travel, and nothing that is computed changes. Documents of EMO choose from pools, and experts
+of one pool come together.
+
+    tokens' choices --count--> together_NN --spectral bisection--> a start --swaps--> rank_N
+
+What is counted is how often one token chooses two experts. How often one document does says less:
+a long document uses most of its pool, and which part of it a token uses is lost.
+
+Every rank holds as many experts as without a placement, and no rank has more than `max_load` times
+the mean of the chosen slots, where that can be. Arrays are numpy's, with `rank_N` int64 in [0, W).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from emotrain.errors import UserError
+
+MAX_LOAD = 1.05
+"""Slots of the fullest rank over the mean that a placement allows itself, on the tokens it is
+computed from."""
+
+LOAD_WEIGHTS = (0.0, 0.03, 0.3, 3.0, 1e4)
+"""What load above the limit costs, in shares of all pairs. It grows from nothing to more than any
+pair is worth, so that good swaps come first and the limit holds at the end."""
+
+SHAKES = 8
+"""How often a quarter of the experts is mixed and swapped again, to leave a local optimum."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a placement costs the tokens it is measured on. Load is slots over their mean, so that 1
+    is balanced."""
+
+    rows_per_token: float
+    """Ranks that a token is sent to, its own included: mean over tokens."""
+    load_max_over_mean: float
+    """Load of the fullest rank, over all tokens."""
+    exchange_load_max_over_mean: float
+    """Load of the fullest rank among the tokens of one exchange, mean over exchanges: the others
+    wait for it. Experts that serve few documents are busy in few exchanges, so that this is larger
+    than the load over all tokens."""
+
+
+def rank_sizes(num_experts: int, num_ranks: int) -> np.ndarray:
+    """Experts that each rank holds -> int64 [W]: ceil(N / W), and fewer on the last.
+
+    Raises:
+        UserError: a rank would hold none.
+    """
+    per_rank = -(-num_experts // max(num_ranks, 1))
+    if num_ranks < 1 or (num_ranks - 1) * per_rank >= num_experts:
+        raise UserError(
+            f"ep={num_ranks} leaves a rank without any of the {num_experts} experts of a layer; "
+            f"choose a smaller one, for example {max(1, min(num_ranks, num_experts) // 2)}"
+        )
+    return np.diff(np.minimum(np.arange(num_ranks + 1) * per_rank, num_experts))
+
+
+def contiguous(num_experts: int, num_ranks: int) -> np.ndarray:
+    """The rank of each expert without a placement: neighbours in number share one -> int64 [N]."""
+    return np.repeat(np.arange(num_ranks), rank_sizes(num_experts, num_ranks))
+
+
+def order_of(rank_N: np.ndarray) -> np.ndarray:
+    """The permutation that a file stores: the experts of rank 0, then those of rank 1, …; of one
+    rank by number -> int64 [N]."""
+    return np.argsort(rank_N, kind="stable")
+
+
+def traffic(
+    experts_TK: np.ndarray, rank_N: np.ndarray, num_ranks: int, exchange_T: np.ndarray | None = None
+) -> Traffic:
+    """What tokens with these choices cost under a placement.
+
+    Args:
+        experts_TK: int, the routed experts of each token; N marks an empty slot. At least one is
+            not empty.
+        exchange_T: int, the exchange that each token is part of, from 0; None means one for all.
+    """
+    owner_TK = np.append(rank_N, num_ranks)[experts_TK]
+    goes_TW = np.zeros((len(experts_TK), num_ranks + 1), bool)
+    goes_TW[np.arange(len(experts_TK))[:, None], owner_TK] = True
+    group_T = np.zeros(len(experts_TK), np.int64) if exchange_T is None else exchange_T
+    keys_TK = group_T[:, None] * (num_ranks + 1) + owner_TK
+    num_keys = (int(group_T.max()) + 1) * (num_ranks + 1)
+    slots_XW = np.bincount(keys_TK.reshape(-1), minlength=num_keys).reshape(-1, num_ranks + 1)
+    slots_XW = slots_XW[:, :-1]
+    slots_XW = slots_XW[slots_XW.any(axis=1)]
+    slots_W = slots_XW.sum(0)
+    return Traffic(
+        float(goes_TW[:, :-1].sum() / len(experts_TK)),
+        float(slots_W.max() / slots_W.mean()),
+        float((slots_XW.max(1) / slots_XW.mean(1)).mean()),
+    )
+
+
+def count_together(experts_TK: np.ndarray, num_experts: int) -> np.ndarray:
+    """How many tokens choose both of two experts -> float64 [N, N]; the diagonal has the slots of
+    each expert. Empty slots (N) count nothing."""
+    pairs = experts_TK[:, :, None].astype(np.int64) * (num_experts + 1) + experts_TK[:, None, :]
+    counts = np.bincount(pairs.reshape(-1), minlength=(num_experts + 1) ** 2)
+    return counts.reshape(num_experts + 1, -1)[:-1, :-1].astype(np.float64)
+
+
+def place(together_NN: np.ndarray, num_ranks: int, max_load: float = MAX_LOAD) -> np.ndarray:
+    """The rank of each expert, so that experts chosen together share one -> int64 [N].
+
+    Args:
+        together_NN: of `count_together`.
+        max_load: slots of the fullest rank over the mean. Where no swap reaches it, load comes as
+            close as swaps bring it.
+    Raises:
+        UserError: a rank would hold no expert.
+    """
+    sizes_W = rank_sizes(len(together_NN), num_ranks)
+    slots_N = together_NN.diagonal()
+    load_N = slots_N * num_ranks / max(slots_N.sum(), 1e-30)
+    pairs_NN = together_NN - np.diag(slots_N)
+    pairs_NN = pairs_NN / max(pairs_NN.sum() / 2, 1e-30)
+    best_N, random = _bisect(pairs_NN, sizes_W), np.random.default_rng(0)
+    for weight in LOAD_WEIGHTS:
+        best_N, best = _swap(best_N, pairs_NN, load_N, num_ranks, max_load, weight)
+    for _ in range(SHAKES):
+        # Swaps stop where no pair of experts gains; three that go round may still.
+        shaken_N, some = best_N.copy(), random.permutation(len(best_N))[: len(best_N) // 4 + 3]
+        shaken_N[some] = shaken_N[random.permutation(some)]
+        shaken_N, value = _swap(shaken_N, pairs_NN, load_N, num_ranks, max_load, LOAD_WEIGHTS[-1])
+        if value > best:
+            best_N, best = shaken_N, value
+    return best_N
+
+
+def _bisect(pairs_NN: np.ndarray, sizes_W: np.ndarray) -> np.ndarray:
+    """A start: cut the experts in two along the second eigenvector of the normalized Laplacian,
+    and each part again, down to one rank a part -> int64 [N]."""
+    rank_N = np.zeros(len(pairs_NN), np.int64)
+    parts = [(np.arange(len(pairs_NN)), 0, len(sizes_W))]
+    while parts:
+        members, first, last = parts.pop()
+        if last - first == 1:
+            rank_N[members] = first
+            continue
+        # Each pair counts a little, so that experts that nobody chooses are part of one graph.
+        weights = pairs_NN[np.ix_(members, members)]
+        weights = weights + (weights.mean() + 1e-30) * 1e-3
+        scale = 1 / np.sqrt(weights.sum(1))
+        vectors = np.linalg.eigh(weights * scale[:, None] * scale)[1]
+        order = members[np.argsort(vectors[:, -2] * scale, kind="stable")]
+        middle = (first + last) // 2
+        cut = int(sizes_W[first:middle].sum())
+        parts += [(order[:cut], first, middle), (order[cut:], middle, last)]
+    return rank_N
+
+
+def _swap(
+    rank_N: np.ndarray,
+    pairs_NN: np.ndarray,
+    load_N: np.ndarray,
+    num_ranks: int,
+    max_load: float,
+    weight: float,
+) -> tuple[np.ndarray, float]:
+    """Swap the two experts that gain most, until no two gain anything -> int64 [N] and its value.
+
+    The value of a placement is the share of pairs that are on one rank, less `weight` times the
+    load above the limit.
+    """
+    rank_N = rank_N.copy()
+    while True:
+        near_NW = pairs_NN @ np.eye(num_ranks)[rank_N]
+        own_N = np.take_along_axis(near_NW, rank_N[:, None], 1)[:, 0]
+        # What an expert gains on the other's rank; the other one will not be there.
+        moved_NN = near_NW[:, rank_N] - own_N[:, None] - pairs_NN
+        load_W = np.bincount(rank_N, load_N, num_ranks)
+        excess_N = np.maximum(load_W - max_load, 0)[rank_N]
+        after_NN = load_W[rank_N][:, None] - load_N[:, None] + load_N
+        after_NN = np.maximum(after_NN - max_load, 0)
+        excess_NN = after_NN + after_NN.T - excess_N[:, None] - excess_N
+        gain_NN = moved_NN + moved_NN.T - weight * excess_NN
+        gain_NN[rank_N[:, None] == rank_N] = 0
+        a, b = np.unravel_index(gain_NN.argmax(), gain_NN.shape)
+        if gain_NN[a, b] <= 1e-9:
+            value = own_N.sum() / 2 - weight * np.maximum(load_W - max_load, 0).sum()
+            return rank_N, float(value)
+        rank_N[[a, b]] = rank_N[[b, a]]
