@@ -219,11 +219,13 @@ def model(run: PhaseRun) -> None:
     sizes = (1, 2) if run.tiny else (4, 8)
     for rows in sizes:
         for layers in (1, 2):
-            name = f"{rows} sequences, {layers} layers"
-            run.item(name, lambda n=layers, r=rows: _step(run, full_width(n, r, run.tiny)))
-        one, two = (run.results.get(f"{rows} sequences, {n} layers") for n in (1, 2))
-        if one and two:
-            run.item(f"{rows} sequences, a layer", lambda a=one, b=two: _difference(a, b))
+            name, config = f"{rows} sequences, {layers} layers", full_width(layers, rows, run.tiny)
+            run.item(name, lambda c=config: _step(run, c))
+            run.item(f"{name}, planned", lambda c=config: _planned(run, c))
+        for end in ("", ", planned"):
+            one, two = (run.results.get(f"{rows} sequences, {n} layers{end}") for n in (1, 2))
+            if one and two:
+                run.item(f"{rows} sequences, a layer{end}", lambda a=one, b=two: _difference(a, b))
     rows = sizes[-1]
     config = full_width(1, rows, run.tiny)
     compiled = replace(config, training=replace(config.training, compile=True))
@@ -235,24 +237,25 @@ def model(run: PhaseRun) -> None:
 
 
 def _step(run: PhaseRun, config: Config) -> dict[str, Any]:
-    if run.is_cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    run.forget_memory()
     engine, batches = engine_of(run, config, quickly=True), batches_of(run, config)
     ranks = Ranks(0, 1, run.device)
     seconds = run.step_seconds(lambda: train_step(engine, batches, config, 1, ranks))
     peak = torch.cuda.max_memory_allocated() / 2**30 if run.is_cuda else 0.0
+    tokens_per_second = config.tokens_per_step / seconds
+    return {"seconds": seconds, "peak_gib": peak, "tokens_per_second": tokens_per_second}
+
+
+def _planned(run: PhaseRun, config: Config) -> dict[str, Any]:
+    """What `emotrain plan` says of the same step."""
     gpu = gpu_of(run)
     measured = dry_run(config, 1, gpu.target)
     time = step_time(Work.of(measured, config.training.compile), Cluster(gpu, 1, 1))
     return {
-        "seconds": seconds,
-        "tokens_per_second": config.tokens_per_step / seconds,
-        "peak_gib": peak,
-        "planned_for": gpu.name,
-        "planned_seconds": time.step,
-        "planned_gib": measured.peak_bytes / 2**30,
-        "planned_seconds_by_part": {str(part): value for part, value in time.compute.items()},
+        "seconds": time.step,
+        "peak_gib": measured.peak_bytes / 2**30,
+        "gpu": gpu.name,
+        "seconds_by_part": {str(part): value for part, value in time.compute.items()},
     }
 
 
@@ -271,8 +274,7 @@ def gpu_of(run: PhaseRun) -> GPU:
 
 
 def _difference(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    keys = ("seconds", "peak_gib", "planned_seconds", "planned_gib")
-    return {key: two[key] - one[key] for key in keys}
+    return {key: two[key] - one[key] for key in ("seconds", "peak_gib")}
 
 
 def _compiled(run: PhaseRun, config: Config) -> dict[str, Any]:
@@ -283,6 +285,7 @@ def _compiled(run: PhaseRun, config: Config) -> dict[str, Any]:
 
 def _operators(run: PhaseRun, config: Config) -> dict[str, float]:
     """Milliseconds of a step by operator or kernel, the 40 largest."""
+    run.forget_memory()
     engine, batches = engine_of(run, config, quickly=True), batches_of(run, config)
     ranks = Ranks(0, 1, run.device)
     train_step(engine, batches, config, 1, ranks)
@@ -309,6 +312,7 @@ def _olmoe(run: PhaseRun, config: Config, implementation: str) -> dict[str, floa
     except ImportError:
         raise Skipped("transformers is not installed (benchmarks/gpu_wheels.sh)") from None
     transformers.logging.set_verbosity_error()
+    run.forget_memory()
     try:
         step = hf_step(config, batches_of(run, config), implementation, run.device)
         seconds = run.step_seconds(step)

@@ -39,7 +39,10 @@ class PhaseRun:
             items: pattern of the items to do.
         """
         self.phase, self.path, self.settings = phase, path, settings
-        self.device = torch.device(settings["device"])
+        # With its index, which some of torch asks for.
+        self.device = (
+            torch.device("cuda", 0) if settings["device"] == "cuda" else torch.device("cpu")
+        )
         self.tiny: bool = settings["tiny"]
         self.deadline, self.items = time.monotonic() + seconds, items
         kept = read_phase(path)
@@ -129,6 +132,12 @@ class PhaseRun:
             self.settle()
             taken.append(time.perf_counter() - started)
         return statistics.median(taken[1:])
+
+    def forget_memory(self) -> None:
+        """Give free memory back, and count the peak anew."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     def settle(self) -> None:
         """Wait for the device."""

@@ -50,10 +50,9 @@ def through_grouped_mm(
     ends_N = slots.ends_N.to(torch.int32)
     hidden_RF = F.grouped_mm(x_TD[slots.token_R], gate_up_NFD.transpose(1, 2), offs=ends_N)
     gate_RH, up_RH = hidden_RF.chunk(2, dim=-1)
-    y_RD = (
-        F.grouped_mm(F.silu(gate_RH) * up_RH, down_NHD, offs=ends_N)
-        * weights_TK.reshape(-1)[slots.slot_R, None]
-    )
+    y_RD = F.grouped_mm(F.silu(gate_RH) * up_RH, down_NHD, offs=ends_N) * weights_TK.reshape(-1)[
+        slots.slot_R, None
+    ].to(x_TD.dtype)
     return torch.zeros_like(x_TD).index_add(0, slots.token_R, y_RD)
 
 
@@ -68,7 +67,8 @@ def through_loop(
     ):
         gate_rH, up_rH = (x_rD @ gate_up_FD.t()).chunk(2, dim=-1)
         parts.append((F.silu(gate_rH) * up_rH) @ down_HD)
-    y_RD = torch.cat(parts) * weights_TK.reshape(-1)[slots.slot_R, None]
+    weights_R1 = weights_TK.reshape(-1)[slots.slot_R, None].to(x_TD.dtype)
+    y_RD = torch.cat(parts) * weights_R1
     return torch.zeros_like(x_TD).index_add(0, slots.token_R, y_RD)
 
 

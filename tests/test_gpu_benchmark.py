@@ -222,6 +222,18 @@ def test_a_phase_in_a_process_of_its_own(tmp_path, gpu):
     assert content["whole"] and content["settings"] == settings and not content["failed"]
 
 
+@pytest.mark.parametrize("peer", ["through_grouped_mm", "through_loop"])
+def test_the_peers_compute_the_same_in_bfloat16(gpu, peer):
+    """As on a GPU: routing weights in float32, everything else in bfloat16."""
+    import experts
+    from _gpu_kernels import LIMITS, TINY, check_experts
+    from _gpu_run import problem
+
+    # grouped_mm wants rows of a multiple of 16 bytes.
+    task = problem(TINY._replace(width=48, hidden=32), torch.bfloat16, torch.device("cpu"))
+    check_experts(task, getattr(experts, peer), LIMITS[torch.bfloat16])
+
+
 def test_an_item_that_raises_is_a_failure_and_the_next_one_runs(tmp_path, gpu):
     from _gpu_run import PhaseRun
 
