@@ -31,13 +31,15 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from emotrain.config import Config, config_from_dict, config_to_dict, save_config
+from emotrain.config import Config, config_from_dict, config_to_dict, load_config, save_config
+from emotrain.distributed.mesh import experts_of_rank
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
 from emotrain.training import run as run_module
 from emotrain.training.deepspeed import DeepSpeedEngine
-from emotrain.training.deepspeed_options import ZERO_OPTIONS, Whole, check_bucket
+from emotrain.training.deepspeed_options import ZERO_OPTIONS, Whole, check_bucket, read_options
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
 from tests import test_layout as layout
@@ -311,6 +313,21 @@ def test_a_bucket_that_unequal_shares_of_experts_fill_differently_is_refused():
         with pytest.raises(UserError, match=f"={size}: ranks .* need less than 384 or at least 5"):
             check_bucket(size, shares, totals)
         check_bucket(size, [shares[0]] * 2, [5000] * 2)
+
+
+@pytest.mark.parametrize("file", SHIPPED[:2], ids=lambda path: path.name)
+@pytest.mark.parametrize("ep", [2, 4, 8, 16])
+def test_the_files_that_come_with_the_project_suit_the_published_model(file, ep):
+    """127 experts are unequal shares on any number of ranks."""
+    published = load_config(ROOT / "configs/emo_1b14b_130b.yaml", [f"parallel.ep={ep}"])
+    with torch.device("meta"):
+        experts = Transformer(published.model).blocks[0].moe.experts
+    per_expert = [parameter[0].numel() for parameter in experts.parameters()]
+    held = [experts_of_rank(127, ep, rank) for rank in range(ep)]
+    shares = [[count * size for size in per_expert] for count in held]
+    assert len(set(held)) > 1
+    bucket = read_options(file, published, ep)["zero_optimization"]["reduce_bucket_size"]
+    check_bucket(bucket, shares, [10**10] * ep)
 
 
 # ---- what DeepSpeed would do by itself

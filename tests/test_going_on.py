@@ -383,6 +383,25 @@ def test_metrics_that_cannot_be_written(on_error, tmp_path, said):
     writer.close()
 
 
+def test_a_run_goes_on_without_its_metrics(tiny_data, tmp_path, monkeypatch, said):
+    """Under `warn`: every step is done, and the last checkpoint is there."""
+    real = MetricsWriter.__init__
+
+    def on_a_full_disk(writer, *arguments, **options):
+        real(writer, *arguments, **options)
+        if writer._file is not None:
+            writer._file.close()
+            writer._file = FullDisk()
+
+    monkeypatch.setattr(MetricsWriter, "__init__", on_a_full_disk)
+    settings = tiny_settings(tiny_data, tmp_path, steps=3, on_checkpoint_error="warn")
+    assert main(["train", str(write(tmp_path, settings))]) == 0
+    assert checkpoint.find(tmp_path).name == "step-00000003"
+    assert "metrics.jsonl: could not be written (No space left on device)" in said.text
+    settings["training"] |= {"on_checkpoint_error": "stop", "steps": 5}
+    assert main(["train", str(write(tmp_path, settings))]) == 1
+
+
 def test_a_last_checkpoint_that_is_missing_is_no_success(tiny_data, tmp_path, monkeypatch):
     settings = tiny_settings(
         tiny_data, tmp_path, steps=4, checkpoint_every=2, on_checkpoint_error="warn"

@@ -2,8 +2,8 @@
 fit, and the fastest layout.
 
 A first pass measures each candidate on two sizes of the model and of the step, a layer and a
-micro-batch apart, and extrapolates: what a step does is linear in both, and memory in those that it
-keeps. The best few are then measured whole.
+micro-batch apart, and extrapolates: what a step does and keeps is linear in both. The best few are
+then measured whole.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def with_settings(config: Config, settings: Sequence[tuple[str, Any]]) -> Config
 
 
 def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured:
-    """A step measured with 2 and 3 layers and with 1 and 2 micro-batches, extrapolated to those
-    of the configuration."""
+    """A step measured with 2 and 3 layers and with few micro-batches, extrapolated to those of the
+    configuration."""
     layers = config.model.num_layers
     micro_batches = config.training.global_batch // (
         config.training.micro_batch * cluster.world_size
@@ -98,31 +98,27 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
             routing,
         )
 
-    more_layers, more_steps = layers - 2, micro_batches - 1
-    corners = {
-        (a, b): small(2 + a, 1 + b) for a in (0, 1) for b in ((0, 1) if more_steps else (0,))
-    }
     keeps_all = (
         config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch"
     )
+    # Unless forward keeps every micro-batch, gradients are there from the second one on: memory
+    # grows from there, by the counts of each micro-batch.
+    fewest = min(micro_batches, 1 if keeps_all else 2)
+    more_layers, more_steps = layers - 2, micro_batches - fewest
+    corners = {
+        (a, b): small(2 + a, fewest + b) for a in (0, 1) for b in ((0, 1) if more_steps else (0,))
+    }
 
-    def blend(
-        values: dict[tuple[int, int], dict[Any, int]], steps: int = more_steps
-    ) -> dict[Any, int]:
+    def blend(values: dict[tuple[int, int], dict[Any, int]]) -> dict[Any, int]:
         total: Counter[Any] = Counter()
         for (a, b), numbers in values.items():
-            weight = (more_layers if a else 1 - more_layers) * (steps if b else 1 - steps)
+            weight = (more_layers if a else 1 - more_layers) * (more_steps if b else 1 - more_steps)
             for key, number in numbers.items():
                 total[key] += weight * number
         return {key: number for key, number in total.items() if number}
 
     last = corners[max(corners)]
-    # Unless forward keeps every micro-batch, memory is at its most in the second one: its own
-    # activations, the gradients of the first.
-    at_peak = blend(
-        {corner: measured.at_peak for corner, measured in corners.items()},
-        more_steps if keeps_all else min(more_steps, 1),
-    )
+    at_peak = blend({corner: measured.at_peak for corner, measured in corners.items()})
     waits = blend({corner: {"waits": measured.waits - 1} for corner, measured in corners.items()})
     return replace(
         last,

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config, load_config
+from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
 from emotrain.folders import StagedFolder, remove
 from emotrain.model.transformer import Transformer
@@ -367,16 +368,16 @@ def restore_parts(
     """Fill the parts that `wanted` names for AdamW's count of updates: parameters, and moments
     where it is not 0; see `restore`. Returns the training state and that count."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size()) if distributed else Ranks()
 
     def check() -> tuple[TrainingState, int, StoredTensors, dict[str, TensorPart]]:
-        stored = verify(path, lambda names: names[rank::world_size])
+        stored = verify(path, lambda names: names[ranks.rank :: ranks.world_size])
         state, num_updates = read_state(path)
         parts = wanted(num_updates)
         _require_match(path, stored, parts)
         return state, num_updates, stored, parts
 
-    state, num_updates, stored, parts = _on_every_rank(check, world_size)
+    state, num_updates, stored, parts = _on_every_rank(check, ranks)
     load_parts(parts, path, stored, distributed)
     return state, num_updates
 
@@ -409,7 +410,7 @@ def _parts(
     return parts, int(counts[0])
 
 
-def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
+def _on_every_rank(check: Callable[[], T], ranks: Ranks) -> T:
     """The result of `check`, unless it failed on any rank: then all raise what the first of them
     met."""
     results: list[T] = []
@@ -418,12 +419,8 @@ def _on_every_rank(check: Callable[[], T], world_size: int) -> T:
         results.append(check())
     except (OSError, ValueError) as error:
         failure = str(error)
-    failures = [failure]
-    if world_size > 1:
-        failures *= world_size
-        dist.all_gather_object(failures, failure)
-    if any(failures):
-        raise UserError(next(filter(None, failures)))
+    if first := next(filter(None, ranks.gather(failure)), None):
+        raise UserError(first)
     return results[0]
 
 
