@@ -253,8 +253,10 @@ def place_and_measure(
     def mean(name: str) -> float:
         return float(np.mean([getattr(layer, name) for layer in layers]))
 
-    rows = {name: mean(name) for name in ("rows_per_token", "contiguous_rows_per_token")}
-    loads = {
+    rows: dict[str, Any] = {
+        name: mean(name) for name in ("rows_per_token", "contiguous_rows_per_token")
+    }
+    loads: dict[str, Any] = {
         name: max(getattr(layer, name) for layer in layers)
         for name in (f.name for f in dataclasses.fields(LayerPlacement))
         if name.endswith("load_max_over_mean")
