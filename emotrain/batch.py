@@ -61,6 +61,9 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         def move(tensor: Tensor) -> Tensor:
+            # From memory that is not pinned the copy would wait for the GPU.
+            if torch.device(device).type == "cuda" and not tensor.is_cuda:
+                tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
         return PackedBatch(

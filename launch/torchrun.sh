@@ -13,6 +13,10 @@
 #   MAX_RESTARTS=3           how often torchrun starts the processes again after one has died
 #   SAVE_SECONDS=600         how long a stopped run may take to finish its step and to save
 #   PYTHON=python            the Python that emotrain is installed in
+#   PYTORCH_ALLOC_CONF=expandable_segments:True   options of torch's allocator
+#   PYTORCH_CUDA_ALLOC_CONF=   their older name; where it is set it is left alone
+#   TMPDIR=/tmp                a folder on each node's own disk
+#   TRITON_CACHE_DIR=          where kernels are compiled to: by default below TMPDIR
 #
 # TERM, USR1 or Ctrl-C: the step is finished, a checkpoint is written, and the exit code is 75: the same line goes on from
 # the newest whole checkpoint. A second signal stops at once. With several nodes, send the signal to all of them; when only
@@ -37,6 +41,13 @@ fi
 
 # A new store at every start of the processes: in the one that torchrun would keep stand the addresses of those that died.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+# Expert parallelism asks for buffers of another size in every layer and step: in segments that cannot grow, the memory between
+# them is lost. Kernels are compiled onto the node's own disk: processes of many nodes would wait for one shared home.
+if [[ -z ${PYTORCH_CUDA_ALLOC_CONF:-} ]]; then
+    export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+fi
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -u)}"
 
 # Job control gives torchrun a process group of its own: Ctrl-C reaches it once, through the trap, and not twice.
 set -m

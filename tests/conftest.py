@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,10 +12,8 @@ from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("triton") is not None:
-    import triton_interpreter  # noqa: F401  before a test imports Triton, by way of DeepSpeed for one
-
 ROOT = Path(__file__).resolve().parent.parent
+GPU_TESTS = Path(__file__).resolve().parent / "gpu"
 WORDS = {
     "kitchen": [
         "bread",
@@ -59,6 +58,18 @@ WORDS = {
         "bee",
     ],
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests of tests/gpu run by themselves, on a GPU with compiled kernels; all others on a CPU
+    with interpreted ones, also where there is a GPU, and so do the processes that they start."""
+    paths = [Path(arg.split("::")[0]).resolve() for arg in config.args]
+    if all(path.is_relative_to(GPU_TESTS) for path in paths):
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if importlib.util.find_spec("triton") is not None:
+        # Before a test imports Triton, by way of DeepSpeed for one.
+        import triton_interpreter  # noqa: F401
 
 
 def write_documents(path: Path, documents_per_domain: int = 40, seed: int = 0) -> Path:

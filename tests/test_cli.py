@@ -239,6 +239,7 @@ def test_launcher_variables() -> None:
     assert Launch.read({}) == Launch(0, 1, 0)
     assert Launch.read({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}) == Launch(0, 1, 0)
     assert Launch.read({**TWO, "LOCAL_RANK": "1"}) == Launch(1, 2, 1)
+    assert Launch.read({**TWO, "LOCAL_WORLD_SIZE": "2"}).local_world_size == 2
 
 
 @pytest.mark.parametrize(
@@ -274,3 +275,25 @@ def test_importing_and_help_do_not_wait_for_torch() -> None:
     )
     done = run_command("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "local_world_size", "num_gpus", "expected"),
+    [
+        (3, 8, 8, 3),
+        # Each process sees its own GPU alone, and the launcher does not say how many there are.
+        (3, 0, 1, 0),
+        (0, 1, 1, 0),
+        (1, 2, 1, "2 processes on a machine with 1 GPU: each needs its own; start 1, or"),
+        (0, 8, 4, "8 processes on a machine with 4 GPUs: each needs its own; start 4, or"),
+        (5, 0, 4, "6 processes on a machine with 4 GPUs: each needs its own; start 4, or"),
+    ],
+)
+def test_every_process_has_a_gpu_of_its_own(local_rank, local_world_size, num_gpus, expected):
+    launch = Launch(local_rank, 16, local_rank, local_world_size)
+    if isinstance(expected, int):
+        assert launch.gpu(num_gpus) == expected
+        return
+    with pytest.raises(UserError) as caught:
+        launch.gpu(num_gpus)
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)

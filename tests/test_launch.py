@@ -159,6 +159,47 @@ def test_the_hostfile_is_one_that_deepspeed_reads():
     assert len([line for line in lines if not line.startswith("#")]) == 2
 
 
+SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR")
+PRINTS = f"print(*(os.environ.get(n, '-') for n in {SETTINGS!r}))"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, LAUNCH / "pretrain.py"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True - /disk/triton-{uid}"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, "- a:1 /disk/triton-{uid}"),
+        ({"PYTORCH_ALLOC_CONF": "b:1", "TRITON_CACHE_DIR": "/kernels"}, "b:1 - /kernels"),
+    ],
+)
+def test_memory_grows_in_place_and_kernels_compile_on_the_nodes_disk(
+    script, given, expected, slurm, tmp_path
+):
+    """Whatever starts the processes; who says otherwise is heard."""
+    expected = expected.format(uid=os.getuid()).replace("/disk", str(tmp_path))
+    variables = {
+        name: value for name, value in environment(**slurm).items() if name not in SETTINGS
+    }
+    variables |= {"TMPDIR": str(tmp_path), **given}
+    if script.suffix == ".py":
+        program = (
+            "import os, runpy, sys; sys.argv[1:] = ['--version']\n"
+            f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+            f"except SystemExit: {PRINTS}\n"
+        )
+        command = [sys.executable, "-c", program]
+    else:
+        # In place of Python, a process that prints what the trainer would get.
+        (tmp_path / "bin/prints").write_text(
+            f'#!/usr/bin/env bash\nexec {sys.executable} -c "import os; {PRINTS}"\n'
+        )
+        (tmp_path / "bin/prints").chmod(0o755)
+        variables |= {"PYTHON": str(tmp_path / "bin/prints"), "SLURM_NTASKS": "1"}
+        command = ["bash", script, "CONFIG"]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
 # ---- torchrun
 
 

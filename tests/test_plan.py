@@ -192,13 +192,13 @@ def test_a_token_goes_to_as_many_ranks_as_chance_has_it() -> None:
 
 
 def test_a_step_waits_for_the_sizes_of_every_exchange() -> None:
-    """Once a layer and micro-batch, again where backward computes the block again, and once at the
-    end of the step."""
-    passes = 2 * 2
+    """Once a layer and micro-batch, again where backward computes the block again, and at the end
+    of the step for the gradient norm and for what it reports."""
+    passes, end = 2 * 2, 2
     for overrides, waits in (
-        ({}, 1),
-        ({"parallel__ep": 4}, 1 + passes),
-        ({"parallel__ep": 4, "parallel__recompute": "full"}, 1 + 2 * passes),
+        ({}, end),
+        ({"parallel__ep": 4}, end + passes),
+        ({"parallel__ep": 4, "parallel__recompute": "full"}, end + 2 * passes),
     ):
         assert planned(**overrides).waits == waits
 

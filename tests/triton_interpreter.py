@@ -74,6 +74,17 @@ def _binary_op(self, left, right, operation):
 
 Builder.create_dot, Builder.cast_impl, Builder.binary_op = _create_dot, _cast_impl, _binary_op
 
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor, scope):
+    """As Triton 3.7 does: 3.6 makes numbers of arrays of one element, which numpy 2.4 refuses."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
+
 # Twice as fast: no check of integer overflow, and the language patched once a module rather than at
 # every inner call.
 interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

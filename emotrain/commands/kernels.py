@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from emotrain.commands.common import add_json, finish
+from emotrain.config import config_from_dict
 from emotrain.errors import UserError
 from emotrain.kernels.compile_check import DEVICES, HEADER, compile_all, summarize
 from emotrain.tables import Table
@@ -38,7 +39,20 @@ def run(args: argparse.Namespace) -> int:
     rows = compile_all(targets, with_space=not args.defaults_only)
     failures = [line for row in rows for line in row.failures()]
     table = Table("", HEADER, tuple(row.cells() for row in rows), names=5, notes=1)
-    finish(args, summarize(rows, failures), table.text())
+    result = summarize(rows, failures)
+    if args.json:
+        result["host_waits_per_step"] = _host_waits()
+    finish(args, result, table.text())
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _host_waits() -> int:
+    """Times that a training step waits for the device without expert parallelism: whoever launches
+    kernels and waits between them starves the device. Neither layers nor micro-batches add any,
+    so that two of each do."""
+    from emotrain.planning.dry_run import dry_run
+
+    config = config_from_dict({"model": {"num_layers": 2}, "training": {"global_batch": 8}})
+    return dry_run(config, 1).waits

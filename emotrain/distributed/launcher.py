@@ -18,6 +18,8 @@ class Launch:
     world_size: int = 1
     local_rank: int = 0
     """Its number on its machine."""
+    local_world_size: int = 0
+    """Processes that the launcher started on this machine; 0 where it does not say."""
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> Launch:
@@ -42,7 +44,23 @@ class Launch:
             raise UserError(
                 f"RANK={rank} is not below WORLD_SIZE={world_size}; start the run with one launcher"
             )
-        return cls(rank, world_size, _number(environ, "LOCAL_RANK", 0))
+        local_rank = _number(environ, "LOCAL_RANK", 0)
+        return cls(rank, world_size, local_rank, _number(environ, "LOCAL_WORLD_SIZE", 0))
+
+    def gpu(self, num_gpus: int) -> int:
+        """Which of the GPUs that this process sees is its own.
+
+        Raises:
+            UserError: fewer GPUs than processes, which NCCL refuses.
+        """
+        # Some schedulers show each process its own GPU alone; torchrun shows all of them.
+        if self.local_world_size > num_gpus or self.local_rank >= num_gpus > 1:
+            processes = max(self.local_world_size, self.local_rank + 1)
+            raise UserError(
+                f"{processes} processes on a machine with {num_gpus} GPU{'s' * (num_gpus != 1)}: "
+                f"each needs its own; start {num_gpus}, or train with training.device=cpu"
+            )
+        return self.local_rank if num_gpus > 1 else 0
 
 
 def _number(environ: Mapping[str, str], name: str, default: int, least: int = 0) -> int:

@@ -53,11 +53,7 @@ class Ranks:
         use_cuda = device != "cpu" and torch.cuda.is_available()
         chosen = torch.device("cpu")
         if use_cuda:
-            # Some schedulers show each process its own GPU alone.
-            chosen = torch.device(
-                "cuda",
-                launch.local_rank if torch.cuda.device_count() > 1 else 0,
-            )
+            chosen = torch.device("cuda", launch.gpu(torch.cuda.device_count()))
             torch.cuda.set_device(chosen)
         if launch.world_size > 1 and not dist.is_initialized():
             try:

@@ -107,6 +107,7 @@ class Plan:
             "micro_batches": measured.micro_batches,
             "tokens_per_gpu": measured.tokens,
             "documents_per_micro_batch": measured.documents,
+            "host_waits_per_step": measured.waits,
             "dry_run_seconds": measured.seconds,
             "assumptions": assumptions(self),
         }

@@ -119,7 +119,7 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
 
     last = corners[max(corners)]
     at_peak = blend({corner: measured.at_peak for corner, measured in corners.items()})
-    waits = blend({corner: {"waits": measured.waits - 1} for corner, measured in corners.items()})
+    waits = blend({corner: {"waits": measured.waits} for corner, measured in corners.items()})
     return replace(
         last,
         at_peak=at_peak,
@@ -129,7 +129,7 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
         collectives=blend({corner: measured.collectives for corner, measured in corners.items()}),
         micro_batches=micro_batches,
         tokens=micro_batches * (last.tokens // last.micro_batches),
-        waits=1 + waits.get("waits", 0),
+        waits=waits["waits"],
         seconds=sum(measured.seconds for measured in corners.values()),
     )
 

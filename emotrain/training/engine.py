@@ -201,11 +201,10 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float, ranks: Ranks
     """
     gradients = [local_part(p.grad) for p in parameters if p.grad is not None]
     assert len(gradients) == len(parameters)
-    squares = torch.stack(torch._foreach_norm(gradients)).double().square()
-    copies = torch.tensor(
-        [num_copies(p) for p in parameters], dtype=torch.float64, device=squares.device
-    )
-    norm = ranks.sum((squares / copies).sum()).sqrt()
+    norms = list(torch._foreach_norm(gradients))
+    # Numbers that go with the launch: a tensor of them would be a copy that waits for the device.
+    torch._foreach_div_(norms, [num_copies(p) ** 0.5 for p in parameters])
+    norm = ranks.sum(torch.stack(norms).double().square().sum()).sqrt()
     if max_norm > 0:
         torch._foreach_mul_(
             gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(gradients[0].dtype)

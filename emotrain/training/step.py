@@ -101,15 +101,16 @@ def train_step(
             loads = _sum_counts(scope, ranks if losses.balance_scope != "micro_batch" else Ranks())
             backward(sums, report, loads, is_last=index == len(micro_batches) - 1)
 
-    scalars = [*(sum(column) for column in zip(*terms, strict=True)), num_targets.new_tensor(stop)]
-    # One collective for all of them.
+    scalars = [*(sum(column) for column in zip(*terms, strict=True)), counts.new_full((), stop)]
+    # One collective for all of them, and one copy to the host, which waits for it.
     step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
-    loss, cross_entropy, z, balance, router_z, stops = step_sums.tolist()
+    values = torch.cat([step_sums, counts[:1]]).tolist()
+    loss, cross_entropy, z, balance, router_z, stops, targets = values
     means = (loss, cross_entropy, z, balance, router_z)
     shares = [term[0] for term in terms]
     return StepResult(
-        *means, int(counts[0]), update.grad_norm, reports, shares, stops > 0, update.applied
+        *means, int(targets), update.grad_norm, reports, shares, stops > 0, update.applied
     )
 
 
@@ -118,7 +119,7 @@ def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> Tensor:
     counts = []
     for batch in micro_batches:
         num_targets, valid_T = (batch.targets_BS >= 0).sum(), batch.valid_T
-        num_tokens = num_targets.new_tensor(batch.targets_BS.numel())
+        num_tokens = num_targets.new_full((), batch.targets_BS.numel())
         counts.append(torch.stack([num_targets, num_tokens if valid_T is None else valid_T.sum()]))
     return ranks.sum(torch.stack(counts).sum(dim=0))
 

@@ -1,0 +1,101 @@
+"""Proves on a GPU what tests/ proves on a CPU: compiled kernels against their twin, attention over
+documents against the mask, and a step that asks for values at its end alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from helpers import tiny_batch, tiny_config, tiny_model
+from torch import Tensor
+from torch.nn import functional as F
+
+from emotrain.distributed.ranks import Ranks
+from emotrain.kernels.grouped_mlp import grouped_mlp
+from emotrain.kernels.slots import sort_slots
+from emotrain.model import varlen
+from emotrain.training.engine import NativeEngine
+from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
+
+
+def error(ours: Tensor, wanted: Tensor) -> float:
+    return float((ours.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+def test_kernels_are_compiled() -> None:
+    import triton
+
+    assert not triton.knobs.runtime.interpret
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 5), (4097, 127), (16384, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_agree_with_their_twin_and_with_themselves(num_tokens, num_experts, dtype) -> None:
+    experts_TK = torch.rand(num_tokens, num_experts, device="cuda").argsort(dim=1)[:, :3]
+    # A tenth of the slots is empty, and the last expert idle.
+    empty_TK = (torch.rand(num_tokens, 3, device="cuda") < 0.1) | (experts_TK == num_experts - 1)
+    experts_TK = experts_TK.where(~empty_TK, num_experts)
+    counts_N = experts_TK.flatten().bincount(minlength=num_experts + 1)[:num_experts]
+    slots = sort_slots(experts_TK, counts_N)
+    leaves = [
+        torch.randn(num_tokens, 256, device="cuda").to(dtype),
+        torch.rand(num_tokens, 3, device="cuda").where(~empty_TK, torch.nan),
+        (torch.randn(num_experts, 2 * 128, 256, device="cuda") / 16).to(dtype),
+        (torch.randn(num_experts, 128, 256, device="cuda") / 11).to(dtype),
+    ]
+    cotangent_TD = torch.randn(num_tokens, 256, device="cuda").to(dtype)
+
+    def run(backend: str, tensors: list[Tensor], gradient_TD: Tensor) -> list[Tensor]:
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        y_TD = grouped_mlp(tensors[0], tensors[1], slots, *tensors[2:], backend=backend)
+        return [y_TD, *torch.autograd.grad(y_TD, tensors, gradient_TD)]
+
+    ours, again = (run("triton", leaves, cotangent_TD) for _ in range(2))
+    wanted = run("torch", [leaf.double() for leaf in leaves], cotangent_TD.double())
+    for mine, same, reference in zip(ours, again, wanted, strict=True):
+        assert torch.equal(mine, same)
+        assert error(mine, reference) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_attention_sees_the_documents_of_the_mask(kv_heads: int) -> None:
+    lengths, total = (1, 100, 27, 128), 256
+    shapes = [(total, heads, 64) for heads in (8, kv_heads, kv_heads)]
+    qkv = [torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+    edges = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    document_T = torch.repeat_interleave(torch.tensor(lengths)).cuda()
+    mask_TT = (document_T[:, None] == document_T) & torch.ones(total, total).tril().bool().cuda()
+    ours_TAC = varlen.attend_documents(*qkv, edges, total)
+    q_ATC, k_ATC, v_ATC = (part.float().transpose(0, 1) for part in qkv)
+    wanted_ATC = F.scaled_dot_product_attention(
+        q_ATC[None], k_ATC[None], v_ATC[None], attn_mask=mask_TT, enable_gqa=True
+    )[0]
+    assert error(ours_TAC, wanted_ATC.transpose(0, 1)) < 1e-2
+
+
+def test_a_step_waits_for_the_device_at_its_end_alone() -> None:
+    """CUDA itself says where the host waits."""
+    sizes = {"model__d_model": 64, "model__num_heads": 2, "model__experts__hidden": 64}
+    config = tiny_config(training__precision="bfloat16", **sizes)
+    model = tiny_model(**sizes).cuda()
+    engine = NativeEngine(model, build_optimizer(model, config.optimizer), bfloat16=True)
+    ranks = Ranks(device=torch.device("cuda", 0))
+    batches = [tiny_batch().to("cuda"), tiny_batch(seed=1).to("cuda")]
+    losses = [train_step(engine, batches, config, step, ranks).loss for step in (1, 2, 3)]
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            losses.append(train_step(engine, batches, config, 4, ranks).loss)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    where = [f"{wait.filename}:{wait.lineno}" for wait in waits if "synchron" in str(wait.message)]
+    assert 1 <= len(where) <= 6, where
+    assert losses[-1] < losses[0]
