@@ -101,11 +101,14 @@ def test_a_run_that_diverged_is_still_json_and_has_a_report(
     settings = tiny_settings(tiny_data, tmp_path / "run", max_skipped_steps=100)
     settings["optimizer"] |= {"lr": 1e30, "clip_norm": 0}
     save_config(config_from_dict(settings), tmp_path / "run.yaml")
-    assert main(["train", str(tmp_path / "run.yaml"), "--json"]) == 0
-    summary = strict(capsys.readouterr().out.splitlines()[-1])
+    assert main(["train", str(tmp_path / "run.yaml"), "--json"]) == 2
+    assert "updates in a row were not finite" in capsys.readouterr().err
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     records = [strict(line) for line in lines]
-    assert records[-1]["loss"] is None and summary["metrics"]["loss"] is None
+    assert records[-1]["loss"] is None
+    finish(Namespace(json=True), {"metrics": {"loss": float("nan"), "lr": float("inf")}}, "")
+    summary = strict(capsys.readouterr().out.splitlines()[-1])
+    assert summary == {"metrics": {"loss": None, "lr": None}}
     assert main(["report", str(tmp_path / "run")]) == 0
 
 
