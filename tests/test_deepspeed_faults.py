@@ -116,7 +116,7 @@ def zero(stage: int, bucket: int = 1000, **others: object) -> dict:
     [
         (1, 1, {"data_parallel"}),
         (2, 2, {"data_parallel", "expert_exchange", "expert_data_parallel"}),
-        (3, 1, set()),  # all of stage 3 is in the group that is there before
+        (3, 1, set()),  # stage 3 needs none but the one that is there before
     ],
 )
 def test_every_group_of_deepspeed_has_the_limit_and_a_name(stage, ep, names, tiny_data, tmp_path):
@@ -128,7 +128,9 @@ def test_every_group_of_deepspeed_has_the_limit_and_a_name(stage, ep, names, tin
     train(tmp_path, settings, zero(stage, 100), world_size=4, timeout_s=77.0)
     limits = json.loads((tmp_path / "limits-0").read_text())
     assert set(limits.values()) == {77_000}, limits
-    assert names <= set(limits) <= names | {"default_pg", "checkpoints"}, limits
+    # DeepSpeed may have made the group of stages 1 and 2 for stage 3 as well.
+    others = {"default_pg", "checkpoints", "data_parallel"}
+    assert names <= set(limits) <= names | others, limits
 
 
 def _hang_in_exchange(rank: int, _folder: Path) -> None:

@@ -128,7 +128,7 @@ def test_published_runs_differ_only_where_the_method_does() -> None:
         released.model.router.pool.max,
     ) == ("uniform", 8, 128)
     assert released.data.repetition_filter.enabled and released.model.attention.document_mask
-    assert released.training.checkpoint_every == 20_000
+    assert released.training.permanent_every == 20_000
 
 
 def test_text_and_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,10 +10,10 @@ import json
 
 import pytest
 import triton_interpreter
-from conftest import ROOT, run_command
 
 from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, PUBLISHED, Row
 from emotrain.kernels.tuning import GEMM_KERNELS, SPACE
+from tests.conftest import ROOT, run_command
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 

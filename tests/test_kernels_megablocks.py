@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from torch import Tensor
 
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.grouped_mlp import grouped_mlp
 from emotrain.kernels.megablocks_adapter import grouped_mlp_megablocks
 from emotrain.kernels.slots import SortedSlots, sort_slots
+from tests.conftest import ROOT
 
 NUM_EXPERTS, CHOSEN, WIDTH, HIDDEN = 6, 3, 24, 16
 

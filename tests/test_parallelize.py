@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import tiny_batch, tiny_config
-from test_dispatch import run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.config import Config, config_from_dict
@@ -26,6 +25,7 @@ from emotrain.model.router import DocumentPoolRouter
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
+from tests.processes import run_ranks
 
 
 def layout_config(**parallel: int) -> Config:
@@ -133,7 +133,8 @@ def test_a_dense_model_has_no_experts_to_spread() -> None:
         Layout.of(dense, 2)
 
 
-def _groups(rank: int) -> None:
+def _groups(ranks: Ranks) -> None:
+    rank = ranks.rank
     meshes = build_meshes(Layout(4, replicate=1, shard=4, ep=2), "cpu")
     assert dist.get_process_group_ranks(meshes.ep.get_group()) == [
         rank // 2 * 2,
@@ -148,8 +149,8 @@ def _groups(rank: int) -> None:
     assert dist.get_process_group_ranks(copies.ep.get_group()) == [rank // 2 * 2, rank // 2 * 2 + 1]
 
 
-def test_token_exchange_stays_among_neighbouring_ranks(tmp_path) -> None:
-    run(4, tmp_path, _groups)
+def test_token_exchange_stays_among_neighbouring_ranks() -> None:
+    run_ranks(_groups, 4)
 
 
 @pytest.mark.parametrize(

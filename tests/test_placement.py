@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_settings
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict
@@ -24,6 +23,7 @@ from emotrain.modular.placement import (
     traffic,
 )
 from emotrain.training.run import train
+from tests.conftest import tiny_settings
 
 CASES = [(8, 2, 3), (10, 4, 2), (7, 2, 4), (12, 3, 2), (12, 4, 3)]
 """(experts, ranks, chosen)."""

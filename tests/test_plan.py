@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_command
 from helpers import tiny_batch, tiny_config, tiny_model
 
 from emotrain.cli import main
@@ -35,6 +34,7 @@ from emotrain.planning.search import advice, extrapolated, search, with_settings
 from emotrain.planning.stand_ins import Routing, synthetic_batch
 from emotrain.training.engine import NativeEngine, Phase
 from emotrain.training.step import train_step
+from tests.conftest import ROOT, run_command
 
 H100 = find_gpu("h100-80gb")
 
