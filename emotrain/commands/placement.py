@@ -7,7 +7,6 @@ from pathlib import Path
 
 from emotrain.commands.common import add_json, finish
 from emotrain.errors import NotAFolderError, UserError
-from emotrain.evaluation.placement import compute_placements
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.modular.placement import MAX_LOAD
 from emotrain.progress import ProgressBar
@@ -82,6 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from emotrain.evaluation.placement import compute_placements
+
     out = Path(args.out)
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of a file, for example {out}/ep.json")
