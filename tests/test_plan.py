@@ -376,9 +376,9 @@ def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None
 def test_memory_is_that_of_real_training() -> None:
     """1 and 2 processes, FSDP2 and expert parallelism, with and without recomputation; more and
     larger ones in the benchmark."""
-    # 2.5 % on a quiet machine. On a busy one, collectives that gloo's threads finish late keep their
-    # buffers for longer (6 % was seen once), so that one of three runs has to be near. Resident
-    # memory, which is reported too, depends still more on what else the machine does.
+    # 2.5 % on a quiet machine. On a busy one, collectives that gloo's threads finish late keep
+    # their buffers for longer (6 % was seen once), so that one of three runs has to be near.
+    # Resident memory, which is reported too, depends still more on what else the machine does.
     for _ in range(3):
         done = run_command("benchmarks/plan_memory.py", "--small", "--json", timeout=300)
         result = json.loads(done.stdout.splitlines()[-1])
