@@ -28,14 +28,15 @@ from _measure import arguments, machine
 from rich.console import Console
 from rich.table import Table
 
+from emotrain.threads import CHOSEN_BY_USER
+
 ROOT = Path(__file__).resolve().parents[1]
 BEFORE = 300_000  # libgomp's spin count where nothing is set
-SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def run(settings: list[str], steps: int, threads: int, spins: int | None, busy: bool) -> float:
     """Tokens/s of one training run of `steps` steps."""
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment = {name: value for name, value in os.environ.items() if name not in CHOSEN_BY_USER}
     environment["OMP_NUM_THREADS"] = str(threads)
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_config
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.distributed.dispatch import AllToAllDispatcher
+from emotrain.evaluation.placement import _check_ranks
 from emotrain.modular.placement import (
     contiguous,
     count_together,
@@ -157,6 +159,13 @@ def test_a_rank_without_experts_is_refused():
     for num_experts, num_ranks in ((4, 3), (2, 3), (5, 0)):
         with pytest.raises(ValueError, match=f"ep={num_ranks} leaves a rank without any of"):
             rank_sizes(num_experts, num_ranks)
+
+
+def test_every_layer_is_asked_whether_its_experts_go_round():
+    """Before a token is routed: over 4 ranks 7 experts are 2, 2, 2, 1, and 9 are 3, 3, 3, 0."""
+    config = tiny_config(model__experts__routed_per_layer=[7, 9])
+    with pytest.raises(ValueError, match="ep=4 leaves a rank without any of the 9 experts"):
+        _check_ranks(config.model, [4])
 
 
 @pytest.fixture(scope="module")

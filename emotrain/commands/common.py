@@ -1,4 +1,5 @@
-"""What every command does alike: a configuration, `--json`, and one way to print a result."""
+"""What commands do alike: a configuration, a checkpoint and data, `--json`, and one way to print a
+result."""
 
 from __future__ import annotations
 
@@ -18,6 +19,31 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/quicksta
         default=[],
         help="settings that override the file's, for example optimizer.lr=1e-3 (`emotrain "
         "settings` lists them)",
+    )
+
+
+def add_checkpoint_and_data(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and --data, of commands that run a model on a data set."""
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
+    )
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DIR",
+        help="folder written by `emotrain prepare`, with the model's tokenizer",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, of the same commands."""
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to run (default: %(default)s)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
 from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import default_folder, evaluate, write_results
 from emotrain.evaluation.tables import tables
@@ -33,17 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = SweepSettings()
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder written by `emotrain prepare`, with the model's tokenizer",
-    )
+    add_checkpoint_and_data(parser)
     parser.add_argument(
         "--keep",
         type=float,
@@ -61,12 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="rows of one forward pass (default: as in training)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run (default: %(default)s)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
 from emotrain.errors import NotAFolderError, UserError
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.modular.placement import MAX_LOAD
@@ -29,17 +29,7 @@ an exchange` is that among the tokens that travel together, which is what the ra
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
-    )
-    parser.add_argument(
-        "--data",
-        required=True,
-        metavar="DIR",
-        help="folder written by `emotrain prepare`, with the model's tokenizer",
-    )
+    add_checkpoint_and_data(parser)
     parser.add_argument(
         "--ep", type=int, required=True, metavar="RANKS", help="ranks to spread the experts over"
     )
@@ -71,12 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROWS",
         help="sequences of a rank in one exchange (default: as in training)",
     )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to run (default: %(default)s)",
-    )
+    add_device(parser)
     add_json(parser)
 
 

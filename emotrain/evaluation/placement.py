@@ -302,4 +302,6 @@ def _check_ranks(model: ModelConfig, eps: Sequence[int]) -> None:
     for ep in eps:
         if ep < 2:
             raise UserError(f"ep={ep} spreads no experts; give 2 ranks or more")
-        rank_sizes(min(counts), ep)
+        # A layer with more experts can leave a rank without any where one with fewer does not.
+        for count in sorted(counts):
+            rank_sizes(count, ep)

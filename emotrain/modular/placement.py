@@ -55,13 +55,16 @@ def rank_sizes(num_experts: int, num_ranks: int) -> np.ndarray:
     Raises:
         UserError: a rank would hold none.
     """
-    per_rank = -(-num_experts // max(num_ranks, 1))
-    if num_ranks < 1 or (num_ranks - 1) * per_rank >= num_experts:
+    # It needs torch, and the help of `emotrain placement` does not wait for torch.
+    from emotrain.distributed.mesh import experts_of_rank
+
+    sizes = [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
+    if not sizes or sizes[-1] == 0:
         raise UserError(
             f"ep={num_ranks} leaves a rank without any of the {num_experts} experts of a layer; "
             f"choose a smaller one, for example {max(1, min(num_ranks, num_experts) // 2)}"
         )
-    return np.diff(np.minimum(np.arange(num_ranks + 1) * per_rank, num_experts))
+    return np.array(sizes)
 
 
 def contiguous(num_experts: int, num_ranks: int) -> np.ndarray:

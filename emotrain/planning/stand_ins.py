@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
-from emotrain.distributed.mesh import Layout
+from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.errors import UserError
 from emotrain.planning.meter import Meter
 from emotrain.planning.parts import Part
@@ -48,9 +48,8 @@ def synthetic_batch(config: Config, mean_document: int = MEAN_DOCUMENT) -> Packe
 
 
 def held_experts(num_experts: int, num_ranks: int) -> list[int]:
-    """Experts of each rank: ceil(N / R), and fewer on the last."""
-    per_rank = -(-num_experts // num_ranks)
-    return [max(0, min(per_rank, num_experts - rank * per_rank)) for rank in range(num_ranks)]
+    """Experts of each rank."""
+    return [experts_of_rank(num_experts, num_ranks, rank) for rank in range(num_ranks)]
 
 
 CUDA_GRANULARITY = 512
