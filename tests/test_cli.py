@@ -270,8 +270,12 @@ def test_launcher_variables_that_cannot_be_are_one_line(
 def test_importing_and_help_do_not_wait_for_torch() -> None:
     code = (
         "import sys, emotrain, emotrain.cli\n"
-        "try:\n    emotrain.cli.main(['--help'])\nexcept SystemExit:\n    pass\n"
-        "sys.exit(bool({'torch', 'numpy', 'omegaconf', 'rich'} & sys.modules.keys()))"
+        "def helped(words, late):\n"
+        "    try:\n        emotrain.cli.main([*words, '--help'])\n"
+        "    except SystemExit:\n        pass\n"
+        "    assert not late & sys.modules.keys(), (words, late & sys.modules.keys())\n"
+        "helped([], {'torch', 'numpy', 'omegaconf', 'rich'})\n"
+        "for command in emotrain.cli.COMMANDS:\n    helped([command], {'torch', 'rich'})\n"
     )
     done = run_command("-c", code)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ Compilation runs in a process of its own: in this one kernels are interpreted.""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import triton_interpreter
@@ -147,7 +148,9 @@ def test_what_must_not_ship() -> None:
     )
 
 
-def test_an_unknown_target_is_refused() -> None:
+def test_an_unknown_target_is_refused_and_the_known_ones_are_in_the_help() -> None:
+    told = run_command("-m", "emotrain.cli", "kernels", "--help").stdout
+    assert set(re.findall(r"sm_\d+", told)) == set(DEVICES)
     done = run_command("-m", "emotrain.cli", "kernels", "--target", "sm_42")
     assert (
         done.returncode == 2

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import default_folder, evaluate, write_results
-from emotrain.evaluation.tables import tables
 from emotrain.progress import ProgressBar
-from emotrain.training.checkpoint import find
 
 DESCRIPTION = """\
 Measure what each domain loses when it keeps only some of the experts. A few training documents of a
@@ -115,6 +112,10 @@ def _add_settings(parser: argparse.ArgumentParser, default: SweepSettings) -> No
 
 
 def run(args: argparse.Namespace) -> int:
+    from emotrain.evaluation.sweep import default_folder, evaluate, write_results
+    from emotrain.evaluation.tables import tables
+    from emotrain.training.checkpoint import find
+
     settings = SweepSettings(
         keep=tuple(args.keep),
         calibration_documents=args.calibration_documents,

@@ -6,9 +6,7 @@ import argparse
 import sys
 
 from emotrain.commands.common import add_json, finish
-from emotrain.config import config_from_dict
 from emotrain.errors import UserError
-from emotrain.kernels.compile_check import DEVICES, HEADER, compile_all, summarize
 from emotrain.tables import Table
 
 EPILOG = """\
@@ -26,13 +24,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target",
         default="sm_80,sm_90",
         metavar="LIST",
-        help=f"of {', '.join(DEVICES)} (default: sm_80,sm_90)",
+        help="of sm_80, sm_90, sm_100 (default: %(default)s)",
     )
     parser.add_argument("--defaults-only", action="store_true", help="leave out the tuning space")
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from emotrain.kernels.compile_check import DEVICES, HEADER, compile_all, summarize
+
     targets = [target.strip() for target in args.target.split(",")]
     if unknown := [target for target in targets if target not in DEVICES]:
         raise UserError(f"target {unknown[0]} is not known; choose of {', '.join(DEVICES)}")
@@ -52,6 +52,7 @@ def _host_waits() -> int:
     """Times that a training step waits for the device without expert parallelism: whoever launches
     kernels and waits between them starves the device. Neither layers nor micro-batches add any,
     so that two of each do."""
+    from emotrain.config import config_from_dict
     from emotrain.planning.dry_run import dry_run
 
     config = config_from_dict({"model": {"num_layers": 2}, "training": {"global_batch": 8}})

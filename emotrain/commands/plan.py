@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from emotrain.commands.common import add_config, add_json, finish
-from emotrain.config import Config, load_config
-from emotrain.distributed.mesh import Layout
 from emotrain.errors import UserError
 from emotrain.planning.hardware import GPUS, Cluster, find_gpu
-from emotrain.planning.plan import make_plan, reference_plan
-from emotrain.planning.stand_ins import Routing
+
+if TYPE_CHECKING:
+    from emotrain.config import Config
+    from emotrain.planning.stand_ins import Routing
 
 EPILOG = """\
 examples:
@@ -63,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from emotrain.config import load_config
+    from emotrain.distributed.mesh import Layout
     from emotrain.planning import text as plan_text
+    from emotrain.planning.plan import make_plan, reference_plan
     from emotrain.planning.search import advice, search
 
     config = load_config(args.config, args.settings)
@@ -92,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _routing(args: argparse.Namespace, config: Config) -> Routing:
+    from emotrain.planning.stand_ins import Routing
+
     if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
         raise UserError(
             f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "
