@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,7 @@ PUBLISHED = {
     "hidden": 1024,
     "num_experts": 127,
     "num_chosen": 7,
+    "shared": 1,
     "documents": 24,
 }
 """One micro-batch of the published model: 4 sequences of 4,096 tokens (spec 1.2, 5)."""
@@ -187,20 +189,23 @@ def activate(target: str) -> None:
     triton.runtime.driver.set_active(_driver(target))
 
 
-def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
+def recorded_launches(
+    target: str,
+    dtype: torch.dtype,
+    shapes: Mapping[str, int] | None = None,
+    routing: bool | None = None,
+) -> list[Any]:
     """The distinct launches of one layer's routing, experts and permutation, forward and
-    backward, at the published shapes."""
-    from emotrain.kernels import triton_launch
-    from emotrain.kernels.permute import permute, unpermute
-    from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
-    from emotrain.kernels.triton_routing import decide_in_triton
+    backward.
 
-    tokens, width, hidden = PUBLISHED["tokens"], PUBLISHED["width"], PUBLISHED["hidden"]
-    num_experts, num_chosen, documents = (
-        PUBLISHED["num_experts"],
-        PUBLISHED["num_chosen"],
-        PUBLISHED["documents"],
-    )
+    Args:
+        shapes: what differs from `PUBLISHED`, under its names; and `held`, where a rank holds fewer
+            experts than it routes to.
+        routing: whether routing is among them, which is in float32 always (None: where `dtype` is).
+    """
+    from emotrain.kernels import triton_launch
+
+    sizes = {**PUBLISHED, **(shapes or {})}
     seen: dict[tuple[Any, ...], Any] = {}
 
     def remember(launch: Any) -> None:
@@ -210,41 +215,54 @@ def recorded_launches(target: str, dtype: torch.dtype) -> list[Any]:
         seen.setdefault((launch.kernel.__name__, dtypes, *sorted(launch.options.items())), launch)
 
     with torch.device("meta"), triton_launch.recording(target, remember):
-        if dtype == torch.float32:  # routing always is
-            logits_TN = torch.empty(tokens, num_experts + 1, requires_grad=True)[:, :num_experts]
-            document_T, pool_size_G = (
-                torch.empty(tokens, dtype=torch.int64),
-                torch.empty(documents, dtype=torch.int64),
-            )
-            of_batch = (logits_TN, document_T, documents, num_chosen)
-            routing = decide_in_triton(*of_batch, pool_size_G)
-            (
-                routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()
-            ).backward()
-            kept_GN, valid_T = (
-                torch.empty(shape, dtype=torch.bool)
-                for shape in ((documents, num_experts), (tokens,))
-            )
-            for pool in (pool_size_G, None):  # an expert subset, padded batches, a standard MoE
-                decide_in_triton(*of_batch, pool, kept_GN, valid_T)
-            decide_in_triton(*of_batch).weights_TK.sum().backward()
-        slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
-        slots = SortedSlots(slot_R, slot_R, torch.empty(num_experts, dtype=torch.int64))
-        x_TD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
-        weights_TK = torch.empty(tokens, num_chosen, requires_grad=True)
-        gate_up_NFD = torch.empty(num_experts, 2 * hidden, width, dtype=dtype, requires_grad=True)
-        down_NHD = torch.empty(num_experts, hidden, width, dtype=dtype, requires_grad=True)
-        grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD).backward(x_TD.detach())
-        grouped_mlp_triton(
-            *(tensor.detach() for tensor in (x_TD, weights_TK)),
-            slots,
-            gate_up_NFD.detach(),
-            down_NHD.detach(),
-        )
-        unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(
-            x_TD.detach()
-        )
+        if routing or (routing is None and dtype == torch.float32):
+            _route(sizes)
+        _compute(sizes, dtype)
     return list(seen.values())
+
+
+def _route(sizes: Mapping[str, int]) -> None:
+    """Routing of a layer, as training and evaluation ask for it."""
+    from emotrain.kernels.triton_routing import decide_in_triton
+
+    tokens, documents, num_experts = sizes["tokens"], sizes["documents"], sizes["num_experts"]
+    logits_TE = torch.empty(tokens, num_experts + sizes["shared"], requires_grad=True)
+    logits_TN = logits_TE[:, :num_experts]
+    document_T = torch.empty(tokens, dtype=torch.int64)
+    pool_size_G = torch.empty(2, documents, dtype=torch.int64)[1]  # of the second layer
+    kept_GN, valid_T = (
+        torch.empty(shape, dtype=torch.bool) for shape in ((documents, num_experts), (tokens,))
+    )
+    of_batch = (logits_TN, document_T, documents, sizes["num_chosen"])
+    routing = decide_in_triton(*of_batch, pool_size_G)
+    (routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()).backward()
+    # With the z-loss on all logits nothing asks for the normaliser inside of pools.
+    routing = decide_in_triton(*of_batch)
+    (routing.weights_TK.sum() + routing.probabilities_TN.sum()).backward()
+    for pool in (pool_size_G, None):  # padded batches, an expert subset
+        decide_in_triton(*of_batch, pool, None, valid_T)
+        decide_in_triton(*of_batch, pool, kept_GN, valid_T)
+
+
+def _compute(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """The experts of a layer, and rows to their experts and back."""
+    from emotrain.kernels.permute import permute, unpermute
+    from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
+
+    tokens, width, hidden = sizes["tokens"], sizes["width"], sizes["hidden"]
+    num_experts, num_chosen = sizes.get("held", sizes["num_experts"]), sizes["num_chosen"]
+    slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
+    slots = SortedSlots(slot_R, slot_R, torch.empty(num_experts, dtype=torch.int64))
+    x_TD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
+    weights_TK = torch.empty(tokens, num_chosen, requires_grad=True)
+    gate_up_NFD = torch.empty(num_experts, 2 * hidden, width, dtype=dtype, requires_grad=True)
+    down_NHD = torch.empty(num_experts, hidden, width, dtype=dtype, requires_grad=True)
+    grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD).backward(x_TD.detach())
+    with torch.no_grad():
+        grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
+    unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(
+        x_TD.detach()
+    )
 
 
 def compile_launch(target: str, dtype: torch.dtype, launch: Any, tile: Any, default: bool) -> Row:

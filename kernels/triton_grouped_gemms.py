@@ -17,7 +17,7 @@ def _tile_of_program(num_tiles, num_columns, GROUP: tl.constexpr):
     return group * GROUP + inside % group_rows, inside // group_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def gate_up_kernel(
     x_TD,
     gate_up_NFD,
@@ -79,7 +79,7 @@ def gate_up_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def rows_kernel(
     a_RJ,
     bank_NJD,
@@ -128,7 +128,7 @@ def rows_kernel(
     tl.store(y_ptr, acc.to(y_RD.dtype.element_ty), mask=live[:, None] & (d[None, :] < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_slots"])
 def grad_hidden_kernel(
     grad_TD,
     down_NHD,

@@ -232,7 +232,7 @@ def combine_rows(
     return y_TD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "num_tiles"])
 def plan_kernel(
     slot_R,
     ends_N,
@@ -266,7 +266,7 @@ def plan_kernel(
     tl.store(tile_row_P + i, first_row + (i - first_tile) * TILE_ROWS, mask=i < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def gather_kernel(
     x_TD,
     rows_RD,
@@ -309,7 +309,7 @@ def gather_kernel(
         tl.store(dots_TK + slot, dot, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def combine_kernel(
     rows_RD,
     position_R,

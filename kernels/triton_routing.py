@@ -255,7 +255,7 @@ def _softmax_row(logits):
     return exp / total[:, None], top + tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def score_kernel(
     logits_TN,
     sorted_document_T,
@@ -297,7 +297,8 @@ def score_kernel(
         tl.store(partial_PN + (block + g) * N + n, total, mask=n < N)
 
 
-@triton.jit
+# Sizes are a row of those of all layers, which begins where it may.
+@triton.jit(do_not_specialize_on_alignment=["pool_size_G"])
 def pool_kernel(
     partial_PN,
     starts_G1,
@@ -341,7 +342,7 @@ def pool_kernel(
         tl.store(pool_GN + g * N + n, chosen.to(tl.uint8), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_kernel(
     logits_TN,
     document_T,
@@ -401,7 +402,7 @@ def route_kernel(
     tl.atomic_add(counts_N + n, counts.to(tl.int64), mask=(n < N) & (counts > 0), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_backward_kernel(
     probabilities_TN,
     experts_TK,

@@ -253,7 +253,7 @@ def import_launch_code() -> None:
         return
     language: Any = types.ModuleType("triton.language")
     triton: Any = types.ModuleType("triton")
-    triton.jit = lambda function: function
+    triton.jit = lambda *function, **_: function[0] if function else lambda function: function
     triton.cdiv = lambda a, b: -(-a // b)
     triton.next_power_of_2 = lambda n: 1 << (n - 1).bit_length()
     triton.language, language.constexpr = language, None

@@ -24,6 +24,7 @@ from emotrain.training.metrics import RunLog
 from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
     check_run,
+    compile_kernels,
     find_source,
     leave_later_ones,
     locked,
@@ -64,6 +65,7 @@ def train(
         loader = _build_loader(config)
         source = find_source(config, ranks)
         engine = build_engine(config, ranks, source is None)
+        compile_kernels(config, ranks)
         state = starting_state(config, loader, engine, source)
         first_step, last_step = state.step, config.num_steps + max(0, state.anneal_start_step)
         if ranks.is_first:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from emotrain.config import Config
 from emotrain.data.source import DataSource
-from emotrain.distributed.mesh import Layout
+from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.training.checkpoint_folders import (
@@ -42,6 +45,39 @@ class Source:
     """Whether the run leaves the checkpoint's own run here (`training.resume=PATH`)."""
     anneals_here: bool = False
     """Whether the run begins to anneal here."""
+
+
+def compile_kernels(config: Config, ranks: Ranks) -> None:
+    """Compile what the steps of this run launch, where it trains on a GPU: no step does it, while
+    other ranks wait."""
+    if ranks.device.type != "cuda":
+        return
+    from emotrain.kernels.warm_up import compile_launches
+
+    started = time.monotonic()
+    dtype = torch.bfloat16 if config.training.uses_bfloat16("cuda") else torch.float32
+    layers = layer_shapes(config, ranks.rank)
+    compiled = compile_launches(ranks.device, dtype, layers, config.model.experts.backend)
+    if ranks.is_first:
+        log.info("%d kernels ready after %.0f s", compiled, time.monotonic() - started)
+
+
+def layer_shapes(config: Config, rank: int) -> list[dict[str, int]]:
+    """What `emotrain.kernels.warm_up` needs to know of each layer with routed experts."""
+    model, ep = config.model, config.parallel.ep
+    return [
+        {
+            "tokens": config.training.micro_batch * config.data.sequence_length,
+            "width": model.d_model,
+            "hidden": model.experts.hidden,
+            "num_experts": routed,
+            "num_chosen": model.chosen_in_layer(layer),
+            "shared": model.experts.shared,
+            "held": experts_of_rank(routed, ep, rank % ep),
+        }
+        for layer in range(model.num_layers)
+        if (routed := model.routed_in_layer(layer))
+    ]
 
 
 def check_run(config: Config, ranks: Ranks) -> None:
