@@ -168,6 +168,7 @@ def measure_start(
     drawn = in_fresh_process("draw_initial_values", config=args.config, numbers=args.numbers)
     return results | {
         "initial_values_per_cpu_second": drawn["numbers_per_cpu_second"],
+        "initial_values_rate_in_that_of_trunc_normal": drawn["of_torch"],
         "initial_values": drawn["all_numbers"],
         "initial_values_extrapolated_cpu_seconds": drawn["cpu_seconds"],
     }
@@ -408,7 +409,7 @@ def main() -> None:
         "--numbers",
         type=int,
         default=10**7,
-        help="initial values that are drawn, at least (default: %(default)s)",
+        help="initial values that are made (default: %(default)s)",
     )
     option(
         "--config",

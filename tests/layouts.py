@@ -6,7 +6,7 @@ its batch. Whatever the layout, a step gives a `Step` of whole tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from emotrain.batch import PackedBatch
@@ -141,12 +141,13 @@ def micro_batches(
 class Model(Transformer):
     """Starts from norm gains that are not 1: those would be the same in every precision."""
 
-    def initial_values(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        generator = torch.Generator().manual_seed(5)
-        for parameter, values in super().initial_values(seed):
-            if parameter.ndim == 1:
-                values = values + 0.3 * torch.randn(values.shape, generator=generator)
-            yield parameter, values
+    @torch.no_grad()
+    def fill(self, part, name, seed, offsets=None, shape=None):
+        super().fill(part, name, seed, offsets, shape)
+        if part.ndim == 1:
+            noise = torch.randn(shape or part.shape, generator=torch.Generator().manual_seed(5))
+            gains, first = 1 + 0.3 * noise, offsets[0] if offsets else 0
+            part.copy_(gains[first : first + len(part)])
 
 
 @dataclass(frozen=True)

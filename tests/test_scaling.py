@@ -347,6 +347,7 @@ def test_benchmark_of_the_job(result):
         "meshes_seconds",
         "parallelize_seconds",
         "initial_values_per_cpu_second",
+        "initial_values_rate_in_that_of_trunc_normal",
         "initial_values_extrapolated_cpu_seconds",
     ):
         assert result[key] > 0, key

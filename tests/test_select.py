@@ -91,7 +91,7 @@ def greedy_by_hand(model, documents, counts):
     ids=["equal layers", "layers of different size"],
 )
 def test_all_domains_at_once_equal_each_domain_alone(config):
-    model = Transformer(config).initialize(1)
+    model = Transformer(config).initialize(2)
     groups = documents_of(3, 4)
     flat = [document for group in groups for document in group]
     group_U = torch.arange(3).repeat_interleave(4)

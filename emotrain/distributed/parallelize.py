@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import register_dataclass, tree_map
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
-from emotrain.distributed.ranks import Ranks, local_part
+from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.router import LayerStatistics, RoutingReport
 from emotrain.model.transformer import ModelOutput, Transformer
@@ -34,9 +34,8 @@ def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer
     """The model of a run, on its device, spread over the processes as configured.
 
     Args:
-        fresh: give it its initial values, the very same on every layout. They are drawn one after
-            the other, minutes for billions of parameters; what a checkpoint will overwrite is left
-            as the memory was.
+        fresh: give it its initial values, the very same on every layout. What a checkpoint will
+            overwrite is left as the memory was.
 
     Raises:
         ValueError: a layout that cannot be; see `Layout.of`.
@@ -77,18 +76,12 @@ def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None
 
 def materialize(model: Transformer, seed: int | None, device: torch.device) -> Transformer:
     """Allocate this process' part of a model on the meta device and, with a seed, fill it with its
-    part of what one process would start from."""
+    part of what one process would start from. No process makes more than it holds."""
     model.to_empty(device=device)
-    with torch.no_grad():
-        for parameter, values in model.initial_values(seed) if seed is not None else ():
-            if isinstance(parameter, DTensor):
-                values = distribute_tensor(
-                    values.to(parameter.dtype),
-                    parameter.device_mesh,
-                    parameter.placements,
-                    src_data_rank=None,
-                )
-            local_part(parameter).copy_(local_part(values))
+    if seed is not None:
+        for name, parameter in model.named_parameters():
+            part = local_part(parameter.detach())
+            model.fill(part, name, seed, offsets_of(parameter), parameter.shape)
     return model
 
 

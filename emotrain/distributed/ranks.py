@@ -108,6 +108,14 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def offsets_of(tensor: torch.Tensor) -> torch.Size:
+    """Where what this process holds of a tensor starts in the whole one."""
+    if not isinstance(tensor, DTensor):
+        return torch.Size([0] * tensor.ndim)
+    [chunk] = tensor.__create_chunk_list__()
+    return chunk.offsets
+
+
 def num_copies(tensor: torch.Tensor) -> int:
     """How many processes hold each element of a tensor."""
     if not isinstance(tensor, DTensor):

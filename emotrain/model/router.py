@@ -94,8 +94,8 @@ def draw_pool_sizes(
     assert pool.min <= pool.max, "a setting of 0 is resolved by ModelConfig.pool"
     layers_L = torch.arange(num_layers, device=document_ids_G.device)
     layer_key_L = layers_L if pool.per == "layer" else torch.zeros_like(layers_L)
-    key = _mix64(_mix64(torch.full((), seed, device=document_ids_G.device)) + step)
-    hash_LG = _mix64(_mix64(key + layer_key_L)[:, None] + document_ids_G)
+    key = mix64(mix64(torch.full((), seed, device=document_ids_G.device)) + step)
+    hash_LG = mix64(mix64(key + layer_key_L)[:, None] + document_ids_G)
     # The upper 31 bits times the width, shifted down: uniform to 1 part in 2^31 / width, and no
     # division.
     return pool.min + (((hash_LG >> 33) & 0x7FFFFFFF) * (pool.max - pool.min + 1) >> 31)
@@ -400,7 +400,7 @@ class DocumentPoolRouter(nn.Module):
         return torch.softmax(logits_TE[:, self.num_routed :], dim=1)
 
 
-def _mix64(key: Tensor) -> Tensor:
+def mix64(key: Tensor) -> Tensor:
     """splitmix64's step and finaliser on int64, whose arithmetic wraps: every bit of the key
     moves every bit of the result."""
     key = key + -7046029254386353131

@@ -3,7 +3,7 @@ head (spec 1.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.model.attention import Attention, TokenView
+from emotrain.model.initial import fill_normal
 from emotrain.model.moe import MoELayer, RoutedExperts
 from emotrain.model.router import (
     LayerRequest,
@@ -186,23 +187,29 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:
-        """Fill every parameter with its `initial_values`. In place; returns self."""
-        for parameter, values in self.initial_values(seed):
-            parameter.copy_(values)
+        """Give every parameter the values it starts from. In place; returns self."""
+        for name, parameter in self.named_parameters():
+            self.fill(parameter, name, seed)
         return self
 
-    def initial_values(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter with the values it starts from: every matrix from a normal distribution
-        cut at three deviations, norms one (spec 1.4).
+    def fill(
+        self,
+        part: Tensor,
+        name: str,
+        seed: int,
+        offsets: Sequence[int] | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        """Give a part of the parameter `name` the values it starts from, in place: every matrix is
+        drawn from a normal distribution cut at three deviations, norms are one (spec 1.4).
 
-        The generator lives on the CPU, so that a seed gives the same weights on every device.
+        Args:
+            part, offsets, shape: see `fill_normal`; the whole parameter by default.
         """
-        generator, std = torch.Generator().manual_seed(seed), self.config.init_std
-        for parameter in self.parameters():
-            values = torch.ones(parameter.shape)
-            if parameter.ndim > 1:
-                nn.init.trunc_normal_(values, 0.0, std, -3 * std, 3 * std, generator=generator)
-            yield parameter, values
+        if part.ndim == 1:
+            part.fill_(1.0)
+        else:
+            fill_normal(part, seed, name, self.config.init_std, offsets, shape)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

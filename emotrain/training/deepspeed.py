@@ -364,25 +364,21 @@ def _build_model(
     """The model with this rank's experts; where `fresh`, the very values that one process would
     have."""
     with torch.device("meta"):
-        model, whole = Transformer(config.model), Transformer(config.model)
+        model = Transformer(config.model)
+        shapes = [parameter.shape for parameter in model.parameters()]
         if groups is not None:
             _spread_experts(model, config, groups)
     model.to_empty(device=device)
-    starts = (
-        whole.initial_values(config.training.seed)
-        if fresh
-        else ((parameter, None) for parameter in whole.parameters())
-    )
-    for (name, parameter), (_, values) in zip(model.named_parameters(), starts, strict=True):
-        first = 0
+    for (name, parameter), shape in zip(model.named_parameters(), shapes, strict=True):
+        offsets = [0] * len(shape)
         if groups is not None and (layer := _expert_layer(name)) is not None:
             dispatcher = cast(AllToAllDispatcher, model.blocks[layer].moe.dispatcher)
-            first = groups.exchange.rank() * dispatcher.per_rank
+            offsets[0] = groups.exchange.rank() * dispatcher.per_rank
             # How DeepSpeed knows experts, and the ranks that hold the same ones.
             setattr(parameter, "allreduce", False)  # noqa: B010 - an attribute of DeepSpeed's
             setattr(parameter, "group_name", groups.name)  # noqa: B010
-        if values is not None:
-            parameter.data.copy_(values.narrow(0, first, parameter.shape[0]))
+        if fresh:
+            model.fill(parameter.data, name, config.training.seed, offsets, shape)
     return parallelize(model, config)
 
 

@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.tensor import DTensor
 
+from emotrain.distributed.ranks import local_part, offsets_of
 from emotrain.errors import UserError
 
 
@@ -38,10 +38,7 @@ class TensorPart:
     def of(cls, tensor: Tensor) -> TensorPart:
         """This rank's part of a plain tensor or a DTensor."""
         tensor = tensor.detach()
-        if not isinstance(tensor, DTensor):
-            return cls(tensor, torch.Size([0] * tensor.ndim), tensor.shape)
-        [chunk] = tensor.__create_chunk_list__()
-        return cls(tensor.to_local(), chunk.offsets, tensor.shape)
+        return cls(local_part(tensor), offsets_of(tensor), tensor.shape)
 
     @property
     def box(self) -> ChunkStorageMetadata:

@@ -15,6 +15,7 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.kernels.grouped_mlp import grouped_mlp
 from emotrain.kernels.slots import sort_slots
 from emotrain.model import varlen
+from emotrain.model.initial import fill_normal
 from emotrain.training.engine import NativeEngine
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import train_step
@@ -78,6 +79,14 @@ def test_attention_sees_the_documents_of_the_mask(kv_heads: int) -> None:
         q_ATC[None], k_ATC[None], v_ATC[None], attn_mask=mask_TT, enable_gqa=True
     )[0]
     assert error(ours_TAC, wanted_ATC.transpose(0, 1)) < 1e-2
+
+
+def test_initial_values_are_those_of_a_cpu() -> None:
+    """To the bit, also where a block ends."""
+    made = [torch.empty(3, (1 << 23) + 5, device=device) for device in ("cpu", "cuda")]
+    for tensor in made:
+        fill_normal(tensor, 0, "weight", 0.02, [1, 0], [9, (1 << 23) + 5])
+    assert torch.equal(made[0], made[1].cpu())
 
 
 def test_a_step_waits_for_the_device_at_its_end_alone() -> None:
