@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import shutil
@@ -146,6 +147,7 @@ def one_rank_meshes(run: PhaseRun) -> Iterator[Meshes]:
         yield Meshes(Layout(1, 1, 1, 1), dense, whole["expert_dp"], whole["ep"])
     finally:
         dist.destroy_process_group()
+        gc.collect()  # an engine is a cycle, and keeps the groups' threads and buffers
         _clear_sharding_prop_cache()
 
 

@@ -1,6 +1,8 @@
-"""Kernels compiled before they are needed. Triton compiles a kernel at its first launch, in a second
-or two: in a step where padding, say, first asks for a variant, all ranks would wait for the one
-that compiles it."""
+"""Kernels compiled before they are needed.
+
+Triton compiles a kernel at its first launch, in a second or two: in a step where padding, say,
+first asks for a variant, all ranks would wait for the one that compiles it.
+"""
 
 from __future__ import annotations
 

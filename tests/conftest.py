@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -58,6 +59,11 @@ WORDS = {
         "bee",
     ],
 }
+
+
+# Forked ranks must not collect the garbage of the process that forked them: a process group in it
+# would wait for threads that did not come along, and the rank would hang for ever.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -3,6 +3,7 @@ the interpreter and say why they are skipped."""
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import sys
 import torch
 
 from tests.conftest import ROOT
+from tests.processes import run_ranks
 
 
 def gpu_tests(*paths: str) -> tuple[str, bool, bool]:
@@ -45,3 +47,28 @@ def test_beside_other_tests_they_are_skipped_with_the_command() -> None:
     )
     assert interpreted and hidden and "1 passed" in printed
     assert "needs a GPU and a process of its own: pytest tests/gpu" in printed
+
+
+class Garbage:
+    """What waits for the collector, as a process group does that an exception held."""
+
+    collected_by: list[int] = []
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        Garbage.collected_by.append(os.getpid())
+
+
+def test_a_forked_rank_leaves_the_garbage_of_its_parent_alone() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        Garbage()
+        (collected,) = run_ranks(lambda _ranks: (gc.collect(), Garbage.collected_by)[1], 1)
+    finally:
+        gc.enable()
+    assert collected == [], "the rank collected what its parent left"
+    gc.collect()
+    assert Garbage.collected_by == [os.getpid()], "there was nothing to collect"
