@@ -72,7 +72,7 @@ def test_the_commands_run_as_they_are_written(clone):
 
 
 def test_inline_commands_are_known(clone):
-    for line in re.findall(r"`(emotrain [^`]+)`", README):
+    for line in dict.fromkeys(re.findall(r"`(emotrain [^`]+)`", README)):
         if "..." not in line:
             done = run_as_written(f"{line} --help" if line.count(" ") == 1 else line, ROOT)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
