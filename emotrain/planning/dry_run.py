@@ -15,8 +15,8 @@ replaced, and nothing else:
 
 from __future__ import annotations
 
+import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -35,7 +35,7 @@ from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.ranks import Ranks, local_part
 from emotrain.model import losses
 from emotrain.model.transformer import Transformer
-from emotrain.planning.meter import Collective, Kernel, Meter
+from emotrain.planning.meter import Meter
 from emotrain.planning.parts import PARTS, Memory, Part
 from emotrain.planning.stand_ins import (
     CUDA_GRANULARITY,
@@ -46,6 +46,7 @@ from emotrain.planning.stand_ins import (
     replace_attribute,
     synthetic_batch,
 )
+from emotrain.planning.trace import Collective, HostWait, Kernel, Task, Trace
 from emotrain.training.engine import NativeEngine
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import train_step
@@ -65,6 +66,8 @@ class Measured:
     """Parameters, gradients and optimizer state between steps."""
     kernels: dict[Kernel, int]
     collectives: dict[Collective, int]
+    tasks: Sequence[Task]
+    """All that the process asked its device for, in order."""
     micro_batches: int
     tokens: int
     """Of this rank in a step."""
@@ -75,6 +78,9 @@ class Measured:
     the gradient norm and for what it reports. Steps that are logged also wait for statistics."""
     seconds: float
     """That the dry run took."""
+    small: Sequence[tuple[int, Measured]] = ()
+    """Smaller steps, of which this one is the weighted sum (`search.extrapolated`); then it has no
+    tasks of its own."""
 
     def bytes_by_kind_and_axis(self) -> dict[str, dict[str, int]]:
         result: dict[str, dict[str, int]] = {}
@@ -99,13 +105,18 @@ class Measured:
 
 
 def dry_run(
-    config: Config, world_size: int, target: str = "sm_90", routing: Routing | None = None
+    config: Config,
+    world_size: int,
+    target: str = "sm_90",
+    routing: Routing | None = None,
+    shard: Callable[[Transformer, Config, Meshes], None] | None = None,
 ) -> Measured:
     """Measure one step of rank 0 of `world_size`.
 
     Args:
         target: the GPU's architecture, such as sm_90, or `cpu` for what a CPU would run.
         routing: what is assumed of the data.
+        shard: how FSDP2 is applied, where not as training does.
     Raises:
         ValueError: a layout that cannot be (`Layout.of`).
     """
@@ -120,14 +131,17 @@ def dry_run(
     config = replace(config, training=replace(config.training, compile=False, precision=precision))
     with ExitStack() as stack:
         meshes = stack.enter_context(_fake_cluster(layout))
+        if shard is not None:
+            replace_attribute(stack, sys.modules[parallelize.__module__], "_shard", shard)
         meter = Meter(PARTS, _group_names(meshes), CUDA_GRANULARITY if on_gpu else 1)
+        stack.enter_context(meter.trace.following())
+        _name_gathered(stack, meter)
         if on_gpu:
             stack.enter_context(gpu_kernels(meter, target, config, layout, routing))
-        waits: Counter[str] = Counter()
-        engine, micro_batches = _prepare(stack, config, meshes, layout, routing, waits)
+        engine, micro_batches = _prepare(stack, config, meshes, layout, routing, meter.trace)
         follow_state(meter, engine, micro_batches)
         stack.enter_context(meter)
-        host = stack.enter_context(ZeroOnHost())
+        stack.enter_context(ZeroOnHost(meter.trace.host_waits))
         _step(meter, engine, micro_batches, config, Ranks(0, world_size))
         axes = _group_ranks(meshes)
         at_peak = meter.bytes_at_peak()
@@ -140,10 +154,11 @@ def dry_run(
         state,
         dict(meter.kernels),
         dict(meter.collectives),
+        tuple(meter.trace.tasks),
         len(micro_batches),
         len(micro_batches) * micro_batches[0].tokens_BS.numel(),
         micro_batches[0].num_documents,
-        host.waits + waits.total(),
+        sum(isinstance(task.operation, HostWait) for task in meter.trace.tasks),
         time.perf_counter() - started,
     )
 
@@ -154,10 +169,10 @@ def _prepare(
     meshes: Meshes | None,
     layout: Layout,
     routing: Routing,
-    waits: Counter[str],
+    trace: Trace,
 ) -> tuple[NativeEngine, list[PackedBatch]]:
     """Engine and micro-batches of training, without data. Fake tensors exist from here to the end
-    of `stack`; a step counts its waits for split sizes in `waits`."""
+    of `stack`; a step records its waits for split sizes in `trace`."""
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config, meshes)
@@ -166,7 +181,7 @@ def _prepare(
         dispatcher, router = block.moe.dispatcher, block.moe.router
         if isinstance(dispatcher, AllToAllDispatcher) and router is not None:
             tokens = config.training.micro_batch * config.data.sequence_length
-            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing, waits)
+            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing, trace)
             setattr(dispatcher, "split_sizes", balanced)  # noqa: B010 - mypy: a method
     fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     materialize(model, None, torch.device("cpu"))
@@ -182,6 +197,20 @@ def _prepare(
     return engine, micro_batches
 
 
+def _name_gathered(stack: ExitStack, meter: Meter) -> None:
+    """Parameters that FSDP2 has gathered are named so, whatever phase it makes them in."""
+    from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+    make = FSDPParam.init_all_gather_outputs
+
+    def named(parameter: FSDPParam, *args: Any, **kwargs: Any) -> None:
+        make(parameter, *args, **kwargs)
+        for tensor in parameter.all_gather_outputs:
+            meter.follow(tensor, Memory.GATHERED)
+
+    replace_attribute(stack, FSDPParam, "init_all_gather_outputs", named)
+
+
 def _tensors(
     batch: PackedBatch, change: Callable[[Tensor], Tensor] = lambda tensor: tensor
 ) -> dict[str, Any]:
@@ -195,7 +224,7 @@ def _balanced(
     tokens: int,
     chosen: int,
     routing: Routing,
-    waits: Counter[str],
+    trace: Trace,
 ) -> Callable[[Tensor], tuple[list[int], list[int], int]]:
     """`split_sizes` of a dispatcher under routing without preference."""
     experts, num_ranks = dispatcher.num_experts, dispatcher.num_ranks
@@ -204,8 +233,8 @@ def _balanced(
     rows, num_slots = routing.received(experts, chosen, held, tokens)
 
     def split_sizes(send_W2: Tensor) -> tuple[list[int], list[int], int]:
-        waits["split sizes"] += 1
         dist.all_to_all_single(torch.empty_like(send_W2), send_W2, group=dispatcher.group)
+        trace.host_waits()
         return send, [rows] * num_ranks, num_slots
 
     return split_sizes

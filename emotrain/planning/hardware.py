@@ -7,6 +7,7 @@ a range from pessimistic to optimistic. None was measured by this project.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -177,6 +178,13 @@ RATES = {
         "typical",
         "the same of FlashAttention 2 on an H100, for the scores it computes",
     ),
+    "cudnn_attention": Rate(
+        0.5,
+        0.4,
+        0.6,
+        "typical",
+        "the same of cuDNN's attention on an H100, as Transformer Engine uses it",
+    ),
     "masked_attention": Rate(
         0.15,
         0.10,
@@ -208,6 +216,13 @@ RATES = {
     "nvlink_exchange": Rate(
         0.65, 0.5, 0.8, "typical", "share of NVLink that NCCL's all-to-all reaches"
     ),
+    "deepep": Rate(
+        0.77,
+        0.7,
+        0.8,
+        "typical",
+        "the same of DeepEP's kernels (its docs/legacy.md: 153 and 158 of 200 GB/s)",
+    ),
     "network": Rate(
         0.75,
         0.6,
@@ -219,7 +234,13 @@ RATES = {
         0.5, 0.3, 0.7, "typical", "share of the network adapter that NCCL's all-to-all reaches"
     ),
     "start_s": Rate(25e-6, 40e-6, 15e-6, "typical", "seconds a collective takes without any bytes"),
-    "hop_s": Rate(3e-6, 6e-6, 1.5e-6, "typical", "seconds for each further rank of a ring"),
+    "hops": Rate(
+        1.0,
+        1.5,
+        0.7,
+        "typical",
+        "time of a collective's hops over that in NCCL's own tables (src/graph/tuning.cc)",
+    ),
     "launch_s": Rate(2e-6, 3e-6, 1e-6, "typical", "seconds between two kernels on the device"),
     "host_s": Rate(
         8e-6,
@@ -229,18 +250,22 @@ RATES = {
         "seconds the host takes to issue a kernel of eager PyTorch, autograd included",
     ),
     "sync_s": Rate(
-        60e-6,
-        120e-6,
-        30e-6,
+        25e-6,
+        50e-6,
+        15e-6,
         "typical",
-        "seconds the device idles when the host waits for a number from it",
+        "seconds from a number on the device to the host that waited for it and goes on",
+    ),
+    "atomic_s": Rate(
+        1e-9, 2e-9, 0.5e-9, "assumed", "seconds of an atomic addition behind another to its address"
     ),
     "contention": Rate(
-        0.10,
-        0.20,
-        0.03,
+        0.15,
+        0.2,
+        0.08,
         "typical",
-        "time that a second of hidden communication takes from the kernels it runs under",
+        "share of the device that a collective takes while it runs: 16 to 24 of NCCL's channels "
+        "on 132 multiprocessors",
     ),
     "slowdown": Rate(
         1.05,
@@ -251,6 +276,44 @@ RATES = {
     ),
 }
 """Whatever the time model assumes of software, by name."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How NCCL sends: seconds of a hop within a server and between servers, and the share of the
+    bandwidth that is left."""
+
+    inside_s: float
+    across_s: float
+    share: float
+
+
+PROTOCOLS = {
+    "ring": (Protocol(3.4e-6, 9.6e-6, 1.0), Protocol(1.9e-6, 4.0e-6, 0.92)),
+    "tree": (Protocol(1.2e-6, 8.5e-6, 0.82), Protocol(0.52e-6, 5.0e-6, 0.24)),
+}
+"""Simple and LL128, LL128 and LL: latencies and shares of NCCL's src/graph/tuning.cc, which picks
+the fastest as `Cluster.traffic` does."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective alone: its latency, and seconds that its bytes take on either kind of
+    link."""
+
+    latency_s: float
+    nvlink_s: float
+    network_s: float
+
+    @property
+    def seconds(self) -> float:
+        return self.latency_s + max(self.nvlink_s, self.network_s)
+
+    @property
+    def links(self) -> dict[str, float]:
+        """Share of each link while it runs."""
+        used = {"nvlink": self.nvlink_s, "network": self.network_s}
+        return {link: seconds / self.seconds for link, seconds in used.items() if seconds}
 
 
 @dataclass(frozen=True)
@@ -265,45 +328,46 @@ class Cluster:
     def world_size(self) -> int:
         return self.nodes * self.gpus_per_node
 
-    def collective_seconds(
+    def traffic(
         self, kind: str, payload: float, ranks: Sequence[int], view: str = "expected"
-    ) -> float:
-        """Seconds of one collective among `ranks`, alike groups of the other ranks running the same
-        at the same time.
+    ) -> Traffic:
+        """One collective among `ranks`, alike groups of the other ranks running the same at the
+        same time.
 
-        `payload` is in bytes, as in `meter.Collective`. Gathers and reductions are rings: each link
+        `payload` is in bytes, as in `trace.Collective`. Gathers and reductions are rings: each link
         carries (n - 1) / n of the payload, twice for an all-reduce, and what crosses between
-        servers enters each of them once, spread over the adapters of the group's GPUs there. An
-        all-to-all sends each pair its own part.
+        servers enters each of them once, spread over the adapters of the group's GPUs there. Small
+        all-reduces are trees. An all-to-all sends each pair its own part.
         """
         rate = {name: entry.at(view) for name, entry in RATES.items()}
         n, nodes = len(ranks), len({rank // self.gpus_per_node for rank in ranks})
         if n == 1:
-            return 0.0
-        local = n / nodes
-        latency = rate["start_s"] + rate["hop_s"] * (n - 1)
-        if kind == "all_to_all":
-            inside = payload * (local - 1) / n / (self.gpu.nvlink_bytes_s * rate["nvlink_exchange"])
-            across = (
-                payload * (n - local) / n / (self.gpu.network_bytes_s * rate["network_exchange"])
-            )
-            return latency + max(inside, across)
+            return Traffic(0.0, 0.0, 0.0)
+        local, start = n / nodes, rate["start_s"]
+        if kind in ("all_to_all", "deepep"):
+            simple = PROTOCOLS["ring"][0]
+            hops = max(simple.inside_s * (local > 1), simple.across_s * (nodes > 1))
+            share = rate["nvlink_exchange" if kind == "all_to_all" else "deepep"]
+            inside = payload * (local - 1) / n / (self.gpu.nvlink_bytes_s * share)
+            outside = self.gpu.network_bytes_s * rate["network_exchange"]
+            return Traffic(start + rate["hops"] * hops, inside, payload * (n - local) / n / outside)
         passes = 2 if kind == "all_reduce" else 1
-        seconds = (
-            passes * payload * (n - 1) / n / (self.gpu.nvlink_bytes_s * rate["nvlink"])
-            if local > 1
-            else 0.0
-        )
-        if nodes > 1:
-            seconds = max(
-                seconds,
-                passes
-                * payload
-                * (n - 1)
-                / n
-                / (local * self.gpu.network_bytes_s * rate["network"]),
+        carried = passes * payload * (n - 1) / n
+        inside = carried / (self.gpu.nvlink_bytes_s * rate["nvlink"]) if local > 1 else 0.0
+        outside = local * self.gpu.network_bytes_s * rate["network"]
+        across = carried / outside if nodes > 1 else 0.0
+
+        def over(protocol: Protocol, inner: float, outer: float) -> Traffic:
+            hops = passes * (inner * protocol.inside_s + outer * protocol.across_s)
+            return Traffic(
+                start + rate["hops"] * hops, inside / protocol.share, across / protocol.share
             )
-        return passes * latency + seconds
+
+        ways = [over(protocol, n - nodes, nodes - 1) for protocol in PROTOCOLS["ring"]]
+        if kind == "all_reduce":
+            depth = math.ceil(math.log2(nodes))
+            ways += [over(protocol, local - 1, depth) for protocol in PROTOCOLS["tree"]]
+        return min(ways, key=lambda way: way.seconds)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -26,14 +25,19 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import (
-    flop_registry,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils.flop_counter import flop_registry
 
+from emotrain.planning.operands import (
+    FLOPS,
+    MOVES_NOTHING,
+    bytes_moved,
+    first_dtype,
+    nbytes,
+    serial_additions,
+    tensors,
+)
 from emotrain.planning.parts import Memory, Part
+from emotrain.planning.trace import Collective, Kernel, Trace
 from emotrain.training.engine import Phase, record_phases
 
 COLLECTIVES = {
@@ -49,28 +53,6 @@ COLLECTIVES = {
 """Start of an operator's name in torch's collective namespaces, without underscores in front ->
 kind."""
 
-MOVES_NOTHING = {
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "new_empty_strided",
-    "empty_permuted",
-    "wait_tensor",
-    "set_",
-    "resize_",
-    "_local_scalar_dense",
-    "is_same_size",
-    "lift_fresh",
-    "_unsafe_view",
-    "_reshape_alias",
-    "barrier",
-}
-"""Operators that start no kernel; views are recognised by themselves."""
-READS_ROWS = {"embedding", "index_select", "gather", "index"}
-"""Operators that read as many elements of their source as they write."""
-
-
 MADE_IN = {
     Phase.BACKWARD: Memory.BACKWARD,
     Phase.RECOMPUTE: Memory.RECOMPUTED,
@@ -78,34 +60,6 @@ MADE_IN = {
     Phase.OPTIMIZER: Memory.OPTIMIZER,
 }
 """Kind of what a phase allocates; in the other phases, activations."""
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One launch: what it computes and moves. Bytes are those of its operands, each counted
-    once."""
-
-    name: str
-    part: Part
-    phase: Phase
-    dtype: torch.dtype
-    flops: int
-    bytes: int
-    ours: bool = False
-    """Whether it is a Triton kernel of `emotrain.kernels`. Those with FLOPs are grouped GEMMs."""
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective. Bytes are those of the whole result of a gather, the whole input of a
-    reduction or exchange."""
-
-    kind: str
-    axis: str
-    part: Part
-    phase: Phase
-    group_size: int
-    bytes: int
 
 
 class _Block:
@@ -136,8 +90,8 @@ class Meter(TorchDispatchMode):
     ):
         super().__init__()
         self.parts, self.axes, self.granularity = parts or {}, axes or {}, granularity
-        self.kernels: Counter[Kernel] = Counter()
-        self.collectives: Counter[Collective] = Counter()
+        self.trace = Trace()
+        self._axis_of: dict[str, str] = {}
         self.formulas: dict[str, Callable[..., int]] = dict(FLOPS)
         self.phase = Phase.OTHER
         self._blocks: list[_Block] = []
@@ -182,7 +136,7 @@ class Meter(TorchDispatchMode):
         kwargs = kwargs or {}
         recorded = self._recorded
         result = func(*args, **kwargs)
-        outputs = _tensors(result)
+        outputs = tensors(result)
         for tensor in outputs:
             self.follow(tensor)
         if func.namespace in ("c10d", "_c10d_functional"):
@@ -229,7 +183,8 @@ class Meter(TorchDispatchMode):
             int(size / launches),
             ours,
         )
-        self.kernels[kernel] += launches
+        for _ in range(launches):
+            self.trace.kernel(kernel)
         self._recorded += 1
 
     @contextmanager
@@ -259,6 +214,19 @@ class Meter(TorchDispatchMode):
             if block.born <= self._peak_time and (block.died < 0 or block.died > self._peak_time):
                 kinds[block.kind] += block.bytes
         return dict(kinds)
+
+    @property
+    def kernels(self) -> Counter[Kernel]:
+        """How often each was launched."""
+        return self._count(Kernel)
+
+    @property
+    def collectives(self) -> Counter[Collective]:
+        return self._count(Collective)
+
+    def _count(self, kind: type[Any]) -> Counter[Any]:
+        operations = (task.operation for task in self.trace.tasks)
+        return Counter(operation for operation in operations if isinstance(operation, kind))
 
     @property
     def live_bytes(self) -> int:
@@ -337,28 +305,22 @@ class Meter(TorchDispatchMode):
     def _kernel(
         self, func: Any, name: str, args: tuple, kwargs: dict, result: Any, outputs: list[Tensor]
     ) -> None:
-        inputs = _tensors((args, kwargs))
+        inputs = tensors((args, kwargs))
         if not inputs and not outputs:
             return
         part = Part.PARAMETER_COPIES if func.namespace == "fsdp" else self.part
-        written = sum(map(_nbytes, outputs))
-        read = (
-            written + sum(_nbytes(t) for t in inputs[1:])
-            if name in READS_ROWS
-            else sum(map(_nbytes, inputs))
-        )
-        if (
-            name == "all_gather_copy_in"
-        ):  # writes this rank's part of the buffer that it is given and returns
-            read = written = sum(_nbytes(t) for t in args[0])
         formula = self.formulas.get(name) or flop_registry.get(func._overloadpacket)
         flops = formula(*args, **kwargs, out_val=result) if formula else 0
-        first = next(
-            (t for t in (*inputs, *outputs) if t.is_floating_point()), (inputs or outputs)[0]
+        kernel = Kernel(
+            name,
+            part,
+            self._current_phase(),
+            first_dtype(inputs, outputs),
+            int(flops),
+            bytes_moved(func, name, args, kwargs, outputs),
+            serial=serial_additions(name, args),
         )
-        self.kernels[
-            Kernel(name, part, self._current_phase(), first.dtype, int(flops), read + written)
-        ] += 1
+        self.trace.kernel(kernel)
 
     def _collective(self, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
         name = func._opname.lstrip("_")
@@ -373,11 +335,11 @@ class Meter(TorchDispatchMode):
             group = dist.ProcessGroup.unbox(named["process_group"])
         else:
             group = dist.distributed_c10d._resolve_process_group(named["group_name"])
-        tensors = [*_tensors((args, kwargs)), *outputs]
+        operands = [*tensors((args, kwargs)), *outputs]
         payload = (
-            named["input"].nbytes if kind == "all_to_all" else max(_nbytes(t) for t in tensors)
+            named["input"].nbytes if kind == "all_to_all" else max(nbytes(t) for t in operands)
         )
-        axis = self.axes.get(group.group_name, group.group_name)
+        axis = self._axis(group)
         if axis == "world":  # An axis that spans all processes may share the default group.
             axis = {"all_gather": "shard", "reduce_scatter": "shard", "all_to_all": "ep"}.get(
                 kind, axis
@@ -385,44 +347,31 @@ class Meter(TorchDispatchMode):
         if kind in ("all_gather", "reduce_scatter"):
             # The big side is a buffer of gathered parameters or of gradients on their way, the
             # small one a part of this rank's own.
-            big = max(tensors, key=_nbytes)
+            big = max(operands, key=nbytes)
             self.follow(big, Memory.GATHERED if kind == "all_gather" else Memory.REDUCTION)
-            for tensor in _tensors(named.get("output_tensor")) if kind == "reduce_scatter" else ():
+            for tensor in tensors(named.get("output_tensor")) if kind == "reduce_scatter" else ():
                 self.follow(tensor, Memory.GRADIENTS)
-        self.collectives[
-            Collective(kind, axis, self.part, self._current_phase(), group.size(), payload)
-        ] += 1
+        collective = Collective(kind, axis, self.part, self._current_phase(), group.size(), payload)
+        # Arguments that have their default values are not handed on.
+        defaults = {argument.name: argument.default_value for argument in func._schema.arguments}
+        is_async = named.get("async_op", defaults.get("async_op", False))
+        self.trace.collective(collective, group.group_name, is_async)
+
+    def _axis(self, group: dist.ProcessGroup) -> str:
+        """That of the group, or of one with the same ranks: collectives of one kind may have a
+        group of their own."""
+        name = group.group_name
+        if name not in self._axis_of:
+            ranks = dist.get_process_group_ranks(group)
+            groups = dist.distributed_c10d._world.pg_names
+            same = (
+                self.axes[known]
+                for other, known in groups.items()
+                if known in self.axes and ranks == dist.get_process_group_ranks(other)
+            )
+            self._axis_of[name] = self.axes.get(name) or next(same, name)
+        return self._axis_of[name]
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if not isinstance(value, (tuple, list, dict)):
-        return []
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Bytes that a kernel must touch: an expanded tensor repeats the same ones."""
-    return min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes())
-
-
-def _cpu_attention_flops(q: Tensor, k: Tensor, v: Tensor, *_args: Any, **_kwargs: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _cpu_attention_backward_flops(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_args: Any, **_kwargs: Any
-) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-
-
-FLOPS: dict[str, Callable[..., int]] = {
-    "_scaled_dot_product_flash_attention_for_cpu": _cpu_attention_flops,
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_attention_backward_flops,
-}
-"""Formulas that torch's own counter lacks."""

@@ -9,7 +9,7 @@ docs/plan.md says how either was checked.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,21 +126,32 @@ def make_plan(
     """
     routing = routing or Routing()
     measured = measured or dry_run(config, cluster.world_size, cluster.gpu.target, routing)
-    work = Work.of(measured, config.training.compile)
-    times = {view: step_time(work, cluster, view) for view in VIEWS}
+    times = step_times(measured, cluster, lambda step, _: Work.of(step, config.training.compile))
     return Plan(config, cluster, measured, times, _usable_gib(cluster, measured), routing)
+
+
+def step_times(
+    measured: Measured, cluster: Cluster, work: Callable[[Measured, str], Work]
+) -> dict[str, StepTime]:
+    """Times of a step by view; `work` is what a measured step does in a view."""
+
+    def time(step: Measured, view: str) -> StepTime:
+        if step.small:
+            small = [(weight, time(part, view)) for weight, part in step.small]
+            return StepTime.blend(small, step.tokens)
+        return step_time(work(step, view), cluster, view)
+
+    return {view: time(measured, view) for view in VIEWS}
 
 
 def reference_plan(config: Config, cluster: Cluster) -> Plan:
     """The published run on a cluster. Memory is that of our code on its layout."""
-    from emotrain.planning.reference import reference_config, reference_work
+    from emotrain.planning.reference import plain_fsdp2, reference_config, reference_work
 
     config = reference_config(config)
     Layout.check(config, cluster.world_size)
-    measured = dry_run(config, cluster.world_size, cluster.gpu.target)
-    times = {
-        view: step_time(reference_work(config, measured, view), cluster, view) for view in VIEWS
-    }
+    measured = dry_run(config, cluster.world_size, cluster.gpu.target, shard=plain_fsdp2)
+    times = step_times(measured, cluster, lambda step, view: reference_work(config, step, view))
     return Plan(config, cluster, measured, times, _usable_gib(cluster, measured), Routing())
 
 

@@ -2,8 +2,8 @@
 fit, and the fastest layout.
 
 A first pass measures each candidate on two sizes of the model and of the step, a layer and a
-micro-batch apart, and extrapolates: what a step does and keeps is linear in both. The best few are
-then measured whole.
+micro-batch apart, and extrapolates: what a step does, keeps and takes is linear in both. The best
+few are then measured whole.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import contextlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
 from emotrain.config import Config
-from emotrain.distributed.mesh import Layout
-from emotrain.model.transformer import parameter_counts
+from emotrain.distributed.mesh import Layout, Meshes
+from emotrain.model.transformer import Transformer, parameter_counts
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import Cluster
 from emotrain.planning.plan import Plan, make_plan
@@ -29,6 +29,8 @@ from emotrain.progress import ProgressBar
 
 WHOLE = 3
 """Layouts of the first pass that are measured whole."""
+LAYERS = 3
+"""Layers from which on a further one takes as long as any: one between the first and the last."""
 
 
 @dataclass(frozen=True)
@@ -76,27 +78,28 @@ def with_settings(config: Config, settings: Sequence[tuple[str, Any]]) -> Config
     return config
 
 
-def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured:
-    """A step measured with 2 and 3 layers and with few micro-batches, extrapolated to those of the
-    configuration."""
+def extrapolated(
+    config: Config,
+    cluster: Cluster,
+    routing: Routing,
+    shard: Callable[[Transformer, Config, Meshes], None] | None = None,
+) -> Measured:
+    """A step measured with few layers, one more, and with few micro-batches, extrapolated to those
+    of the configuration. `shard` is that of `dry_run`."""
     layers = config.model.num_layers
     micro_batches = config.training.global_batch // (
         config.training.micro_batch * cluster.world_size
     )
-    if layers <= 3 or config.model.experts.routed_per_layer:
-        return dry_run(config, cluster.world_size, cluster.gpu.target, routing)
+    if layers <= LAYERS + 1 or config.model.experts.routed_per_layer:
+        return dry_run(config, cluster.world_size, cluster.gpu.target, routing, shard)
 
     def small(num_layers: int, count: int) -> Measured:
         training = replace(
             config.training, global_batch=count * config.training.micro_batch * cluster.world_size
         )
         model = replace(config.model, num_layers=num_layers)
-        return dry_run(
-            replace(config, model=model, training=training),
-            cluster.world_size,
-            cluster.gpu.target,
-            routing,
-        )
+        smaller = replace(config, model=model, training=training)
+        return dry_run(smaller, cluster.world_size, cluster.gpu.target, routing, shard)
 
     keeps_all = (
         config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch"
@@ -104,33 +107,39 @@ def extrapolated(config: Config, cluster: Cluster, routing: Routing) -> Measured
     # Unless forward keeps every micro-batch, gradients are there from the second one on: memory
     # grows from there, by the counts of each micro-batch.
     fewest = min(micro_batches, 1 if keeps_all else 2)
-    more_layers, more_steps = layers - 2, micro_batches - fewest
+    more_layers, more_steps = layers - LAYERS, micro_batches - fewest
     corners = {
-        (a, b): small(2 + a, fewest + b) for a in (0, 1) for b in ((0, 1) if more_steps else (0,))
+        (a, b): small(LAYERS + a, fewest + b)
+        for a in (0, 1)
+        for b in ((0, 1) if more_steps else (0,))
+    }
+    weights = {
+        (a, b): (more_layers if a else 1 - more_layers) * (more_steps if b else 1 - more_steps)
+        for a, b in corners
     }
 
-    def blend(values: dict[tuple[int, int], dict[Any, int]]) -> dict[Any, int]:
+    def blend(name: str) -> dict[Any, int]:
         total: Counter[Any] = Counter()
-        for (a, b), numbers in values.items():
-            weight = (more_layers if a else 1 - more_layers) * (more_steps if b else 1 - more_steps)
-            for key, number in numbers.items():
-                total[key] += weight * number
+        for corner, measured in corners.items():
+            for key, number in getattr(measured, name).items():
+                total[key] += weights[corner] * number
         return {key: number for key, number in total.items() if number}
 
     last = corners[max(corners)]
-    at_peak = blend({corner: measured.at_peak for corner, measured in corners.items()})
-    waits = blend({corner: {"waits": measured.waits} for corner, measured in corners.items()})
+    at_peak = blend("at_peak")
     return replace(
         last,
         at_peak=at_peak,
         peak_bytes=sum(at_peak.values()),
-        state_bytes=blend({corner: measured.state_bytes for corner, measured in corners.items()}),
-        kernels=blend({corner: measured.kernels for corner, measured in corners.items()}),
-        collectives=blend({corner: measured.collectives for corner, measured in corners.items()}),
+        state_bytes=blend("state_bytes"),
+        kernels=blend("kernels"),
+        collectives=blend("collectives"),
+        tasks=(),
         micro_batches=micro_batches,
         tokens=micro_batches * (last.tokens // last.micro_batches),
-        waits=waits["waits"],
+        waits=sum(weights[corner] * measured.waits for corner, measured in corners.items()),
         seconds=sum(measured.seconds for measured in corners.values()),
+        small=[(weights[corner], measured) for corner, measured in corners.items()],
     )
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +88,13 @@ class Routing:
 
 
 class ZeroOnHost(TorchDispatchMode):
-    """Answers 0 where a tensor's value is asked for, and counts how often the host would wait for
-    the device: there, and where the host makes a tensor of its own numbers, which reach the device
-    by a copy that waits. A list of all values of a tensor is one wait."""
+    """Answers 0 where a tensor's value is asked for, and tells `on_wait` where the host would wait
+    for the device: there, and where the host makes a tensor of its own numbers, which reach the
+    device by a copy that waits. A list of all values of a tensor is one wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_wait: Callable[[], None]) -> None:
         super().__init__()
-        self.waits = 0
+        self.on_wait = on_wait
 
     def __enter__(self) -> ZeroOnHost:
         self.patch = ExitStack()
@@ -113,7 +113,7 @@ class ZeroOnHost(TorchDispatchMode):
         super().__exit__(*exception)
 
     def waited(self) -> None:
-        self.waits += 1
+        self.on_wait()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten.lift_fresh.default:
@@ -170,6 +170,12 @@ def _attention(
     )[0]
 
 
+def _causal_flops(q_BASC: Tensor, *_: Any, **__: Any) -> int:
+    """Of the flash kernel, which leaves out the scores of later tokens."""
+    batch, heads, length, width = q_BASC.shape
+    return 4 * batch * heads * (length * (length + 1) // 2) * width
+
+
 @contextmanager
 def gpu_kernels(
     meter: Meter, target: str, config: Config, layout: Layout, routing: Routing
@@ -220,6 +226,10 @@ def gpu_kernels(
         meter.formulas |= {
             "_varlen_attn": lambda *_, **__: pair_flops,
             "_varlen_attn_backward": lambda *_, **__: 5 * pair_flops // 2,
+            "_scaled_dot_product_flash_attention": _causal_flops,
+            "_scaled_dot_product_flash_attention_backward": lambda *arguments, **__: (
+                5 * _causal_flops(*arguments[1:4]) // 2
+            ),
         }
         if config.training.uses_bfloat16("cuda"):
             stack.callback(torch.set_autocast_enabled, "cuda", torch.is_autocast_enabled("cuda"))
