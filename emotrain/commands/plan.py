@@ -47,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict the published training run instead: its layout and its kernels",
     )
     parser.add_argument(
+        "--deepspeed",
+        metavar="JSON",
+        help="plan a run by DeepSpeed with these options (configs/deepspeed/zero1.json to zero3)",
+    )
+    parser.add_argument(
         "--ranks-per-token",
         type=float,
         default=0.0,
@@ -69,7 +74,11 @@ def run(args: argparse.Namespace) -> int:
     from emotrain.planning import text as plan_text
     from emotrain.planning.plan import make_plan, reference_plan
     from emotrain.planning.search import advice, search
+    from emotrain.planning.zero import zero_plan
 
+    alternatives = ("search", "reference", "deepspeed")
+    if len([name for name in alternatives if getattr(args, name)]) > 1:
+        raise UserError("--search, --reference and --deepspeed are alternatives; give one")
     config = load_config(args.config, args.settings)
     cluster = Cluster(find_gpu(args.gpu), args.nodes, args.gpus_per_node)
     Layout.check(config, cluster.world_size)
@@ -83,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
             plan_text.search_table(config, cluster, found),
         )
         return 0 if best["fits"] else 1
-    plan = (
-        reference_plan(config, cluster) if args.reference else make_plan(config, cluster, routing)
-    )
-    changes = [] if plan.fits or args.reference else advice(config, cluster, routing)
+    if args.reference:
+        plan = reference_plan(config, cluster)
+    elif args.deepspeed:
+        plan = zero_plan(args.deepspeed, config, cluster, routing)
+    else:
+        plan = make_plan(config, cluster, routing)
+    asked = plan.fits or args.reference
+    changes = [] if asked else advice(config, cluster, routing, args.deepspeed)
     finish(
         args,
         plan.as_dict() | {"changes": [change.as_dict() for change in changes]},

@@ -244,7 +244,7 @@ def _waiting_for(side: Phase, operation: Kernel | Collective) -> str:
         return f"{side}: parameters and gradients"
     if operation.kind in ("all_to_all", "deepep"):
         return f"{side}: exchange of tokens"
-    sums = operation.axis == "world"
+    sums = operation.kind == "all_reduce" and operation.axis == "world"
     return f"{side}: {'small sums' if sums else 'parameters and gradients'}"
 
 

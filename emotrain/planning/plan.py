@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
-from emotrain.planning.cost import VIEWS, StepTime, Work, step_time
+from emotrain.planning.cost import VIEWS, StepTime, Work, compiled_parts, step_time
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import RATES, Cluster, Reserve
 from emotrain.planning.parts import Memory
@@ -47,10 +49,14 @@ class Plan:
     usable_gib: float
     """Memory of a GPU that tensors can have."""
     routing: Routing
+    zero_stage: int = 0
+    """Of DeepSpeed; 0 is FSDP2."""
+    start_gib: float = 0.0
+    """Memory that building the model takes, before it is cut."""
 
     @property
     def peak_gib(self) -> float:
-        return self.measured.peak_bytes / 2**30
+        return max(self.measured.peak_bytes / 2**30, self.start_gib)
 
     @property
     def fits(self) -> bool:
@@ -84,6 +90,7 @@ class Plan:
                 "ep": layout.ep,
                 "expert_dp": layout.expert_dp,
             },
+            "zero_stage": self.zero_stage,
             "fits": self.fits,
             "peak_gib": self.peak_gib,
             "usable_gib": self.usable_gib,
@@ -127,7 +134,7 @@ def make_plan(
     routing = routing or Routing()
     measured = measured or dry_run(config, cluster.world_size, cluster.gpu.target, routing)
     times = step_times(measured, cluster, lambda step, _: Work.of(step, config.training.compile))
-    return Plan(config, cluster, measured, times, _usable_gib(cluster, measured), routing)
+    return Plan(config, cluster, measured, times, usable_gib(cluster, measured), routing)
 
 
 def step_times(
@@ -152,10 +159,10 @@ def reference_plan(config: Config, cluster: Cluster) -> Plan:
     Layout.check(config, cluster.world_size)
     measured = dry_run(config, cluster.world_size, cluster.gpu.target, shard=plain_fsdp2)
     times = step_times(measured, cluster, lambda step, view: reference_work(config, step, view))
-    return Plan(config, cluster, measured, times, _usable_gib(cluster, measured), Routing())
+    return Plan(config, cluster, measured, times, usable_gib(cluster, measured), Routing())
 
 
-def _usable_gib(cluster: Cluster, measured: Measured) -> float:
+def usable_gib(cluster: Cluster, measured: Measured) -> float:
     groups = {ranks for ranks in measured.axes.values() if len(ranks) > 1}
     return Reserve().usable_gib(cluster.gpu, len(groups))
 
@@ -193,8 +200,15 @@ def assumptions(plan: Plan) -> list[str]:
     )
     lines.append(f"assumed: the busiest expert rank computes {routing.imbalance:g} times the mean")
     lines.append(
-        "assumed: gathers and reductions of parameters run under kernels; tokens travel to experts "
-        "under the shared expert, home "
-        "under nothing; the optimizer runs alone"
+        "assumed: ZeRO sends as docs/deepspeed.md says; its own code is not followed"
+        if plan.zero_stage
+        else f"fact: order, streams and waits are those of torch {torch.__version__}'s FSDP2 and "
+        "of the dispatcher, followed in the dry run; a communicator runs one collective at a time"
+    )
+    compiled = ", ".join(sorted(compiled_parts(plan.measured.layout.ep)))
+    lines.append(
+        f"assumed: torch.compile fuses element-wise kernels of {compiled}"
+        if plan.config.training.compile
+        else "fact: nothing is compiled (training.compile=false)"
     )
     return lines

@@ -81,7 +81,7 @@ def plain_fsdp2(model: Transformer, config: Config, meshes: Meshes) -> None:
     """FSDP2 over blocks and the rest, as it prefetches by itself (5); over experts that are spread
     by themselves."""
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    cut = partial(_cut, ranks=meshes.dense.size(-1))
+    cut = partial(cut_rows, ranks=meshes.dense.size(-1))
     for experts in model.expert_banks() if meshes.ep is not None else ():
         fully_shard(
             experts, mesh=meshes.experts, mp_policy=policy, shard_placement_fn=lambda _: Shard(1)
@@ -90,7 +90,7 @@ def plain_fsdp2(model: Transformer, config: Config, meshes: Meshes) -> None:
         fully_shard(module, mesh=meshes.dense, mp_policy=policy, shard_placement_fn=cut)
 
 
-def _cut(parameter: nn.Parameter, ranks: int) -> Shard:
+def cut_rows(parameter: nn.Parameter, ranks: int) -> Shard:
     """Along its rows, where padding them costs nothing: the reference keeps a layer's experts in
     matrices whose rows the ranks divide."""
     if parameter.shape[0] >= ranks - 1:

@@ -22,13 +22,15 @@ from emotrain.config import Config
 from emotrain.distributed.mesh import Layout, Meshes
 from emotrain.model.transformer import Transformer, parameter_counts
 from emotrain.planning.dry_run import Measured, dry_run
-from emotrain.planning.hardware import Cluster
+from emotrain.planning.hardware import Cluster, Reserve
 from emotrain.planning.plan import Plan, make_plan
 from emotrain.planning.stand_ins import Routing
 from emotrain.progress import ProgressBar
 
 WHOLE = 3
 """Layouts of the first pass that are measured whole."""
+STATE_BYTES = 16
+"""Of a parameter: itself, its gradient and two moments in fp32."""
 LAYERS = 3
 """Layers from which on a further one takes as long as any: one between the first and the last."""
 
@@ -173,10 +175,25 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
     )
 
 
-def advice(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
+def advice(
+    config: Config, cluster: Cluster, routing: Routing, deepspeed: str | None = None
+) -> list[Change]:
     """Changes that make a configuration fit, the one that costs the least time first; each was
-    planned."""
-    tried = [_change(config, cluster, routing, settings) for settings in _remedies(config, cluster)]
+    planned, with DeepSpeed's options where they are given."""
+    if deepspeed is None:
+        remedies = _remedies(config, cluster)
+        tried = [_change(config, cluster, routing, settings) for settings in remedies]
+    else:
+        from emotrain.planning.zero import remedies_of_zero, zero_plan
+
+        tried = [
+            Change.of(
+                settings,
+                zero_plan(deepspeed, with_settings(config, settings), cluster, routing),
+                whole=False,
+            )
+            for settings in remedies_of_zero(config, cluster, deepspeed)
+        ]
     return sorted(
         (change for change in tried if change.fits), key=lambda change: -change.tokens_per_second
     )
@@ -213,11 +230,15 @@ def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
 
 def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]]]:
     """What decides a layout: expert parallelism inside a node, copies of the model, sequences of
-    a micro-batch."""
+    a micro-batch. One whose state alone is too much is left out."""
     a_rank = config.training.global_batch // cluster.world_size
-    for ep in (n for n in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % n == 0):
-        for replicate in sorted({1, cluster.nodes}):
-            for micro_batch in (n for n in range(1, a_rank + 1) if a_rank % n == 0):
+    state = STATE_BYTES * parameter_counts(config.model)["total_parameters"]
+    room = Reserve().usable_gib(cluster.gpu, 0) * 2**30
+    for ep in _divisors(cluster.gpus_per_node):
+        for replicate in _divisors(cluster.world_size // ep):
+            if state * replicate / cluster.world_size > room:
+                continue
+            for micro_batch in _divisors(a_rank):
                 family = [
                     ("parallel.ep", ep),
                     ("parallel.replicate", replicate),
@@ -226,6 +247,10 @@ def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
                 ]
                 if _is_valid(with_settings(config, family), cluster):
                     yield family
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _best_of_family(
@@ -249,13 +274,13 @@ def _best_of_family(
                 ("losses.balance_schedule", schedule),
                 ("parallel.recompute", recompute),
             ]
-            change = _change(
+            change = _compiled_or_not(
                 config, cluster, routing, [*settings, ("parallel.reshard_after_forward", True)]
             )
             if not change.fits:
                 continue
             if change.spare_gib > _gathered_gib(changed):
-                kept = _change(
+                kept = _compiled_or_not(
                     config, cluster, routing, [*settings, ("parallel.reshard_after_forward", False)]
                 )
                 change = (
@@ -288,11 +313,22 @@ def _change(
     config: Config, cluster: Cluster, routing: Routing, settings: Sequence[tuple[str, Any]]
 ) -> Change:
     changed = with_settings(config, settings)
-    return Change.of(
-        settings,
-        make_plan(changed, cluster, routing, extrapolated(changed, cluster, routing)),
-        whole=False,
-    )
+    measured = extrapolated(changed, cluster, routing)
+    return Change.of(settings, make_plan(changed, cluster, routing, measured), whole=False)
+
+
+def _compiled_or_not(
+    config: Config, cluster: Cluster, routing: Routing, settings: Sequence[tuple[str, Any]]
+) -> Change:
+    """The faster of both. They are measured alike: compiled blocks compute the same."""
+    changed = with_settings(config, settings)
+    measured = extrapolated(changed, cluster, routing)
+    found = []
+    for compiled in (False, True):
+        key = [("training.compile", compiled)]
+        plan = make_plan(with_settings(changed, key), cluster, routing, measured)
+        found.append(Change.of([*settings, *key], plan, whole=False))
+    return max(found, key=lambda change: change.tokens_per_second)
 
 
 def _is_valid(config: Config, cluster: Cluster) -> bool:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MEMORY = (
     ("parameters", "fp32, this GPU's part"),
     ("gradients", "fp32, this GPU's part"),
-    ("optimizer", "two fp32 moments"),
+    ("optimizer", "two fp32 moments; ZeRO-1 and 2 keep a master copy too"),
     ("gathered", "parameters gathered for use"),
     ("reduction", "gradients on their way to their owners"),
     ("activations", "kept by forward, or alive in it"),
