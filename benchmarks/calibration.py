@@ -53,7 +53,7 @@ def emo() -> Point:
     """The middle of what was published is taken for measured."""
     config = reference.reference_config(load_config(ROOT / "configs/emo_1b14b_1t.yaml"))
     cluster = Cluster(find_gpu("h100-80gb"), 16, 8)
-    measured = extrapolated(config, cluster, Routing(), reference.plain_fsdp2)
+    measured = extrapolated(config, cluster, Routing(), reference.reference_fsdp2)
     times = step_times(
         measured, cluster, lambda step, view: reference.reference_work(config, step, view)
     )

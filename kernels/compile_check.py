@@ -58,6 +58,9 @@ PUBLISHED = {
     "num_chosen": 7,
     "shared": 1,
     "documents": 24,
+    "heads": 16,
+    "kv_heads": 16,
+    "head_width": 128,
 }
 """One micro-batch of the published model: 4 sequences of 4,096 tokens (spec 1.2, 5)."""
 
@@ -195,12 +198,11 @@ def recorded_launches(
     shapes: Mapping[str, int] | None = None,
     routing: bool | None = None,
 ) -> list[Any]:
-    """The distinct launches of one layer's routing, experts and permutation, forward and
-    backward.
+    """The distinct launches of one block, forward and backward.
 
     Args:
-        shapes: what differs from `PUBLISHED`, under its names; and `held`, where a rank holds fewer
-            experts than it routes to.
+        shapes: what differs from `PUBLISHED`, under its names (a dense block has 0 routed experts);
+            and `held`, where a rank holds fewer experts than it routes to.
         routing: whether routing is among them, which is in float32 always (None: where `dtype` is).
     """
     from emotrain.kernels import triton_launch
@@ -215,9 +217,11 @@ def recorded_launches(
         seen.setdefault((launch.kernel.__name__, dtypes, *sorted(launch.options.items())), launch)
 
     with torch.device("meta"), triton_launch.recording(target, remember):
-        if routing or (routing is None and dtype == torch.float32):
-            _route(sizes)
-        _compute(sizes, dtype)
+        _pass_rows(sizes, dtype)
+        if sizes["num_experts"]:
+            if routing or (routing is None and dtype == torch.float32):
+                _route(sizes)
+            _compute(sizes, dtype)
     return list(seen.values())
 
 
@@ -263,6 +267,27 @@ def _compute(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
     unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(
         x_TD.detach()
     )
+
+
+def _pass_rows(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Norms, rotary positions, and SwiGLU of the shared experts."""
+    from emotrain.kernels.rowwise import rms_norm, rotate_heads, swiglu_down
+
+    tokens, width, heads, kv_heads, head_width = (
+        sizes[name] for name in ("tokens", "width", "heads", "kv_heads", "head_width")
+    )
+
+    def leaf(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, requires_grad=True)
+
+    x_TD, angle = leaf(tokens, width), torch.empty(tokens, head_width // 2)
+    rms_norm(x_TD, leaf(width), 1e-6, "triton").backward(x_TD.detach())
+    qkv_BSF = leaf(1, tokens, (heads + 2 * kv_heads) * head_width) + 0
+    parts = rotate_heads(qkv_BSF, angle, angle, heads, kv_heads, "triton")
+    torch.autograd.backward(parts, [part.detach() for part in parts])
+    if sizes["shared"]:
+        gate_up_TF, down_HD = leaf(tokens, 2 * sizes["hidden"]), leaf(sizes["hidden"], width)
+        swiglu_down(gate_up_TF, down_HD, "triton").backward(x_TD.detach())
 
 
 def compile_launch(target: str, dtype: torch.dtype, launch: Any, tile: Any, default: bool) -> Row:

@@ -30,9 +30,11 @@ def compile_launches(
     """
     compiled = 0
     for sizes in {tuple(sorted(layer.items())): layer for layer in layers}.values():
-        sample = torch.empty(0, dtype=dtype, device=device)
-        if choose_backend(backend, sample, sizes["num_experts"]) != "triton":
+        sample, routed = torch.empty(0, dtype=dtype, device=device), sizes["num_experts"]
+        if choose_backend(backend, sample, 1) != "triton":
             continue
+        if routed and choose_backend(backend, sample, routed) != "triton":
+            sizes = {**sizes, "num_experts": 0}
         target = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
         with torch.cuda.device(device):
             for launch in recorded_launches(target, dtype, sizes, routing=True):

@@ -45,6 +45,12 @@ def test_what_ships_spills_nothing_and_reaches_the_tensor_cores() -> None:
         "plan",
         "combine",
         "gather",
+        "norm",
+        "norm_backward",
+        "rotate",
+        "rotate_back",
+        "swiglu",
+        "swiglu_backward",
     }
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emotrain.kernels.cost import Cost
 from emotrain.kernels.permute import permute, unpermute
+from emotrain.kernels.rowwise import rms_norm, rotate_heads, swiglu_down
 from emotrain.kernels.slots import SortedSlots, sort_slots
 from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 from emotrain.kernels.triton_launch import Launch, recording, tiles
@@ -23,6 +24,9 @@ assert triton_interpreter.triton.knobs.runtime.interpret
 
 SMALL = {name: TileConfig(32, 32, 32, warps=4, stages=1, group=2) for name in GEMM_KERNELS}
 TOKENS, EXPERTS, CHOSEN, WIDTH, HIDDEN = 80, 5, 2, 40, 24
+ROWWISE_KERNELS = {
+    "norm", "norm_backward", "rotate", "rotate_back", "swiglu", "swiglu_backward",
+}  # fmt: skip
 
 
 def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -133,12 +137,24 @@ def routing(_: SortedSlots) -> None:
         ).backward()
 
 
+def rowwise(_: SortedSlots) -> None:
+    x_TD, weight_D = torch.randn(TOKENS, WIDTH, requires_grad=True), torch.rand(WIDTH)
+    rms_norm(x_TD, weight_D.requires_grad_(), 1e-5, "triton").square().sum().backward()
+    qkv_BSF = torch.randn(2, TOKENS // 2, 4 * 8, requires_grad=True)
+    angle = torch.rand(TOKENS // 2, 4)
+    parts = rotate_heads(qkv_BSF + 0, angle.cos(), angle.sin(), 2, 1, "triton")
+    torch.cat(parts, dim=2).square().sum().backward()
+    hidden_TF = torch.randn(TOKENS, 2 * HIDDEN, requires_grad=True)
+    swiglu_down(hidden_TF, torch.randn(HIDDEN, WIDTH), "triton").square().sum().backward()
+
+
 @pytest.mark.parametrize(
     ("work", "kernels"),
     [
         (experts, {"plan", "combine", *GEMM_KERNELS}),
         (rows, {"plan", "gather", "combine"}),
         (routing, {"score", "pool", "route", "route_backward"}),
+        (rowwise, ROWWISE_KERNELS),
     ],
 )
 def test_a_cost_names_what_the_kernel_touches(

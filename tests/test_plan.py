@@ -227,7 +227,7 @@ def test_schedules_and_recomputation_show_in_the_memory() -> None:
         for more in ({}, {"losses__balance_schedule": "running"}, {"parallel__recompute": "full"})
     )
     # `joint` keeps the activations of four micro-batches, `running` of one.
-    assert joint.at_peak[Memory.ACTIVATIONS] > 2.5 * running.at_peak[Memory.ACTIVATIONS] > 0
+    assert joint.at_peak[Memory.ACTIVATIONS] > 2 * running.at_peak[Memory.ACTIVATIONS] > 0
     assert full.at_peak[Memory.ACTIVATIONS] < joint.at_peak[Memory.ACTIVATIONS] / 2
     assert sum(full.flops_by_part().values()) > 1.2 * sum(joint.flops_by_part().values())
 
@@ -368,9 +368,9 @@ def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None
         return meter.peak_bytes
 
     added = {
-        tokens: peak("running", 16, tokens) - peak("running", 1, tokens) for tokens in (32, 64)
+        tokens: peak("running", 16, tokens) - peak("running", 1, tokens) for tokens in (64, 128)
     }
-    assert added[32] == added[64]
+    assert added[64] == added[128]
     of_one = peak("joint", 2, 64) - peak("joint", 1, 64)
     assert added[64] < 15 * of_one / 100
     assert peak("joint", 16, 64) - peak("joint", 1, 64) == 15 * of_one

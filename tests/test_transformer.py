@@ -14,7 +14,8 @@ from helpers import pools_of, tiny_batch, tiny_config, tiny_model
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.model.attention import document_mask, rotary_table, rotate
+from emotrain.kernels import rotate_heads
+from emotrain.model.attention import document_mask, rotary_table
 from emotrain.model.losses import language_model_sums
 from emotrain.model.router import draw_pool_sizes, select_pool
 from emotrain.model.transformer import Transformer, parameter_counts
@@ -178,9 +179,12 @@ def test_forward_agrees_with_each_document_alone(overrides: dict) -> None:
 
 
 def test_rotary_positions_are_turns_of_the_complex_plane() -> None:
-    x_TC = torch.randn(30, 8)
-    ours = rotate(x_TC[None, None], *rotary_table(30, 8, 500.0, torch.device("cpu")))[0, 0]
-    torch.testing.assert_close(ours, turned(x_TC, list(range(30)), 500.0), atol=1e-5, rtol=1e-5)
+    qkv_TAC = torch.randn(30, 3, 8)
+    wanted = [turned(qkv_TAC[:, head], list(range(30)), 500.0) for head in range(2)]
+    table = rotary_table(30, 8, 500.0, torch.device("cpu"))
+    queries, keys, _ = rotate_heads(qkv_TAC.flatten(1)[None], *table, 1, 1)
+    for ours, theirs in zip((queries, keys), wanted, strict=True):
+        torch.testing.assert_close(ours[0, :, 0], theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_document_mask_is_causal_inside_documents() -> None:

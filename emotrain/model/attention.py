@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
+from emotrain.kernels import rotate_heads
 from emotrain.model.varlen import attend_documents
 
 
@@ -24,29 +25,26 @@ class Attention(nn.Module):
             config.kv_heads,
             config.head_dim,
         )
+        self.backend = config.experts.backend
         self.qkv = nn.Linear(
             config.d_model, (self.num_heads + 2 * self.kv_heads) * self.head_dim, bias=False
         )
         self.out = nn.Linear(self.num_heads * self.head_dim, config.d_model, bias=False)
 
     def forward(self, x_BSD: Tensor, view: TokenView) -> Tensor:
-        heads = self.qkv(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk_BASC, v_BASC = heads.split((self.num_heads + self.kv_heads, self.kv_heads), dim=1)
-        q_BASC, k_BASC = rotate(qk_BASC, view.cos, view.sin).split(
-            (self.num_heads, self.kv_heads), dim=1
+        q_BSAC, k_BSAC, v_BSAC = rotate_heads(
+            self.qkv(x_BSD), view.cos, view.sin, self.num_heads, self.kv_heads, self.backend
         )
         if isinstance(view.documents, DocumentEnds):
-            q_TAC, k_TAC, v_TAC = (
-                part.transpose(1, 2).flatten(0, 1) for part in (q_BASC, k_BASC, v_BASC)
-            )
+            q_TAC, k_TAC, v_TAC = (part.flatten(0, 1) for part in (q_BSAC, k_BSAC, v_BSAC))
             # The row length bounds that of its documents, which the host does not know.
             y_TAC = attend_documents(q_TAC, k_TAC, v_TAC, view.documents.edges, x_BSD.shape[1])
             return self.out(y_TAC.flatten(1).view_as(x_BSD))
         mask_B1SS = None if view.documents is None else view.documents.mask_B1SS
         y_BASC = F.scaled_dot_product_attention(
-            q_BASC,
-            k_BASC,
-            v_BASC,
+            q_BSAC.transpose(1, 2),
+            k_BSAC.transpose(1, 2),
+            v_BSAC.transpose(1, 2),
             attn_mask=mask_B1SS,
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_heads != self.kv_heads,
@@ -63,36 +61,6 @@ def rotary_table(
     )
     angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
     return angle.cos(), angle.sin()
-
-
-def rotate(x_BASC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in fp32: pairs are (i, i + C / 2); `cos` and `sin` from `rotary_table`."""
-    dtype = torch.promote_types(x_BASC.dtype, torch.float32)
-    return _Rotate.apply(x_BASC.to(dtype), cos.to(dtype), sin.to(dtype)).to(x_BASC.dtype)
-
-
-class _Rotate(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: nothing is kept but the angles, and half
-    the passes of autograd's."""
-
-    @staticmethod
-    def forward(ctx, x_BASC, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return _Rotate.rotated(x_BASC, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_BASC):
-        cos, sin = ctx.saved_tensors
-        return _Rotate.rotated(grad_BASC, cos, -sin), None, None
-
-    @staticmethod
-    def rotated(x_BASC, cos, sin):
-        y_BASC = x_BASC * cos.repeat(1, 2)
-        (first, second), (y_first, y_second) = x_BASC.chunk(2, dim=-1), y_BASC.chunk(2, dim=-1)
-        y_first.addcmul_(second, sin, value=-1)
-        y_second.addcmul_(first, sin)
-        return y_BASC
 
 
 @dataclass(frozen=True)

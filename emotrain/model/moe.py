@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
-from emotrain.kernels import Decision, SortedSlots, grouped_mlp, sort_slots
+from emotrain.kernels import Decision, SortedSlots, grouped_mlp, sort_slots, swiglu_down
 from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics
 
 Result = TypeVar("Result")
@@ -44,6 +44,7 @@ class SharedExperts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         shared, hidden, width = config.experts.shared, config.experts.hidden, config.d_model
+        self.backend = config.experts.backend
         self.gate_up_MFD = nn.Parameter(torch.empty(shared, 2 * hidden, width))
         self.down_MHD = nn.Parameter(torch.empty(shared, hidden, width))
 
@@ -55,11 +56,11 @@ class SharedExperts(nn.Module):
         """
         gate_up_MFD, down_MHD = self.gate_up_MFD.to(x_TD.dtype), self.down_MHD.to(x_TD.dtype)
         hidden_TMF = F.linear(x_TD, gate_up_MFD.flatten(0, 1)).unflatten(-1, gate_up_MFD.shape[:2])
-        gate_TMH, up_TMH = hidden_TMF.chunk(2, dim=-1)
-        act_TMH = F.silu(gate_TMH) * up_TMH
         if weights_TM is not None:
-            act_TMH = act_TMH * weights_TM[:, :, None].to(act_TMH.dtype)
-        return act_TMH.flatten(1) @ down_MHD.flatten(0, 1)
+            gate_TMH, up_TMH = hidden_TMF.chunk(2, dim=-1)
+            up_TMH = up_TMH * weights_TM[:, :, None].to(up_TMH.dtype)
+            hidden_TMF = torch.cat((gate_TMH, up_TMH), dim=-1)
+        return swiglu_down(hidden_TMF, down_MHD.flatten(0, 1), self.backend)
 
 
 class Dispatcher(Protocol):

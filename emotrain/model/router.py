@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig, PoolConfig, RouterConfig
 from emotrain.errors import UserError
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision, decided
+from emotrain.kernels.rowwise import widened
 
 # ---- what is asked of a router
 
@@ -322,6 +322,23 @@ class RoutingReport:
 # ---- the module
 
 
+class _WideLinear(torch.autograd.Function):
+    """x @ weight.T in fp32 at least. Autograd would keep a wide copy of x; this keeps x, which the
+    experts keep too."""
+
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED):
+        ctx.save_for_backward(x_TD, weight_ED)
+        return widened(x_TD) @ widened(weight_ED).t()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TE):
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD = (grad_TE @ widened(weight_ED)).to(x_TD.dtype)
+        return grad_x_TD, (grad_TE.t() @ widened(x_TD)).to(weight_ED.dtype)
+
+
 class DocumentPoolRouter(nn.Module):
     """Token-choice router whose choices lie inside the pool of the token's document; without a
     pool, a standard one."""
@@ -342,9 +359,8 @@ class DocumentPoolRouter(nn.Module):
     ) -> tuple[Decision, Tensor]:
         """Decide where every token goes -> the decision, and the logits [T, E]. All arithmetic is
         in fp32 or wider, on operands of the type of `x_TD` (spec 1.5)."""
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.weight_ED.to(x_TD.dtype).to(dtype))
+            logits_TE = _WideLinear.apply(x_TD, self.weight_ED.to(x_TD.dtype))
             decision = decide(
                 logits_TE[:, : self.num_routed],
                 batch,

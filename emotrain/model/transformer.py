@@ -9,10 +9,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
+from emotrain.kernels import rms_norm
 from emotrain.model.attention import Attention, TokenView
 from emotrain.model.initial import fill_normal
 from emotrain.model.moe import MoELayer, RoutedExperts
@@ -43,50 +43,14 @@ FULL = RoutingRequest()
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, in fp32, returned in the dtype of x."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(config.d_model))
+        self.eps, self.backend = config.norm_eps, config.experts.backend
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
         # FSDP hands the gain over in the type of x; rounded to it here, it is the same without.
-        wide, weight = x.to(dtype), self.weight.to(x.dtype).to(dtype)
-        # On a CPU torch's own falls apart into fifteen passes over x; ours saves 6 % of a training
-        # step at d_model 128.
-        y = (
-            F.rms_norm(wide, x.shape[-1:], weight, self.eps)
-            if x.is_cuda
-            else _RMSNormOnCPU.apply(wide, weight, self.eps)
-        )
-        return y.to(x.dtype)
-
-
-class _RMSNormOnCPU(torch.autograd.Function):
-    """x * r * weight with r = 1 / rms(x), one number a token; only r is kept beside the inputs."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        r = (
-            torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            .square_()
-            .div_(x.shape[-1])
-            .add_(eps)
-            .rsqrt_()
-        )
-        ctx.save_for_backward(x, weight, r)
-        return (x * r).mul_(weight)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, r = ctx.saved_tensors
-        grad_x = grad * x
-        grad_weight = grad_x.flatten(0, -2).t() @ r.flatten()
-        # dr / dx = -r^3 x / width, so that grad_x = r weight grad - x r^3 sum(weight grad x) /
-        # width
-        from_r = (grad_x @ weight)[..., None].mul_(r.pow(3)).div_(-x.shape[-1])
-        return (grad * weight).mul_(r).addcmul_(x, from_r), grad_weight, None
+        return rms_norm(x, self.weight.to(x.dtype), self.eps, self.backend)
 
 
 class Block(nn.Module):
@@ -94,9 +58,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, experts: RoutedExperts | None):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attention_norm = RMSNorm(config)
         self.attention = Attention(config)
-        self.moe_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.moe_norm = RMSNorm(config)
         self.moe = MoELayer(config, layer, experts)
 
     def forward(
@@ -138,7 +102,7 @@ class Transformer(nn.Module):
         )
         # A ModuleList does not say of what.
         self.blocks = cast(Sequence[Block], blocks)
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, batch: PackedBatch, request: RoutingRequest = FULL) -> ModelOutput:

@@ -10,7 +10,7 @@ replaced, and nothing else:
                                     (`AllToAllDispatcher.split_sizes`)
     Triton kernels                  their own launch code runs and allocates; launches are counted,
                                     not started
-    attention, RMSNorm              the operators that CUDA would run, where the plan is for a GPU
+    attention                       the operators that CUDA would run, where the plan is for a GPU
 """
 
 from __future__ import annotations

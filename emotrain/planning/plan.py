@@ -153,11 +153,11 @@ def step_times(
 
 def reference_plan(config: Config, cluster: Cluster) -> Plan:
     """The published run on a cluster. Memory is that of our code on its layout."""
-    from emotrain.planning.reference import plain_fsdp2, reference_config, reference_work
+    from emotrain.planning.reference import reference_config, reference_fsdp2, reference_work
 
     config = reference_config(config)
     Layout.check(config, cluster.world_size)
-    measured = dry_run(config, cluster.world_size, cluster.gpu.target, shard=plain_fsdp2)
+    measured = dry_run(config, cluster.world_size, cluster.gpu.target, shard=reference_fsdp2)
     times = step_times(measured, cluster, lambda step, view: reference_work(config, step, view))
     return Plan(config, cluster, measured, times, usable_gib(cluster, measured), Routing())
 

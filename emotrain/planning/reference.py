@@ -32,7 +32,9 @@ from torch.distributed.tensor import Shard
 
 from emotrain.config import Config
 from emotrain.distributed.mesh import Meshes
-from emotrain.model.transformer import Transformer
+from emotrain.model.attention import Attention
+from emotrain.model.moe import SharedExperts
+from emotrain.model.transformer import RMSNorm, Transformer
 from emotrain.planning.cost import Work
 from emotrain.planning.dry_run import Measured
 from emotrain.planning.hardware import RATES
@@ -90,6 +92,14 @@ def plain_fsdp2(model: Transformer, config: Config, meshes: Meshes) -> None:
         fully_shard(module, mesh=meshes.dense, mp_policy=policy, shard_placement_fn=cut)
 
 
+def reference_fsdp2(model: Transformer, config: Config, meshes: Meshes) -> None:
+    """`plain_fsdp2`; norms, rotary positions and SwiGLU are torch's, for its compiler to fuse."""
+    for module in model.modules():
+        if isinstance(module, (RMSNorm, Attention, SharedExperts)):
+            module.backend = "torch"
+    plain_fsdp2(model, config, meshes)
+
+
 def cut_rows(parameter: nn.Parameter, ranks: int) -> Shard:
     """Along its rows, where padding them costs nothing: the reference keeps a layer's experts in
     matrices whose rows the ranks divide."""
@@ -103,7 +113,7 @@ def reference_work(config: Config, measured: Measured, view: str = "expected") -
 
     Args:
         config: of the reference's layout (`reference_config`).
-        measured: the dry run of our code with it, under `plain_fsdp2`.
+        measured: the dry run of our code with it, under `reference_fsdp2`.
     """
     tokens, world = measured.tokens // measured.micro_batches, measured.axes["world"]
     experts = list(grouped_experts(config, tokens))

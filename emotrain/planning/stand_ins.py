@@ -124,25 +124,6 @@ class ZeroOnHost(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class _FusedRMSNorm(torch.autograd.Function):
-    """CUDA's RMSNorm: one kernel in either direction, which keeps its input and a number a row.
-    On a CPU torch takes it apart."""
-
-    @staticmethod
-    def forward(ctx, x, weight, meter):
-        ctx.meter = meter
-        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
-        meter.record("rms_norm", x.dtype, 0, 2 * x.nbytes + weight.nbytes)
-        return torch.empty_like(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        ctx.meter.record("rms_norm backward", x.dtype, 0, 3 * x.nbytes + 2 * weight.nbytes)
-        return torch.empty_like(grad), torch.empty_like(weight), None
-
-
 def _attention(
     q_BASC: Tensor,
     k_BASC: Tensor,
@@ -238,12 +219,6 @@ def gpu_kernels(
             torch.set_autocast_dtype("cuda", torch.bfloat16)
         stack.enter_context(recording(target, count))
         replace_attribute(stack, F, "scaled_dot_product_attention", _attention)
-        replace_attribute(
-            stack,
-            F,
-            "rms_norm",
-            lambda x, _shape, weight, eps: _FusedRMSNorm.apply(x, weight, meter),
-        )
         # Code that asks a tensor whether it is on a GPU takes the way it would take there.
         stack.callback(delattr, torch.Tensor, "is_cuda")
         setattr(torch.Tensor, "is_cuda", property(lambda _: True))  # noqa: B010 - mypy: a bool
@@ -269,7 +244,12 @@ def import_launch_code() -> None:
     triton.language, language.constexpr = language, None
     sys.modules.update({"triton": triton, "triton.language": language})
     try:
-        from emotrain.kernels import triton_grouped_mlp, triton_permute, triton_routing  # noqa: F401
+        from emotrain.kernels import (  # noqa: F401
+            triton_grouped_mlp,
+            triton_permute,
+            triton_routing,
+            triton_rowwise,
+        )
     finally:
         for name in ("triton", "triton.language"):
             del sys.modules[name]

@@ -63,20 +63,22 @@ def compile_kernels(config: Config, ranks: Ranks) -> None:
 
 
 def layer_shapes(config: Config, rank: int) -> list[dict[str, int]]:
-    """What `emotrain.kernels.warm_up` needs to know of each layer with routed experts."""
+    """What `emotrain.kernels.warm_up` needs to know of each layer."""
     model, ep = config.model, config.parallel.ep
     return [
         {
             "tokens": config.training.micro_batch * config.data.sequence_length,
             "width": model.d_model,
             "hidden": model.experts.hidden,
-            "num_experts": routed,
+            "heads": model.num_heads,
+            "kv_heads": model.kv_heads,
+            "head_width": model.head_dim,
+            "num_experts": (routed := model.routed_in_layer(layer)),
             "num_chosen": model.chosen_in_layer(layer),
             "shared": model.experts.shared,
             "held": experts_of_rank(routed, ep, rank % ep),
         }
         for layer in range(model.num_layers)
-        if (routed := model.routed_in_layer(layer))
     ]
 
 
