@@ -21,6 +21,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, config_from_dict
 from emotrain.distributed.mesh import Layout, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
+from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
@@ -180,6 +181,26 @@ def whole(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def back_by_number(gradients: dict[str, Tensor], model: Transformer) -> None:
+    """Put the gradients of placed experts into the order of their numbers."""
+    for index, block in enumerate(model.blocks):
+        for name in ("gate_up_NFD", "down_NHD"):
+            # Layers of one bank name its parameters once.
+            if (key := f"blocks.{index}.moe.experts.{name}") in gradients:
+                order_N = torch.tensor(block.moe.dispatcher.order)
+                gradients[key] = gradients[key][order_N.argsort()]
+
+
+def random_orders(settings: Config, seed: int = 0) -> list[tuple[int, ...]]:
+    """An order of the experts of each layer, the same for layers of one bank."""
+    model, random = settings.model, np.random.default_rng(seed)
+    of_bank = {
+        model.bank_of_layer(layer): tuple(random.permutation(model.routed_in_layer(layer)).tolist())
+        for layer in range(model.num_layers)
+    }
+    return [of_bank[model.bank_of_layer(layer)] for layer in range(model.num_layers)]
+
+
 def train(
     settings: Config,
     size: int,
@@ -188,14 +209,18 @@ def train(
     dtype: torch.dtype = torch.float64,
     documents: str = "mixed",
     after_step: Callable[[Transformer], object] = lambda model: None,
+    placed: bool = False,
 ) -> list[Step]:
-    """A few steps with micro-batches of `size` rows."""
+    """A few steps with micro-batches of `size` rows. `placed` experts lie in another random order
+    in each of them."""
     model = build(settings, ranks, dtype)
     optimizer = build_optimizer(model, settings.optimizer)
     engine = NativeEngine(model, bfloat16=settings.training.uses_bfloat16("cpu"))
     rows = settings.training.global_batch
     record = []
     for step in range(1, steps + 1):
+        if placed:
+            place_experts(model, random_orders(settings, step), optimizer)
         batches = micro_batches(step, size, ranks.rank, ranks.world_size, documents, rows)
         result = train_step(engine, batches, settings, step, ranks)
         numbers = [
@@ -211,7 +236,10 @@ def train(
         for name in ROUTING:
             numbers += routing.get(name, ())
         gradients = whole((name, p.grad) for name, p in model.named_parameters())
+        if placed:
+            back_by_number(gradients, model)
         optimizer.step()
+        place_experts(model, (), optimizer)
         record.append(
             Step(
                 torch.tensor(numbers, dtype=torch.float64),
@@ -247,6 +275,8 @@ class Case:
     """Whether `parallel.shard` is written out."""
     model: str = "published"
     documents: str = "mixed"
+    placed: bool = False
+    """Whether experts move to other ranks before each step."""
 
     @property
     def rows(self) -> int:
@@ -279,6 +309,7 @@ class Case:
             steps=steps,
             dtype=dtype,
             documents=self.documents,
+            placed=self.placed,
         )
 
     def __str__(self) -> str:
@@ -292,6 +323,7 @@ class Case:
             "shard" if self.explicit_shard else "",
             "" if self.model == "published" else self.model,
             "" if self.documents == "mixed" else self.documents,
+            "placed" if self.placed else "",
         ]
         return "-".join(word.replace(" ", "_") for word in words if word)
 

@@ -65,6 +65,10 @@ COMBINED = [
     Case(4, 1, 1, 1, "full", False, False, "pools of one", "uneven"),
     Case(4, 1, 2, 1, "none", True, True, "pools below top_k", "uneven"),
     Case(4, 4, 1, 2, "none", False, True, "no pool"),
+    Case(2, 1, 2, 2, "full", False, False, "7 and 4 experts", "mixed", placed=True),
+    Case(4, 1, 4, 2, "selective", placed=True),
+    Case(4, 1, 2, 1, "none", False, False, "one bank", "uneven", placed=True),
+    Case(4, 2, 2, 2, "full", True, True, "pools of one", placed=True),
 ]
 """What `PLAIN` leaves out, several choices at a time and each at least twice."""
 
@@ -131,6 +135,7 @@ def test_every_choice_is_met_twice() -> None:
         ("world_size", 3),
         ("reshard", False),
         ("explicit_shard", True),
+        ("placed", True),
         *(("model", model) for model in MODELS if model != "published"),
         *(("documents", documents) for documents in DOCUMENTS),
     ]

@@ -15,8 +15,8 @@ DESCRIPTION = """\
 Compute a balanced placement of each layer's routed experts from which of them tokens choose
 together. A token is sent once to each rank that holds one of its experts, so that experts that
 serve the same documents should share a rank. Half of the documents place the experts, the other
-half measures the rows and the load. Training does not read placements yet: the file says what one
-would save."""
+half measures the rows and the load. `parallel.placement=FILE` trains with it, with the same
+result; `parallel.placement=auto` needs no file."""
 EPILOG = """\
 example:
   emotrain placement runs/quickstart --data data/sample --ep 8 --out placement.json

@@ -156,6 +156,16 @@ def _check_run(config: Config) -> None:
         f"training.global_batch={config.training.global_batch} is not a multiple of "
         f"training.micro_batch={config.training.micro_batch}; change one of them",
     )
+    _require(
+        config.parallel.placement == "contiguous" or config.parallel.ep > 1,
+        f"parallel.placement={config.parallel.placement} places experts on the ranks of "
+        f"parallel.ep, which is 1; raise parallel.ep, or remove parallel.placement",
+    )
+    _require(
+        config.parallel.placement != "auto" or config.training.checkpoint_every > 0,
+        "parallel.placement=auto moves experts at multiples of training.checkpoint_every, which is "
+        "0; give the steps between checkpoints",
+    )
     if config.anneal.checkpoint:
         _require(
             config.num_steps > 0,

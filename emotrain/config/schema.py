@@ -328,6 +328,11 @@ class ParallelConfig:
     """Processes that the routed experts of a layer are spread over (expert parallelism), folded out
     of `shard`. Neighbouring ranks: at most the GPUs of a node keeps the exchange of tokens on
     NVLink."""
+    placement: PathText = "contiguous"
+    """Which experts share a rank under `ep`: `contiguous`, neighbours in number; a FILE of
+    `emotrain placement`; or `auto`: at every multiple of `training.checkpoint_every` steps,
+    experts that tokens choose together move to one rank where that pays. The result of training
+    is the same; fewer rows travel."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again to save memory: `none`, `selective` (the inside of the experts,
     where most of it is), or `full` (whole blocks). Routing decisions are never made twice."""

@@ -12,7 +12,7 @@ over 8 ranks that is 4.9 rows a token instead of 7.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -27,13 +27,25 @@ Result = TypeVar("Result")
 
 class AllToAllDispatcher:
     """Takes each token to its experts where the N experts of the layer are spread over W ranks,
-    ceil(N / W) a rank and fewer on the last."""
+    ceil(N / W) a rank and fewer on the last, by number or in the order of a placement."""
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int, backend: str = "auto"):
         self.group, self.backend = group, backend
         self.num_ranks, self.num_experts = group.size(), num_experts
         self.per_rank = -(-num_experts // self.num_ranks)
         self.num_local = min(self.per_rank, num_experts - group.rank() * self.per_rank)
+        self.order = tuple(range(num_experts))
+        """The experts of rank 0, then those of rank 1, …; see distributed/placement.py."""
+        self._position_N: Tensor | None = None
+
+    def place(self, order: Sequence[int], device: torch.device) -> None:
+        """From now on experts lie in this order, a permutation of their numbers."""
+        self.order = tuple(order)
+        self._position_N = None
+        if self.order != tuple(range(self.num_experts)):
+            # One more, for empty slots, which stay as they are.
+            position_N = torch.tensor([*self.order, self.num_experts]).argsort()
+            self._position_N = position_N.to(device)
 
     @torch.compiler.disable
     def __call__(
@@ -45,10 +57,13 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Result]:
         """As `LocalDispatcher`: weighted sum of the routed experts of each token [T, D], and the
         result of `meanwhile`, which runs while tokens travel."""
+        experts_TK = decision.experts_TK
+        if self._position_N is not None:
+            experts_TK = self._position_N[experts_TK]
         with torch.no_grad():
             owner_TK = torch.where(
-                decision.experts_TK < self.num_experts,
-                decision.experts_TK // self.per_rank,
+                experts_TK < self.num_experts,
+                experts_TK // self.per_rank,
                 self.num_ranks,
             )
             ranks_TW, send_W2 = self._destinations(owner_TK)
@@ -59,7 +74,7 @@ class AllToAllDispatcher:
             (slots.slot_R[: sum(send)] % self.num_ranks)[:, None],
         )
         mine_OK = owner_TK.index_select(0, token_O) == rank_O1
-        local_OK = decision.experts_TK.index_select(0, token_O) - rank_O1 * self.per_rank
+        local_OK = experts_TK.index_select(0, token_O) - rank_O1 * self.per_rank
         weights_OK = torch.where(mine_OK, decision.weights_TK.index_select(0, token_O), 0)
 
         there = _Exchange(self.group, send, received)

@@ -26,6 +26,7 @@ from emotrain.evaluation.sweep import choose_device, precision_on
 from emotrain.model.router import training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.placement import (
+    FORMAT,
     MAX_LOAD,
     contiguous,
     count_together,
@@ -38,15 +39,13 @@ from emotrain.progress import Track, untracked
 from emotrain.tables import Table
 from emotrain.training.checkpoint import find, load_model, load_state
 
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class RoutedTokens:
     """The choices of T tokens in every layer with routed experts."""
 
     experts: dict[int, np.ndarray]
-    """For each of these layers, int16 or int32 [T, K]: the routed experts of each token; N marks an
+    """For each of these layers, int32 [T, K]: the routed experts of each token; N marks an
     empty slot."""
     document_ids_T: np.ndarray
     """int64: the permanent id of the document of each token."""
@@ -205,12 +204,9 @@ def route_tokens(
         batch: PackedBatch = loader.batch(positions).to(device)
         request = training_request(config.model, batch, config.training.seed, step)
         with autocast(device, precision):
-            output = model(batch, dataclasses.replace(request, details=True))
+            output = model(batch, dataclasses.replace(request, choices=True))
         for part, statistics in zip(parts, output.routing.layers, strict=True):
-            chosen_TK = statistics.details.experts_TK.cpu().numpy()
-            # Choices are most of what is kept: four times smaller so.
-            small = chosen_TK.dtype if chosen_TK.max(initial=0) >= 1 << 15 else np.int16
-            part.append(chosen_TK.astype(small))
+            part.append(statistics.chosen_TK.cpu().numpy())
         documents.append(batch.document_ids_G[batch.document_T].cpu().numpy())
     return RoutedTokens(
         {layer: np.concatenate(part) for layer, part in zip(layers, parts, strict=True)},

@@ -41,6 +41,8 @@ class LayerRequest:
     """Logits under the z-loss: those of the `pool`, or `all`."""
     details: bool = False
     """Whether the statistics carry `RoutingDetails`."""
+    choices: bool = False
+    """Whether the statistics carry the experts that each token chose."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class RoutingRequest:
     """For each layer bool [N], or [G, N] for each document its own."""
     z_logits: str = "pool"
     details: bool = False
+    choices: bool = False
 
     def layer(self, index: int, num_documents: int) -> LayerRequest:
         return LayerRequest(
@@ -62,6 +65,7 @@ class RoutingRequest:
             None if self.kept is None else self.kept[index].expand(num_documents, -1),
             self.z_logits,
             self.details,
+            self.choices,
         )
 
 
@@ -293,6 +297,8 @@ class LayerStatistics:
     """The bank of routed experts that the layer uses: load is balanced over a bank."""
     details: RoutingDetails | None
     """Token by token, where the request asked for it."""
+    chosen_TK: Tensor | None
+    """int32: the routed experts of each token, where the request asked for choices."""
 
     def detached(self) -> LayerStatistics:
         """The same without gradients, so that it holds no activation."""
@@ -407,6 +413,7 @@ class DocumentPoolRouter(nn.Module):
             request.pool_size_G,
             self.bank,
             details,
+            decision.experts_TK.int() if request.choices else None,
         )
 
     def shared_weights(self, logits_TE: Tensor) -> Tensor | None:

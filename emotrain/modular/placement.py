@@ -16,11 +16,16 @@ the mean of the chosen slots, where that can be. Arrays are numpy's, with `rank_
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from emotrain.errors import UserError
+from emotrain.config import ModelConfig
+from emotrain.errors import MissingFileError, UserError
 
 MAX_LOAD = 1.05
 """Slots of the fullest rank over the mean that a placement allows itself, on the tokens it is
@@ -32,6 +37,87 @@ pair is worth, so that good swaps come first and the limit holds at the end."""
 
 SHAKES = 8
 """How often a quarter of the experts is mixed and swapped again, to leave a local optimum."""
+
+
+FORMAT = 1
+"""Of the file that `emotrain placement` writes."""
+
+
+@dataclass(frozen=True)
+class PlacementFile:
+    """What training and planning read of a file that `emotrain placement` wrote."""
+
+    ep: int
+    orders: tuple[tuple[int, ...], ...]
+    """For each layer with routed experts, the experts of rank 0, then those of rank 1, …"""
+    rows_per_token: float
+    """Ranks that a token is sent to, measured: mean over layers."""
+    exchange_load_max_over_mean: float
+    """Load of the fullest rank among the tokens of one exchange, measured: the worst layer."""
+
+
+def read_placement(path: str | Path) -> PlacementFile:
+    """Read a file that `emotrain placement` wrote.
+
+    Raises:
+        UserError: not such a file, or an order that is not one.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise UserError(f"its format is {values['format']!r}, not {FORMAT}")
+        orders = [layer["order"] for layer in values["layers"]]
+        for layer, order in enumerate(orders):
+            if not is_permutation(order):
+                raise UserError(f"entry {layer} of its layers has no permutation of experts")
+        return PlacementFile(
+            int(values["ep"]),
+            tuple(map(tuple, orders)),
+            float(values["rows_per_token"]),
+            float(values["exchange_load_max_over_mean"]),
+        )
+    except OSError as error:
+        raise MissingFileError(
+            f"{path}: {error.strerror or error}; write one with `emotrain placement`"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path}: not a placement of experts ({error}); write one with `emotrain placement`"
+        ) from None
+
+
+def check_orders(name: str, orders: Sequence[Sequence[int]], model: ModelConfig) -> None:
+    """Refuse orders that are of another model.
+
+    Args:
+        name: where they come from, for the error.
+    Raises:
+        UserError: another number of layers or experts, or layers of one bank that differ.
+    """
+    layers = [i for i in range(model.num_layers) if model.routed_in_layer(i)]
+    if len(orders) != len(layers):
+        raise UserError(
+            f"{name} places {len(orders)} layers, the model has {len(layers)} with routed experts; "
+            f"compute one from a checkpoint of this model"
+        )
+    of_bank: dict[int, tuple[int, ...]] = {}
+    for layer, order in zip(layers, orders, strict=True):
+        if len(order) != model.routed_in_layer(layer):
+            raise UserError(
+                f"{name} places {len(order)} experts in layer {layer}, the model has "
+                f"{model.routed_in_layer(layer)}; compute one from a checkpoint of this model"
+            )
+        if of_bank.setdefault(model.bank_of_layer(layer), tuple(order)) != tuple(order):
+            raise UserError(
+                f"{name} places layer {layer} otherwise than a layer that shares its experts; "
+                f"compute one from a checkpoint of this model"
+            )
+
+
+def is_permutation(order: Any) -> bool:
+    """Whether a value is a list of the numbers from 0, each once."""
+    whole = isinstance(order, list) and all(type(expert) is int for expert in order)
+    return whole and sorted(order) == list(range(len(order)))
 
 
 @dataclass(frozen=True)
@@ -78,6 +164,26 @@ def order_of(rank_N: np.ndarray) -> np.ndarray:
     return np.argsort(rank_N, kind="stable")
 
 
+def rank_of(order: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The rank of each expert of an order, which need not be one of `order_of` -> int64 [N]."""
+    return contiguous(len(order), num_ranks)[np.argsort(order)]
+
+
+def keep_ranks(rank_N: np.ndarray, before_N: np.ndarray, num_ranks: int) -> np.ndarray:
+    """The same groups of experts, each on the rank where most of it was before, as far as ranks
+    hold as many experts -> int64 [N]."""
+    sizes_W = rank_sizes(len(rank_N), num_ranks)
+    stay_WW = np.zeros((num_ranks, num_ranks), np.int64)
+    np.add.at(stay_WW, (rank_N, before_N), 1)
+    stay_WW[sizes_W[:, None] != sizes_W] = -1
+    new_W = np.zeros(num_ranks, np.int64)
+    for _ in range(num_ranks):
+        group, rank = np.unravel_index(stay_WW.argmax(), stay_WW.shape)
+        new_W[group] = rank
+        stay_WW[group], stay_WW[:, rank] = -2, -2
+    return new_W[rank_N]
+
+
 def traffic(
     experts_TK: np.ndarray, rank_N: np.ndarray, num_ranks: int, exchange_T: np.ndarray | None = None
 ) -> Traffic:
@@ -88,18 +194,40 @@ def traffic(
             not empty.
         exchange_T: int, the exchange that each token is part of, from 0; None means one for all.
     """
+    if exchange_T is None:
+        exchange_T = np.zeros(len(experts_TK), np.int64)
+    rows, slots_XW = rows_and_slots(
+        experts_TK, rank_N, num_ranks, exchange_T, int(exchange_T.max()) + 1
+    )
+    return traffic_of(rows, len(experts_TK), slots_XW)
+
+
+def rows_and_slots(
+    experts_TK: np.ndarray,
+    rank_N: np.ndarray,
+    num_ranks: int,
+    exchange_T: np.ndarray,
+    num_exchanges: int,
+) -> tuple[int, np.ndarray]:
+    """The counts that `traffic` is made of, which add up over parts of the tokens: rows, and slots
+    of each rank in each exchange, int64 [X, W]."""
     owner_TK = np.append(rank_N, num_ranks)[experts_TK]
     goes_TW = np.zeros((len(experts_TK), num_ranks + 1), bool)
     goes_TW[np.arange(len(experts_TK))[:, None], owner_TK] = True
-    group_T = np.zeros(len(experts_TK), np.int64) if exchange_T is None else exchange_T
-    keys_TK = group_T[:, None] * (num_ranks + 1) + owner_TK
-    num_keys = (int(group_T.max()) + 1) * (num_ranks + 1)
+    keys_TK = exchange_T[:, None] * (num_ranks + 1) + owner_TK
+    num_keys = num_exchanges * (num_ranks + 1)
     slots_XW = np.bincount(keys_TK.reshape(-1), minlength=num_keys).reshape(-1, num_ranks + 1)
-    slots_XW = slots_XW[:, :-1]
+    return int(goes_TW[:, :-1].sum()), slots_XW[:, :-1]
+
+
+def traffic_of(rows: float, num_tokens: float, slots_XW: np.ndarray) -> Traffic:
+    """What counts of `rows_and_slots` say. Exchanges without a slot are left out."""
     slots_XW = slots_XW[slots_XW.any(axis=1)]
+    if not len(slots_XW):
+        return Traffic(0.0, 1.0, 1.0)
     slots_W = slots_XW.sum(0)
     return Traffic(
-        float(goes_TW[:, :-1].sum() / len(experts_TK)),
+        float(rows / num_tokens),
         float(slots_W.max() / slots_W.mean()),
         float((slots_XW.max(1) / slots_XW.mean(1)).mean()),
     )

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config, load_config
+from emotrain.distributed.placement import by_number
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
 from emotrain.folders import StagedFolder, remove
@@ -136,7 +137,8 @@ class CheckpointWriter:
             OSError: this one (or, asynchronous, the one before) could not be written; older ones
                 are untouched.
         """
-        self.save_parts(*_parts(model, optimizer), config, state, tokenizer)
+        with by_number(model, optimizer):
+            self.save_parts(*_parts(model, optimizer), config, state, tokenizer)
 
     def save_parts(
         self,
@@ -349,16 +351,18 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
             for name, tensor in [*model.named_parameters(), *moments.items()]
         }
 
-    state, num_updates = restore_parts(path, wanted)
-    for name, parameter in model.named_parameters():
-        optimizer.state.pop(parameter, None)
-        if num_updates:
-            # AdamW keeps its step counts where the fused kernel reads them: beside the parameter.
-            step = torch.tensor(float(num_updates), device=parameter.device)
-            optimizer.state[parameter] = {
-                "step": step,
-                **{moment: moments[f"{moment}.{name}"] for moment in MOMENTS},
-            }
+    with by_number(model, optimizer):
+        state, num_updates = restore_parts(path, wanted)
+        for name, parameter in model.named_parameters():
+            optimizer.state.pop(parameter, None)
+            if num_updates:
+                # AdamW keeps its step counts where the fused kernel reads them: beside the
+                # parameter.
+                step = torch.tensor(float(num_updates), device=parameter.device)
+                optimizer.state[parameter] = {
+                    "step": step,
+                    **{moment: moments[f"{moment}.{name}"] for moment in MOMENTS},
+                }
     return state
 
 

@@ -16,6 +16,7 @@ from emotrain.config import Config, save_config
 from emotrain.errors import MissingFileError, UserError, WriteError
 from emotrain.files import sha256_of
 from emotrain.folders import MANIFEST, FileEntry, StagedFolder, check_files, read_manifest, remove
+from emotrain.modular.placement import is_permutation
 from emotrain.training.tensor_files import WrittenFile
 from emotrain.training.tensor_index import INDEX, StoredTensors, read_index
 
@@ -57,6 +58,10 @@ class TrainingState:
     origins: tuple[str, ...] = ()
     """Identities (`identity`) of the checkpoints that `training.resume=PATH` began from, oldest
     first."""
+    placement: tuple[tuple[int, ...], ...] = ()
+    """For each layer with routed experts, their order over the ranks of `parallel.ep` (those of the
+    first rank, then those of the next, …); empty: by number. Tensors of a checkpoint are by number
+    in any case."""
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -225,7 +230,7 @@ def verify(
 
 
 def write_state(folder: Path, state: TrainingState, num_updates: int) -> None:
-    values = {**vars(state), "origins": list(state.origins), "num_updates": num_updates}
+    values = {**vars(state), "num_updates": num_updates}
     (folder / STATE).write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
 
 
@@ -237,17 +242,22 @@ def read_state(path: Path) -> tuple[TrainingState, int]:
     """
     try:
         values = json.loads((path / STATE).read_text(encoding="utf-8"))
-        origins = values.pop("origins", [])
+        origins, placement = values.pop("origins", []), values.pop("placement", [])
         if not isinstance(origins, list) or not all(isinstance(origin, str) for origin in origins):
             raise UserError(f"origins={origins!r} is not a list of identities")
+        if not isinstance(placement, list) or not all(map(is_permutation, placement)):
+            raise UserError(f"placement={placement!r:.60} is not a list of permutations")
         num_updates = values.pop("num_updates")
         kinds = {**typing.get_type_hints(TrainingState), "num_updates": int}
-        del kinds["origins"]
+        del kinds["origins"], kinds["placement"]
         for name, kind in kinds.items():
             value = num_updates if name == "num_updates" else values.get(name, kind())
             if type(value) is not kind and not (kind is float and type(value) is int):
                 raise UserError(f"{name}={value!r} is not of type {kind.__name__}")
-        return TrainingState(**values, origins=tuple(origins)), num_updates
+        return (
+            TrainingState(**values, origins=tuple(origins), placement=tuple(map(tuple, placement))),
+            num_updates,
+        )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}/{STATE} is not readable ({error}); use another checkpoint"

@@ -105,7 +105,7 @@ class DeepSpeedEngine:
             deepspeed.utils.set_z3_leaf_modules(wrapped, [Block])
         self._engine, *_ = deepspeed.initialize(model=wrapped, optimizer=optimizer, config=settings)
         assert self.stage == 3 or not self._engine.gradient_average
-        self.optimizer = self._engine.basic_optimizer
+        self.optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         """AdamW over this rank's flat partitions."""
 
     def set_learning_rate(self, rate: float) -> None:

@@ -256,6 +256,11 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
         "parallel.reshard_after_forward=false does nothing under DeepSpeed, whose stage decides "
         "what stays gathered; remove it",
     )
+    _require(
+        parallel.placement == "contiguous",
+        f"parallel.placement={parallel.placement}: under DeepSpeed experts stay where they are; "
+        f"remove it, or start without --deepspeed",
+    )
     if parallel.ep > 1:
         _require(
             stage != 3,

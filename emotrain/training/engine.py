@@ -80,6 +80,7 @@ class Engine(Protocol):
     """
 
     model: Transformer
+    optimizer: torch.optim.Optimizer | None
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the learning rate of the coming updates."""

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -246,11 +246,15 @@ class RunLog:
         self.tokens_per_second = 0.0
         self.metrics: dict[str, Any] = {}
 
-    def step(self, state: TrainingState, result: StepResult, is_end: bool) -> None:
-        """Note a finished step; at every `log_every`-th one and the last, write its metrics."""
-        logged = state.step % self.config.training.log_every == 0 or is_end
+    def step(
+        self, state: TrainingState, result: StepResult, is_end: bool, more: Mapping[str, Any]
+    ) -> None:
+        """Note a finished step; at every `log_every`-th one, the last and those with `more` to
+        say, write its metrics."""
+        logged = state.step % self.config.training.log_every == 0 or is_end or bool(more)
         if logged:
             self._measure(state, result)
+            self.metrics |= more
             if self.writer is not None:
                 self.writer.write(self.metrics)
         note = f"loss {result.cross_entropy:.3f}  {self.tokens_per_second:,.0f} tokens/s"

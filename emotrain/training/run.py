@@ -21,6 +21,7 @@ from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint
 from emotrain.training.engine import Engine, NativeEngine, Phase, part
 from emotrain.training.metrics import RunLog
+from emotrain.training.placement import reconsider
 from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
     check_run,
@@ -28,6 +29,7 @@ from emotrain.training.start import (
     find_source,
     leave_later_ones,
     locked,
+    place,
     rate_of,
     starting_state,
 )
@@ -66,7 +68,7 @@ def train(
         source = find_source(config, ranks)
         engine = build_engine(config, ranks, source is None)
         compile_kernels(config, ranks)
-        state = starting_state(config, loader, engine, source)
+        state = place(config, ranks, engine, starting_state(config, loader, engine, source))
         first_step, last_step = state.step, config.num_steps + max(0, state.anneal_start_step)
         if ranks.is_first:
             leave_later_ones(config, source, state)
@@ -95,7 +97,8 @@ def train(
                 _report_skipped(config, step, result, micro_batches, under_way, ranks)
             state = _next_state(state, config, step, lr, result.applied)
             is_last, stops = step == last_step, result.stop and step < last_step
-            run_log.step(state, result, is_last or stops)
+            state, moved = reconsider(config, engine, state, result.reports, micro_batches, ranks)
+            run_log.step(state, result, is_last or stops, moved)
             if _saves(config, step, is_last, stops, under_way, ranks):
                 with part(Phase.CHECKPOINT):
                     engine.save(checkpoints, config, state, loader.tokenizer_file)

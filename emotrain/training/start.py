@@ -16,8 +16,10 @@ import torch
 from emotrain.config import Config
 from emotrain.data.source import DataSource
 from emotrain.distributed.mesh import Layout, experts_of_rank
+from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.modular.placement import check_orders, read_placement
 from emotrain.training.checkpoint_folders import (
     TrainingState,
     descendants,
@@ -211,6 +213,44 @@ def starting_state(
         _say_jump(config, source.path, state, last_step)
     log.info("going on from %s", source.path)
     return state
+
+
+def place(config: Config, ranks: Ranks, engine: Engine, state: TrainingState) -> TrainingState:
+    """Put routed experts where `parallel.placement` says. Returns the state with their order.
+
+    Raises:
+        UserError: a placement of another model or another number of ranks. On all ranks.
+    """
+    orders: tuple[tuple[int, ...], ...] = ()
+    problem = None
+    if ranks.is_first:
+        try:
+            orders = _orders(config, state)
+        except UserError as error:
+            problem = str(error)
+    orders, problem = ranks.gather((orders, problem))[0]
+    if problem:
+        raise UserError(problem)
+    place_experts(engine.model, orders, engine.optimizer)
+    return replace(state, placement=orders)
+
+
+def _orders(config: Config, state: TrainingState) -> tuple[tuple[int, ...], ...]:
+    choice, ep = config.parallel.placement, config.parallel.ep
+    if choice == "contiguous":
+        return ()
+    if choice == "auto":
+        if state.placement:
+            check_orders("the placement of the checkpoint", state.placement, config.model)
+        return state.placement
+    placement = read_placement(choice)
+    if placement.ep != ep:
+        raise UserError(
+            f"parallel.placement={choice} is for ep={placement.ep}, parallel.ep is {ep}; change "
+            f"it, or compute one with `emotrain placement --ep {ep}`"
+        )
+    check_orders(choice, placement.orders, config.model)
+    return placement.orders
 
 
 def leave_later_ones(config: Config, source: Source | None, state: TrainingState) -> None:

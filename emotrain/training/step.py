@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def train_step(
         request = training_request(
             config.model, batch, config.training.seed, step, losses.router_z_logits
         )
-        return engine.forward(batch, request, losses.z)
+        choices = config.parallel.placement == "auto"
+        return engine.forward(batch, replace(request, choices=choices), losses.z)
 
     def backward(
         sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
