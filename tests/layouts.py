@@ -143,11 +143,12 @@ class Model(Transformer):
     """Starts from norm gains that are not 1: those would be the same in every precision."""
 
     @torch.no_grad()
-    def fill(self, part, name, seed, offsets=None, shape=None):
-        super().fill(part, name, seed, offsets, shape)
+    def fill(self, part, name, seed, *box):
+        super().fill(part, name, seed, *box)
         if part.ndim == 1:
-            noise = torch.randn(shape or part.shape, generator=torch.Generator().manual_seed(5))
-            gains, first = 1 + 0.3 * noise, offsets[0] if offsets else 0
+            offsets, shape = box or ([0], part.shape)
+            noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+            gains, first = 1 + 0.3 * noise, offsets[0]
             part.copy_(gains[first : first + len(part)])
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
-from emotrain.distributed.mesh import Layout, Meshes, build_meshes
+from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collectives
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.router import LayerStatistics, RoutingReport
@@ -43,12 +45,10 @@ def build_model(config: Config, ranks: Ranks, fresh: bool = True) -> Transformer
     layout = Layout.of(config, ranks.world_size)
     with torch.device("meta"):
         model = Transformer(config.model)
-    meshes = (
-        build_meshes(layout, ranks.device.type, config.training.collective_timeout_s)
-        if ranks.world_size > 1
-        else None
-    )
+    timeout_s = config.training.collective_timeout_s
+    meshes = build_meshes(layout, ranks.device.type, timeout_s) if ranks.world_size > 1 else None
     parallelize(model, config, meshes)
+    limit_collectives(reduction_groups(model).values(), timeout_s)
     return materialize(model, config.training.seed if fresh else None, ranks.device)
 
 
@@ -180,38 +180,35 @@ def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
     cut = partial(_cut, num_ranks=meshes.dense.size(-1))
     # Spread over ep, experts are cut along their hidden width, which expert_dp divides.
     cut_experts = (lambda _: Shard(1)) if meshes.ep is not None else cut
-    for experts in model.expert_banks():
+    layers = _gathered_by_layer(model)
+
+    def spread(module: nn.Module, mesh: DeviceMesh, reshard: bool, cut: Any = cut) -> None:
         fully_shard(
-            experts,
-            mesh=meshes.experts,
-            mp_policy=policy,
-            reshard_after_forward=reshard,
-            shard_placement_fn=cut_experts,
-        )
-    for block in model.blocks:
-        fully_shard(
-            block,
-            mesh=meshes.dense,
+            module,
+            mesh=mesh,
             mp_policy=policy,
             reshard_after_forward=reshard,
             shard_placement_fn=cut,
         )
-    # The root stays gathered between forward and backward: the loss reads the head outside of its
-    # forward pass.
-    fully_shard(
-        model,
-        mesh=meshes.dense,
-        mp_policy=policy,
-        reshard_after_forward=False,
-        shard_placement_fn=cut,
-    )
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are divided by counts of the whole global batch, so gradients are summed, not
-            # averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    _order_prefetches(model)
+
+    # Backward begins with the last layer: it stays gathered.
+    for experts in model.expert_banks():
+        spread(experts, meshes.experts, reshard and experts not in layers[-1], cut_experts)
+    for block in model.blocks:
+        spread(block, meshes.dense, reshard and block not in layers[-1])
+    # Every micro-batch of a step uses them.
+    spread(model.head, meshes.dense, reshard=False)
+    spread(model, meshes.dense, reshard=False)
+    for module in _spread_modules(model):
+        # Losses are divided by counts of the whole global batch, so gradients are summed, not
+        # averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    # The loss forms its gradients in its forward pass, and backward needs no weights of the head.
+    head: Any = model.head
+    head.set_unshard_in_backward(False)
+    _order_gathers(model, head, layers)
+    _free_reductions(model)
 
 
 def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
@@ -231,15 +228,71 @@ def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
     )
 
 
-def _order_prefetches(model: Transformer) -> None:
-    """Gather the next parameters while the present ones are in use, also where the host waits
-    for split sizes."""
-    groups: list[Any] = []
-    layers = Counter(block.moe.experts for block in model.blocks)
+def _gathered_by_layer(model: Transformer) -> list[list[Any]]:
+    """What is gathered for each layer, in the order of its forward pass: the block, and its routed
+    experts."""
+    uses = Counter(block.moe.experts for block in model.blocks)
+    layers = []
     for block in model.blocks:
+        experts = block.moe.experts
         # A bank that several layers use has no one place in the order: it is gathered when needed.
-        own = block.moe.experts is not None and layers[block.moe.experts] == 1
-        groups += [block, block.moe.experts] if own else [block]
-    for this, following in zip(groups, groups[1:], strict=False):
-        this.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([this])
+        layers.append([block] if experts is None or uses[experts] > 1 else [block, experts])
+    return layers
+
+
+def _order_gathers(model: Any, head: Any, layers: list[list[Any]]) -> None:
+    """Which parameters are gathered ahead, and when: at the start of a module's pass those of
+    others, unless they still are.
+
+        forward     model       -> block 0, experts 0
+                    block i     -> block i+1, experts i+1
+                    last block  -> head
+        backward    head        -> model, last block, its experts
+                    block i     -> block i-1
+                    experts i   -> block i-1, experts i-1
+
+    In forward a block asks, not its experts: where backward runs blocks again, those ask a second
+    time, and would gather what has been used. In backward the experts ask for the experts before
+    them, and the head for the last layer: a block and the model begin their pass again with each
+    statistic that has a gradient, when what they asked for may have been used and freed.
+    """
+    asking = [model, *(block for block, *_ in layers)]
+    for this, following in zip(asking, [*layers, [head]], strict=True):
+        this.set_modules_to_forward_prefetch(following)
+    # The model's own parameters are there from first to last: to ask for them is to ask for
+    # nothing, and not for torch's order.
+    nothing = [model]
+    for (block, *experts), before in zip(layers, [nothing, *layers], strict=False):
+        block.set_modules_to_backward_prefetch(before[:1])
+        for bank in experts:
+            bank.set_modules_to_backward_prefetch(before)
+    model.set_modules_to_backward_prefetch(nothing)
+    head.set_modules_to_backward_prefetch([model, *layers[-1]])
+
+
+def _free_reductions(model: Any) -> None:
+    """Let reductions of gradients run beside gathers, in process groups of their own, and let
+    backward go on while one is under way, where torch can (2.13).
+
+    It costs a second buffer of gradients, and a communicator for each set of ranks.
+    """
+    if not hasattr(FSDPModule, "set_separate_reduce_scatter_group"):
+        return
+    model.set_separate_reduce_scatter_group()
+    model.set_reduce_scatter_max_input_buffers(2)
+
+
+def reduction_groups(model: Transformer) -> dict[str, ProcessGroup]:
+    """The groups of processes that gradients alone are reduced in, by the axis of the mesh; none
+    where gathers and reductions share theirs."""
+    groups: dict[str, ProcessGroup] = {}
+    for module in _spread_modules(model):
+        for gathered in module._get_fsdp_state()._fsdp_param_groups:
+            info = gathered.mesh_info
+            if (group := getattr(info, "reduce_scatter_process_group", None)) is not None:
+                groups.setdefault(info.mesh.mesh_dim_names[-1], group)
+    return groups
+
+
+def _spread_modules(model: Transformer) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

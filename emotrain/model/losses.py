@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.kernels import linear_cross_entropy
 from emotrain.model.router import RoutingReport
-from emotrain.model.transformer import ModelOutput
+from emotrain.model.transformer import Head, ModelOutput
 
 
 @dataclass(frozen=True)
@@ -34,16 +34,18 @@ class LossSums:
 
 
 def language_model_sums(
-    output: ModelOutput, head: nn.Linear, batch: PackedBatch, z_weight: float
+    output: ModelOutput, head: Head, batch: PackedBatch, z_weight: float
 ) -> LossSums:
     """Language-model loss sums of a micro-batch (spec 5)."""
-    hidden_TD = output.hidden_TD
-    weight_VD = head.weight
-    if torch.is_autocast_enabled(hidden_TD.device.type):
-        dtype = torch.get_autocast_dtype(hidden_TD.device.type)
-        hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
     targets_T = batch.targets_BS.reshape(-1)
-    lm, cross_entropy, z = linear_cross_entropy(hidden_TD, weight_VD, targets_T, z_weight)
+
+    def loss(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.is_autocast_enabled(hidden_TD.device.type):
+            dtype = torch.get_autocast_dtype(hidden_TD.device.type)
+            hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
+        return linear_cross_entropy(hidden_TD, weight_VD, targets_T, z_weight)
+
+    lm, cross_entropy, z = head(output.hidden_TD, loss)
     return LossSums(lm, cross_entropy, z, (targets_T >= 0).sum())
 
 

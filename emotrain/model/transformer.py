@@ -3,9 +3,9 @@ head (spec 1.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,15 @@ class Block(nn.Module):
         return h_BSD + y_TD.view_as(h_BSD), statistics
 
 
+class Head(nn.Linear):
+    """The output head. Its weights are used inside of a call alone: whoever spreads them over
+    processes comes before and after it."""
+
+    def forward(self, hidden_TD: Tensor, use: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits [T, V], or what `use(hidden_TD, weight_VD)` makes of hidden states and weights."""
+        return super().forward(hidden_TD) if use is None else use(hidden_TD, self.weight)
+
+
 class Transformer(nn.Module):
     """A plain single-device model. Parallelism is applied to it from outside."""
 
@@ -103,7 +112,7 @@ class Transformer(nn.Module):
         # A ModuleList does not say of what.
         self.blocks = cast(Sequence[Block], blocks)
         self.norm = RMSNorm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, batch: PackedBatch, request: RoutingRequest = FULL) -> ModelOutput:
         """Run the model. It is a pure function of its arguments: nothing depends on train or eval
@@ -156,24 +165,17 @@ class Transformer(nn.Module):
             self.fill(parameter, name, seed)
         return self
 
-    def fill(
-        self,
-        part: Tensor,
-        name: str,
-        seed: int,
-        offsets: Sequence[int] | None = None,
-        shape: Sequence[int] | None = None,
-    ) -> None:
+    def fill(self, part: Tensor, name: str, seed: int, *box: Sequence[int]) -> None:
         """Give a part of the parameter `name` the values it starts from, in place: every matrix is
         drawn from a normal distribution cut at three deviations, norms are one (spec 1.4).
 
         Args:
-            part, offsets, shape: see `fill_normal`; the whole parameter by default.
+            box: offsets of the part and shape of the whole, see `fill_normal`; all by default.
         """
         if part.ndim == 1:
             part.fill_(1.0)
         else:
-            fill_normal(part, seed, name, self.config.init_std, offsets, shape)
+            fill_normal(part, seed, name, self.config.init_std, *box)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

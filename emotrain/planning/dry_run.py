@@ -59,6 +59,8 @@ class Measured:
     layout: Layout
     axes: dict[str, tuple[int, ...]]
     """Ranks of the group of each axis that rank 0 is in."""
+    communicators: int
+    """Groups that rank 0 communicates in; gradients may have groups of their own."""
     at_peak: dict[Memory, int]
     """Live bytes by kind when their sum was largest."""
     peak_bytes: int
@@ -149,6 +151,7 @@ def dry_run(
     return Measured(
         layout,
         axes,
+        len(meter.trace.communicators),
         at_peak,
         meter.peak_bytes,
         state,

@@ -163,8 +163,7 @@ def reference_plan(config: Config, cluster: Cluster) -> Plan:
 
 
 def usable_gib(cluster: Cluster, measured: Measured) -> float:
-    groups = {ranks for ranks in measured.axes.values() if len(ranks) > 1}
-    return Reserve().usable_gib(cluster.gpu, len(groups))
+    return Reserve().usable_gib(cluster.gpu, measured.communicators)
 
 
 def assumptions(plan: Plan) -> list[str]:

@@ -115,7 +115,8 @@ class Trace:
         self.tasks: list[Task] = []
         self._last: dict[str, int] = {}
         self._pending: defaultdict[str, set[int]] = defaultdict(set)
-        self._communicators: dict[str, int] = {}
+        self.communicators: dict[str, int] = {}
+        """The last task of each."""
         self._streams: dict[int, tuple[str, Any]] = {}
         self._works: dict[int, tuple[Any, int]] = {}
 
@@ -124,13 +125,13 @@ class Trace:
 
     def collective(self, collective: Collective, communicator: str, is_async: bool) -> None:
         here = self._here()
-        before = self._communicators.get(communicator)
+        before = self.communicators.get(communicator)
         after = set() if before is None else {before}
         queue = here
         if is_async:
             queue = f"communicator {communicator}"
             after |= self._so_far(here)
-        self._communicators[communicator] = self._add(collective, queue, after)
+        self.communicators[communicator] = self._add(collective, queue, after)
 
     def host_waits(self) -> None:
         """For all that the present stream was asked for."""
