@@ -319,7 +319,7 @@ def test_gathered_parameters_are_no_activations() -> None:
         for keep in (False, True)
     )
     assert kept[Memory.GATHERED] > 2 * again[Memory.GATHERED]
-    assert kept[Memory.ACTIVATIONS] == pytest.approx(again[Memory.ACTIVATIONS], rel=0.05)
+    assert kept[Memory.ACTIVATIONS] == pytest.approx(again[Memory.ACTIVATIONS], rel=0.1)
 
 
 # ---- kernels and collectives

@@ -103,12 +103,9 @@ def extrapolated(
         smaller = replace(config, model=model, training=training)
         return dry_run(smaller, cluster.world_size, cluster.gpu.target, routing, shard)
 
-    keeps_all = (
-        config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch"
-    )
-    # Unless forward keeps every micro-batch, gradients are there from the second one on: memory
-    # grows from there, by the counts of each micro-batch.
-    fewest = min(micro_batches, 1 if keeps_all else 2)
+    # From the second micro-batch on, gradients are there and parameters still gathered when memory
+    # is at its peak: it grows from there.
+    fewest = min(micro_batches, 2)
     more_layers, more_steps = layers - LAYERS, micro_batches - fewest
     corners = {
         (a, b): small(LAYERS + a, fewest + b)
