@@ -153,18 +153,25 @@ def _batches(config: Config) -> list[PackedBatch]:
     ]
 
 
-def compare(case: tuple[int, int, str, str, int], small: bool) -> dict[str, Any]:
-    """One case, planned and measured."""
-    processes, ep, recompute, schedule, hidden = case
-    config = case_config(*case, small)
+Case = tuple[int, int, str, str, int]
+
+
+def measure(case: Case, small: bool) -> dict[str, Any]:
+    """What `train` writes of one case."""
+    processes, config = case[0], case_config(*case, small)
     with tempfile.TemporaryDirectory() as folder:
         # Forked, so that nothing is imported again; a process with one thread and no open groups
         # may be.
         mp.start_processes(
             train, (processes, config, folder), nprocs=processes, start_method="fork"
         )
-        measured = json.loads(Path(folder, "measured.json").read_text())
-    planned = dry_run(config, processes, "cpu")
+        return json.loads(Path(folder, "measured.json").read_text())
+
+
+def compare(case: Case, small: bool, measured: dict[str, Any]) -> dict[str, Any]:
+    """One case, planned and measured."""
+    processes, ep, recompute, schedule, hidden = case
+    planned = dry_run(case_config(*case, small), processes, "cpu")
     return {
         "processes": processes,
         "ep": ep,
@@ -214,7 +221,12 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [compare(case, args.small) for case in (SMALL if args.small else CASES)]
+    cases = SMALL if args.small else CASES
+    # First: builds for CUDA start threads of autograd in a dry run, after which no process forks.
+    measured = [measure(case, args.small) for case in cases]
+    rows = [
+        compare(case, args.small, of_case) for case, of_case in zip(cases, measured, strict=True)
+    ]
     result = {
         "worst_tensor_error": max(abs(row["tensor_error"]) for row in rows),
         "worst_resident_error": max(abs(row["resident_error"]) for row in rows),

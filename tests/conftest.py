@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_TESTS = Path(__file__).resolve().parent / "gpu"
@@ -73,6 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if all(path.is_relative_to(GPU_TESTS) for path in paths):
         return
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Autograd starts its threads at the first backward. If that were one on fake tensors, a build
+    # for CUDA would start one for a GPU, and ranks that fork later could not use autograd.
+    torch.ones(1, requires_grad=True).backward()
     if importlib.util.find_spec("triton") is not None:
         # Before a test imports Triton, by way of DeepSpeed for one.
         import triton_interpreter  # noqa: F401

@@ -24,7 +24,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
 from emotrain.planning.operands import (
@@ -116,6 +116,7 @@ class Meter(TorchDispatchMode):
         # operator.
         setattr(torch.UntypedStorage, "resize_", resize_)  # noqa: B010 - mypy: a method
         self._exits.callback(setattr, torch.UntypedStorage, "resize_", original)
+        self._leave_out_propagation()
         self._exits.callback(record_phases, None)
         record_phases(lambda name: self.during(Phase(name)))
         self._exits.callback(register_module_forward_pre_hook(self._enter_module).remove)
@@ -127,6 +128,21 @@ class Meter(TorchDispatchMode):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         self._exits.close()
+
+    def _leave_out_propagation(self) -> None:
+        """DTensor finds shapes by operators on stand-ins of whole parameters, which are no work of
+        a step. torch 2.11 and 2.12 do so at every fused update, 2.13 once before."""
+        from torch.distributed.tensor._sharding_prop import ShardingPropagator
+
+        name = "_propagate_tensor_meta_non_cached"
+        original = getattr(ShardingPropagator, name)
+
+        def unseen(propagator: ShardingPropagator, schema: Any) -> Any:
+            with _disable_current_modes():
+                return original(propagator, schema)
+
+        setattr(ShardingPropagator, name, unseen)
+        self._exits.callback(setattr, ShardingPropagator, name, original)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         from torch.distributed.tensor import DTensor
