@@ -147,7 +147,7 @@ def _permute_agrees(run: PhaseRun) -> dict[str, float]:
     generator = torch.Generator().manual_seed(2)
     goes_TR = torch.rand(tokens, ranks, generator=generator) < 0.6
     to_TR = torch.where(goes_TR, torch.arange(ranks), ranks).to(run.device)
-    slots = sort_slots(to_TR, goes_TR.sum(0).to(run.device), int(goes_TR.sum()))
+    slots = sort_slots(to_TR, ranks, int(goes_TR.sum()))
     x_TD = torch.randn(tokens, width, generator=generator).to(run.device, dtype)
     with poisoned_memory():
         rows_RD = permute(x_TD, slots, "triton")

@@ -251,7 +251,6 @@ def problem(
     if empty:
         is_empty_TK = torch.rand(tokens, chosen, generator=generator) < empty
         experts_TK = torch.where(is_empty_TK, experts, experts_TK)
-    counts_N = torch.bincount(experts_TK.flatten(), minlength=experts + 1)[:experts]
     weights_TK = torch.rand(tokens, chosen, generator=generator)
     weights_TK = torch.where(experts_TK < experts, weights_TK, torch.nan)
     x_TD, grad_TD = normal(tokens, width), normal(tokens, width)
@@ -267,5 +266,5 @@ def problem(
         gate_up_NFD.to(dtype).requires_grad_(),
         down_NHD.to(dtype).requires_grad_(),
     )
-    slots = sort_slots(experts_TK.to(device), counts_N.to(device), int(counts_N.sum()))
+    slots = sort_slots(experts_TK.to(device), experts, int((experts_TK < experts).sum()))
     return Problem(leaves, slots, grad_TD.to(device, dtype))

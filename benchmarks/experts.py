@@ -120,7 +120,7 @@ def arm(
         return torch.randn(*shape, generator=generator)
 
     experts_TK = torch.rand(tokens, num_experts, generator=generator).topk(chosen, dim=1).indices
-    slots = sort_slots(experts_TK, torch.bincount(experts_TK.reshape(-1), minlength=num_experts))
+    slots = sort_slots(experts_TK, num_experts)
     inputs = [normal(tokens, width), torch.rand(tokens, chosen, generator=generator)]
     weights = [
         normal(num_experts, 2 * hidden, width) * width**-0.5,

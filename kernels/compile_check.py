@@ -14,13 +14,14 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from emotrain.kernels.backends import require_triton
-from emotrain.kernels.slots import SortedSlots
+from emotrain.kernels.slots import SortedSlots, sort_slots
 from emotrain.kernels.tuning import SPACE
 
 
@@ -57,6 +58,7 @@ PUBLISHED = {
     "num_experts": 127,
     "num_chosen": 7,
     "shared": 1,
+    "ranks": 8,
     "documents": 24,
     "heads": 16,
     "kv_heads": 16,
@@ -202,7 +204,8 @@ def recorded_launches(
 
     Args:
         shapes: what differs from `PUBLISHED`, under its names (a dense block has 0 routed experts);
-            and `held`, where a rank holds fewer experts than it routes to.
+            and `held`, the experts of a rank. With `ranks` given, launches are those of a layer
+            that is spread so; else those of one rank and of the published number of them.
         routing: whether routing is among them, which is in float32 always (None: where `dtype` is).
     """
     from emotrain.kernels import triton_launch
@@ -221,7 +224,8 @@ def recorded_launches(
         if sizes["num_experts"]:
             if routing or (routing is None and dtype == torch.float32):
                 _route(sizes)
-            _compute(sizes, dtype)
+            for ranks in {sizes["ranks"]} if "ranks" in (shapes or {}) else (1, sizes["ranks"]):
+                (_compute if ranks == 1 else _dispatch)(sizes, dtype)
     return list(seen.values())
 
 
@@ -249,24 +253,65 @@ def _route(sizes: Mapping[str, int]) -> None:
 
 
 def _compute(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
-    """The experts of a layer, and rows to their experts and back."""
+    """The experts of a layer, and rows to their experts and back, all on one rank."""
     from emotrain.kernels.permute import permute, unpermute
-    from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
 
-    tokens, width, hidden = sizes["tokens"], sizes["width"], sizes["hidden"]
-    num_experts, num_chosen = sizes.get("held", sizes["num_experts"]), sizes["num_chosen"]
-    slot_R = torch.empty(tokens * num_chosen, dtype=torch.int64)
-    slots = SortedSlots(slot_R, slot_R, torch.empty(num_experts, dtype=torch.int64))
-    x_TD = torch.empty(tokens, width, dtype=dtype, requires_grad=True)
-    weights_TK = torch.empty(tokens, num_chosen, requires_grad=True)
-    gate_up_NFD = torch.empty(num_experts, 2 * hidden, width, dtype=dtype, requires_grad=True)
-    down_NHD = torch.empty(num_experts, hidden, width, dtype=dtype, requires_grad=True)
-    grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD).backward(x_TD.detach())
-    with torch.no_grad():
-        grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
-    unpermute(permute(x_TD, slots, "triton"), slots, len(x_TD), weights_TK, "triton").backward(
+    tokens, num_experts = sizes["tokens"], sizes["num_experts"]
+    experts_TK = torch.empty(tokens, sizes["num_chosen"], dtype=torch.int64)
+    x_TD = torch.empty(tokens, sizes["width"], dtype=dtype, requires_grad=True)
+    weights_TK = torch.empty(experts_TK.shape, requires_grad=True)
+    slots = sort_slots(experts_TK, num_experts, backend="triton")
+    _experts(sizes, x_TD, weights_TK, slots)
+    # For MegaBlocks, whose slots torch may have sorted.
+    slots = replace(slots, position_R=None)
+    unpermute(permute(x_TD, slots, "triton"), slots, tokens, weights_TK, "triton").backward(
         x_TD.detach()
     )
+
+
+def _dispatch(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """The same over ranks, of which each has as many tokens."""
+    from emotrain.kernels import parcels
+
+    tokens, num_ranks = sizes["tokens"], sizes["ranks"]
+    per_rank = -(-sizes["num_experts"] // num_ranks)
+    spread = parcels.Spread(sizes["num_experts"], num_ranks, per_rank)
+    experts_TK = torch.empty(tokens, sizes["num_chosen"], dtype=torch.int64)
+    x_TD, weights_TK = (
+        torch.empty(tokens, sizes["width"], dtype=dtype),
+        torch.empty(experts_TK.shape),
+    )
+    layout = parcels.ParcelLayout.of(x_TD, weights_TK, per_rank)
+    position_TW, _ = parcels.destinations(experts_TK, spread, "triton")
+    parcels_OB = parcels.pack(
+        x_TD, weights_TK, experts_TK, position_TW, tokens, layout, spread, "triton"
+    )
+    slots = sort_slots(layout.choices(parcels_OB), sizes.get("held", per_rank), tokens, "triton")
+    rows_ID, weights_IK = layout.rows(parcels_OB), layout.weights(parcels_OB)
+    _experts(sizes, rows_ID.requires_grad_(), weights_IK.requires_grad_(), slots)
+    parcels.combine(parcels.spread_rows(x_TD, position_TW, tokens, "triton"), position_TW, "triton")
+    layout = layout.of_gradients
+    parcels.unpack_gradients(
+        layout.empty(x_TD, tokens), experts_TK, position_TW, layout, spread, "triton"
+    )
+
+
+def _experts(
+    sizes: Mapping[str, int], x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots
+) -> None:
+    from emotrain.kernels.triton_grouped_mlp import grouped_mlp_triton
+
+    num_experts, width, hidden = len(slots.ends_N), sizes["width"], sizes["hidden"]
+    gate_up_NFD, down_NHD = (
+        torch.empty(num_experts, *shape, dtype=x_TD.dtype, requires_grad=True)
+        for shape in ((2 * hidden, width), (hidden, width))
+    )
+    y_TD = grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
+    y_TD.backward(torch.empty_like(y_TD))
+    # Evaluation keeps nothing for backward, and spreads no experts.
+    if slots.in_use is None:
+        with torch.no_grad():
+            grouped_mlp_triton(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
 
 
 def _pass_rows(sizes: Mapping[str, int], dtype: torch.dtype) -> None:

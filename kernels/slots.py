@@ -1,5 +1,5 @@
 """Routed slots in the order of their experts: what dispatchers make and expert kernels take. It
-imports nothing of emotrain."""
+imports nothing of emotrain but what sorts on a GPU."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ class SortedSlots:
     """int64: one past the last slot of each expert; `ends_N[-1]` slots are in use."""
     in_use: int | None = None
     """`ends_N[-1]` where the host knows it: no memory is taken for empty slots then."""
+    position_R: Tensor | None = None
+    """int32: where each slot of the flattened choices lies among the sorted ones, -1 for an empty
+    one; None where the sort did not say."""
 
     @property
     def num_rows(self) -> int:
@@ -28,13 +31,27 @@ class SortedSlots:
         return self.token_R.shape[0] if self.in_use is None else self.in_use
 
 
-def sort_slots(experts_TK: Tensor, counts_N: Tensor, in_use: int | None = None) -> SortedSlots:
+def sort_slots(
+    experts_TK: Tensor, num_experts: int, in_use: int | None = None, backend: str = "torch"
+) -> SortedSlots:
     """Sort slots by expert; within an expert, tokens keep their order.
 
     Args:
-        experts_TK: int64 expert of each slot in [0, N], where N marks an empty slot.
-        counts_N: int64 slots of each expert.
-        in_use: their sum, where the host knows it.
+        experts_TK: integers, the expert of each slot in [0, N). Any other number that is not
+            negative marks an empty slot.
+        num_experts: N.
+        in_use: slots that are not empty, where the host knows how many.
+        backend: `triton` or `torch`: what `choose_backend` chose.
     """
-    slot_R = torch.sort(experts_TK.reshape(-1), stable=True).indices
-    return SortedSlots(slot_R // experts_TK.shape[1], slot_R, counts_N.cumsum(0), in_use)
+    if backend == "triton":
+        from emotrain.kernels.triton_slots import sort_slots_triton
+
+        token_R, slot_R, ends_N, position_R = sort_slots_triton(experts_TK, num_experts)
+        return SortedSlots(token_R, slot_R, ends_N, in_use, position_R)
+    # Radix sort takes a pass a byte.
+    dtype = torch.uint8 if num_experts < 256 else torch.int32
+    experts_R = experts_TK.reshape(-1).clamp(max=num_experts).to(dtype)
+    sorted_R, slot_R = torch.sort(experts_R, stable=True)
+    each_N = torch.arange(num_experts, dtype=dtype, device=experts_TK.device)
+    ends_N = torch.searchsorted(sorted_R, each_N, right=True)
+    return SortedSlots(slot_R // experts_TK.shape[1], slot_R, ends_N, in_use)

@@ -29,6 +29,7 @@ def gate_up_kernel(
     tile_row_P,
     num_tiles,
     D: tl.constexpr,
+    STRIDE: tl.constexpr,
     H: tl.constexpr,
     KEEP_HIDDEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -50,7 +51,7 @@ def gate_up_kernel(
     j = column * COLUMNS + tl.arange(0, COLUMNS)
     bank_row = tl.where(j < 2 * H, (j % 2) * H + j // 2, 0)
     k = tl.arange(0, DEPTH)
-    x_ptr = x_TD + token.to(tl.int64)[:, None] * D + k[None, :]
+    x_ptr = x_TD + token.to(tl.int64)[:, None] * STRIDE + k[None, :]
     bank_ptr = gate_up_NFD + expert.to(tl.int64) * (2 * H * D) + bank_row[None, :] * D + k[:, None]
     acc = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for start in range(0, D, DEPTH):
@@ -256,6 +257,7 @@ def weight_grad_kernel(
     ends_N,
     J: tl.constexpr,
     D: tl.constexpr,
+    STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -284,7 +286,7 @@ def weight_grad_kernel(
         if D % COLUMNS != 0:
             b_mask &= d[None, :] < D
         a = tl.load(a_column + row.to(tl.int64)[None, :] * J, mask=a_mask, other=0.0)
-        b = tl.load(b_column + token.to(tl.int64)[:, None] * D, mask=b_mask, other=0.0)
+        b = tl.load(b_column + token.to(tl.int64)[:, None] * STRIDE, mask=b_mask, other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     grad_row = grad_NJD + tl.cast(expert, tl.int64) * (J * D) + j[:, None] * D
     tl.store(

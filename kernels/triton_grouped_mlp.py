@@ -46,12 +46,12 @@ def grouped_mlp_triton(
     x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
 ) -> Tensor:
     """`grouped_mlp` in Triton: bfloat16 or float32, accumulated in float32, on contiguous tensors
-    of one CUDA device.
+    of one CUDA device; rows of `x_TD` may lie apart.
 
     Products of the combine weights are formed in float32. Gradients for `x_TD`, `weights_TK` and
     both banks.
     """
-    check_operands("grouped_mlp", x_TD, gate_up_NFD, down_NHD)
+    check_operands("grouped_mlp", gate_up_NFD, down_NHD, rows=x_TD)
     # Inside an autograd function the gradient mode is always off: only out here can inference be
     # told from training.
     keeps = torch.is_grad_enabled() and any(
@@ -67,6 +67,7 @@ def grouped_mlp_triton(
         slots.slot_R,
         slots.ends_N,
         slots.in_use,
+        slots.position_R,
     )
 
 
@@ -75,10 +76,8 @@ class _GroupedMLP(torch.autograd.Function):
     in backward."""
 
     @staticmethod
-    def forward(
-        ctx, x_TD, weights_TK, gate_up_NFD, down_NHD, keeps_hidden, token_R, slot_R, ends_N, in_use
-    ):
-        slots = SortedSlots(token_R, slot_R, ends_N, in_use)
+    def forward(ctx, x_TD, weights_TK, gate_up_NFD, down_NHD, keeps_hidden, *slots):
+        slots = SortedSlots(*slots)
         plan = plan_slots(slots, tuned("gate_up", x_TD).rows)
         hidden = down_NHD.shape[1]
         hidden_RF = x_TD.new_empty(slots.num_rows if keeps_hidden else 0, 2 * hidden)
@@ -112,11 +111,7 @@ class _GroupedMLP(torch.autograd.Function):
             grad_weights_TK if needs_weights else None,
             grad_gate_up_NFD,
             grad_down_NHD,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *(None,) * 6,
         )
 
 
@@ -152,6 +147,7 @@ def _gate_up(
         plan.tile_row_P,
         plan.num_tiles,
         D=width,
+        STRIDE=x_TD.stride(0),
         H=hidden,
         KEEP_HIDDEN=hidden_RF.shape[0] > 0,
         PRECISION=float32_precision(),
@@ -267,6 +263,7 @@ def _weight_grad(a_RJ: Tensor, b_TD: Tensor, bank_NJD: Tensor, plan: SlotPlan) -
         plan.ends_N,
         J=inner,
         D=width,
+        STRIDE=b_TD.stride(0),
         PRECISION=float32_precision(),
     )
     return grad_NJD

@@ -68,17 +68,18 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
     used = slots.num_rows
     # ceil(n / rows) <= (n - 1) / rows + 1 for an expert with slots, and 0 for one without.
     num_tiles = used // rows + min(num_experts, used)
-    position_R, tile_expert_P, tile_row_P = (
-        slots.ends_N.new_empty(size, dtype=torch.int32)
-        for size in (num_slots, num_tiles, num_tiles)
+    tile_expert_P, tile_row_P = (
+        slots.ends_N.new_empty(num_tiles, dtype=torch.int32) for _ in range(2)
     )
+    known = slots.position_R
+    position_R = slots.ends_N.new_empty(num_slots, dtype=torch.int32) if known is None else known
     launch(
         plan_kernel,
-        (triton.cdiv(max(num_slots, num_tiles), PLAN_BLOCK),),
+        (triton.cdiv(num_tiles if known is not None else max(num_slots, num_tiles), PLAN_BLOCK),),
         None,
         Cost(
-            reads=(slots.slot_R, slots.ends_N),
-            writes=(position_R, tile_expert_P, tile_row_P),
+            reads=(None if known is not None else slots.slot_R, slots.ends_N),
+            writes=(None if known is not None else position_R, tile_expert_P, tile_row_P),
         ),
         slots.slot_R,
         slots.ends_N,
@@ -88,6 +89,7 @@ def plan_slots(slots: SortedSlots, rows: int = 128) -> SlotPlan:
         num_slots,
         num_tiles,
         num_experts,
+        POSITIONS=known is None,
         TILE_ROWS=rows,
         BLOCK_N=triton.next_power_of_2(num_experts),
         BLOCK=PLAN_BLOCK,
@@ -202,11 +204,12 @@ def combine_rows(
     """(Weighted) sum of each token's rows -> [T, D]. Rows of empty slots are not read.
 
     Args:
-        rows_RD: one row a sorted slot.
+        rows_RD: one row a sorted slot, of unit stride along D.
+        position_R: int32, where each slot's row lies; -1 for an empty slot.
     """
     width = rows_RD.shape[1]
     y_TD = rows_RD.new_empty(num_tokens, width)
-    num_chosen = position_R.shape[0] // max(num_tokens, 1)
+    num_chosen = position_R.numel() // max(num_tokens, 1)
     launch(
         combine_kernel,
         (triton.cdiv(num_tokens, ROW_BLOCK), triton.cdiv(width, COLUMN_BLOCK)),
@@ -224,6 +227,7 @@ def combine_rows(
         num_tokens,
         K=num_chosen,
         D=width,
+        STRIDE=rows_RD.stride(0),
         WEIGHTED=weights_TK is not None,
         ROWS=ROW_BLOCK,
         COLUMNS=COLUMN_BLOCK,
@@ -242,15 +246,21 @@ def plan_kernel(
     num_slots,
     num_tiles,
     num_experts,
+    POSITIONS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The inverse of the sort, and the table of tiles, for BLOCK slots and BLOCK tiles."""
+    """The table of tiles, for BLOCK of them; POSITIONS: and the inverse of the sort, for BLOCK
+    slots."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.load(slot_R + i, mask=i < num_slots, other=0)
-    used = tl.load(ends_N + num_experts - 1)
-    tl.store(position_R + slot, tl.where(i < used, i, -1), mask=i < num_slots)
+    if POSITIONS:
+        slot = tl.load(slot_R + i, mask=i < num_slots, other=0)
+        used = tl.load(ends_N + num_experts - 1)
+        tl.store(position_R + slot, tl.where(i < used, i, -1), mask=i < num_slots)
+        # There are far fewer tiles than slots.
+        if tl.program_id(0) * BLOCK >= num_tiles:
+            return
     n = tl.arange(0, BLOCK_N)
     end_n = tl.load(ends_N + n, mask=n < num_experts, other=0).to(tl.int32)
     start_n = tl.load(ends_N + n - 1, mask=(n > 0) & (n < num_experts), other=0).to(tl.int32)
@@ -318,6 +328,7 @@ def combine_kernel(
     num_tokens,
     K: tl.constexpr,
     D: tl.constexpr,
+    STRIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -332,7 +343,7 @@ def combine_kernel(
         position = tl.load(position_R + slot, mask=exists, other=-1)
         in_use = position >= 0
         value = tl.load(
-            rows_RD + position.to(tl.int64)[:, None] * D + d[None, :],
+            rows_RD + position.to(tl.int64)[:, None] * STRIDE + d[None, :],
             mask=in_use[:, None] & (d[None, :] < D),
             other=0.0,
         ).to(tl.float32)

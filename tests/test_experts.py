@@ -88,9 +88,7 @@ def arguments(
 
 
 def slots_of(experts_TK: Tensor) -> SortedSlots:
-    return sort_slots(
-        experts_TK, torch.bincount(experts_TK.flatten(), minlength=NUM_EXPERTS + 1)[:NUM_EXPERTS]
-    )
+    return sort_slots(experts_TK, NUM_EXPERTS)
 
 
 def run_grouped_mm(

@@ -188,8 +188,8 @@ def test_a_model_that_differs_over_one_rank_ends_in_1(tmp_path, gpu, monkeypatch
     from emotrain.distributed import dispatch
 
     arguments = [*TINY, "--out", str(tmp_path), "--phases", "correct", "--items", "one rank*joint"]
-    real = dispatch.unpermute
-    monkeypatch.setattr(dispatch, "unpermute", lambda *a, **k: real(*a, **k) * 1.01)
+    real = dispatch.combine
+    monkeypatch.setattr(dispatch, "combine", lambda *a, **k: real(*a, **k) * 1.01)
     assert gpu.main(arguments) == 1
     content = json.loads((tmp_path / "correct.json").read_text())
     assert "differs from the plain model" in content["failed"]["one rank with all meshes, joint"]

@@ -30,8 +30,7 @@ def waits(monkeypatch: pytest.MonkeyPatch, world_size: int, **settings: Any) -> 
     monkeypatch.setattr(dry_run, "ZeroOnHost", Seeing)
     config = tiny_config(training__precision="bfloat16", **settings)
     counted = dry_run.dry_run(config, world_size).waits
-    sizes = config.parallel.ep > 1
-    assert counted == len(seen) if not sizes else counted > len(seen)
+    assert counted == len(seen)
     return seen
 
 
@@ -46,9 +45,11 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("world_size", "settings"), LAYOUTS)
 def test_a_step_waits_at_its_end_alone(monkeypatch, world_size, settings) -> None:
-    """For the gradient norm, which decides on the update, and for all that it reports in one copy.
-    `split_sizes` of expert parallelism waits too; the dry run stands in for it and counts."""
-    assert waits(monkeypatch, world_size, **settings) == ["finish_step", "train_step"]
+    """For the gradient norm, which decides on the update, and for all that it reports in one copy;
+    under expert parallelism, once a layer and micro-batch for the sizes of its exchange."""
+    layers, micro_batches = 2, 2 if settings.get("parallel__ep") else 0
+    sizes = ["split_sizes"] * layers * micro_batches
+    assert waits(monkeypatch, world_size, **settings) == [*sizes, "finish_step", "train_step"]
 
 
 def test_more_micro_batches_and_layers_do_not_wait_more(monkeypatch) -> None:

@@ -35,6 +35,7 @@ def test_what_ships_spills_nothing_and_reaches_the_tensor_cores() -> None:
     assert result["default_spills"] == 0 and result["failures"] == []
     assert result["sm_80_gemm_instruction"] == "mma" and result["sm_90_gemm_instruction"] == "wgmma"
     assert 1 <= result["host_waits_per_step"] <= 6
+    assert result["dispatch_launches_per_layer"] <= 15 and result["exchanges_per_layer"] <= 4
     kernels = {row["kernel"].split()[0] for row in result["rows"]}
     assert kernels == {
         *GEMM_KERNELS,
@@ -51,6 +52,11 @@ def test_what_ships_spills_nothing_and_reaches_the_tensor_cores() -> None:
         "rotate_back",
         "swiglu",
         "swiglu_backward",
+        "count",
+        "place",
+        "destination",
+        "pack",
+        "pick_weights",
     }
 
 

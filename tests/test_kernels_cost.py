@@ -11,6 +11,7 @@ import torch
 import triton_interpreter
 from torch import Tensor
 
+from emotrain.kernels import parcels
 from emotrain.kernels.cost import Cost
 from emotrain.kernels.permute import permute, unpermute
 from emotrain.kernels.rowwise import rms_norm, rotate_heads, swiglu_down
@@ -54,7 +55,7 @@ class Touches:
         others = set(given) - reads
 
         def run(before: dict[int, Tensor]) -> dict[int, Tensor]:
-            after = {place: tensor.clone() for place, tensor in before.items()}
+            after = {place: as_it_lies(tensor, tensor) for place, tensor in before.items()}
             arguments = [
                 after.get(argument.data_ptr(), argument)
                 if isinstance(argument, Tensor)
@@ -68,7 +69,7 @@ class Touches:
             """The arguments, those that are not read filled with a number that is no result."""
             fill = torch.tensor(number)
             return {
-                place: torch.full_like(tensor, fill.to(tensor.dtype)) if place in others else tensor
+                place: as_it_lies(tensor, fill.to(tensor.dtype)) if place in others else tensor
                 for place, tensor in given.items()
             }
 
@@ -80,12 +81,18 @@ class Touches:
         if not all(same(first[out], second[out])[written[out]].all() for out in writes):
             self.wrong.append(f"{launch.name} reads more than it says")
         for place in reads:
-            changed = torch.zeros_like if given[place].any() else torch.ones_like
-            third = run(before | {place: changed(given[place])})
+            changed = torch.tensor(0 if given[place].any() else 1).to(given[place].dtype)
+            third = run(before | {place: as_it_lies(given[place], changed)})
             if all(same(first[out], third[out])[written[out]].all() for out in writes):
                 self.wrong.append(f"{launch.name} does not read {tuple(given[place].shape)}")
         launch.kernel[launch.grid](*launch.arguments, **launch.options)
         self.seen.add(launch.name)
+
+
+def as_it_lies(tensor: Tensor, values: Tensor) -> Tensor:
+    """These values in memory of the same strides."""
+    memory = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+    return memory.copy_(values)
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
@@ -112,6 +119,30 @@ def rows(slots: SortedSlots) -> None:
     for weights in (weights_TK, None):
         rows_RD = permute(x_TD, slots, "triton")
         unpermute(rows_RD, slots, TOKENS, weights, "triton").square().sum().backward()
+
+
+def sorting(slots: SortedSlots) -> None:
+    experts_R = torch.full((TOKENS * CHOSEN,), EXPERTS)
+    experts_R[slots.slot_R[: slots.ends_N[-1]]] = torch.repeat_interleave(
+        torch.arange(EXPERTS), slots.ends_N.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    )
+    experts(sort_slots(experts_R.view(TOKENS, CHOSEN), EXPERTS, backend="triton"))
+
+
+def travel(_: SortedSlots) -> None:
+    spread = parcels.Spread(EXPERTS, 2, 3)
+    experts_TK = torch.rand(TOKENS, EXPERTS).argsort(dim=1)[:, :CHOSEN]
+    experts_TK[:5] = EXPERTS
+    x_TD, weights_TK = torch.randn(TOKENS, WIDTH), torch.rand(TOKENS, CHOSEN) + 0.1
+    layout = parcels.ParcelLayout.of(x_TD, weights_TK, spread.per_rank)
+    position_TW, send_W2 = parcels.destinations(experts_TK, spread, "triton")
+    sent = int(send_W2[:, 0].sum())
+    parcels_OB = parcels.pack(
+        x_TD, weights_TK, experts_TK, position_TW, sent, layout, spread, "triton"
+    )
+    parcels.combine(layout.rows(parcels_OB), position_TW, "triton")
+    parcels.spread_rows(x_TD, position_TW, sent, "triton")
+    parcels.unpack_gradients(parcels_OB, experts_TK, position_TW, layout, spread, "triton")
 
 
 def routing(_: SortedSlots) -> None:
@@ -152,6 +183,8 @@ def rowwise(_: SortedSlots) -> None:
     ("work", "kernels"),
     [
         (experts, {"plan", "combine", *GEMM_KERNELS}),
+        (sorting, {"count", "place", "plan", "combine", *GEMM_KERNELS}),
+        (travel, {"destination", "pack", "combine", "pick_weights"}),
         (rows, {"plan", "gather", "combine"}),
         (routing, {"score", "pool", "route", "route_backward"}),
         (rowwise, ROWWISE_KERNELS),
@@ -163,10 +196,9 @@ def test_a_cost_names_what_the_kernel_touches(
     torch.manual_seed(0)
     experts_TK = torch.rand(TOKENS, EXPERTS).argsort(dim=1)[:, :CHOSEN]
     experts_TK[:5, 1] = EXPERTS  # a few empty slots
-    counts_N = torch.bincount(experts_TK.flatten(), minlength=EXPERTS + 1)[:EXPERTS]
     touches = Touches()
     with tiles(SMALL), recording("sm_90", touches):
-        work(sort_slots(experts_TK, counts_N))
+        work(sort_slots(experts_TK, EXPERTS))
     assert touches.wrong == [] and touches.seen == kernels
 
 

@@ -32,9 +32,7 @@ def destinations(num_tokens: int, num_chosen: int, empty: float, seed: int = 0) 
 
 
 def slots_of(ranks_TK: Tensor) -> SortedSlots:
-    return sort_slots(
-        ranks_TK, torch.bincount(ranks_TK.flatten(), minlength=NUM_RANKS + 1)[:NUM_RANKS]
-    )
+    return sort_slots(ranks_TK, NUM_RANKS)
 
 
 def round_trip(

@@ -27,12 +27,17 @@ from tests.helpers import tiny_config
 
 check.activate("sm_90")
 
+def plain(a):
+    '''A fake tensor has no address; on the meta device memory begins at 0.'''
+    if not isinstance(a, torch.Tensor):
+        return a
+    first = a.storage_offset()
+    return torch.empty(first + 1, dtype=a.dtype, device="meta")[first:]
+
 def variant(launch):
     '''Kernel and variant: types, alignments, numbers of 1, compile-time constants.'''
-    plain = [torch.empty(0, dtype=a.dtype, device="meta") if isinstance(a, torch.Tensor) and
-             type(a) is not torch.Tensor else a for a in launch.arguments]
     binder = launch.kernel.device_caches[90][-1]
-    _, chosen, options = binder(*plain, **launch.options)
+    _, chosen, options = binder(*map(plain, launch.arguments), **launch.options)
     return launch.kernel.__name__, str(chosen) + str(sorted(options.items()))
 
 def ready(*asked, **routing):
@@ -56,6 +61,7 @@ cold, number = [], []
 for world_size, settings in (
     (1, {}),
     (1, {"model__experts__routed_per_layer": (7, 4), "losses__router_z_logits": "all"}),
+    (2, {"parallel__ep": 2, "model__router__pool__kind": "none"}),
 ):
     config = tiny_config(training__precision="bfloat16", **settings)
     seen = launched(config, world_size)

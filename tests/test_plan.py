@@ -163,19 +163,34 @@ def test_bytes_by_kind_and_axis_follow_from_the_layout(ep: int, replicate: int) 
         )
     tokens, width, chosen = 64, 32, 3
     rows = sum(Routing().sent(16, chosen, [16 // ep] * ep, tokens))
-    there = rows * (
-        2 * width + 4 * chosen + chosen
-    )  # rows in bf16, weights, local choices in a byte
-    home = rows * 2 * width
-    back = (
-        rows * (2 * width + 4 * chosen) + rows * 2 * width
-    )  # gradients of rows and weights, of what came home
+    # A row in bf16, its weights, its choices in a byte each, all in multiples of 32 bytes; back
+    # without choices; both ways a row beside them.
+    assert 4 * chosen + chosen <= 32
+    there, home, back = (
+        rows * (2 * width + 32),
+        rows * 2 * width,
+        rows * (2 * width + 32 + 2 * width),
+    )
     sizes = ep * 2 * 8  # rows and slots for each rank, int64
     assert abs(sent["all_to_all"]["ep"] / (passes * (there + home + back + sizes)) - 1) < 0.01
-    assert (
-        counts["all_to_all"]["ep"] == 8 * passes
-    )  # sizes; choices, weights, rows; home; and back without sizes and choices
+    # Sizes; parcels; sums home; and the latter two back.
+    assert counts["all_to_all"]["ep"] == 5 * passes
+    per_layer = measured.dispatch_per_layer(settings.model.num_layers)
+    assert per_layer["exchanges_per_layer"] == 4 and per_layer["size_exchanges_per_layer"] == 1
     assert len(measured.axes["ep"]) == ep and measured.axes["ep"] == tuple(range(ep))
+
+
+def test_bringing_tokens_to_their_experts_takes_few_launches() -> None:
+    """Forward: two for where parcels go, sizes into one tensor, one that packs, two that sort what
+    arrives, one that adds up what came home, and the sum with the shared expert."""
+    for overrides, launches, exchanges in (
+        ({"parallel__ep": 4}, 8, 4),
+        ({"parallel__ep": 4, "parallel__recompute": "full"}, 8, 6),
+        ({}, 3, 0),  # sorted on this rank, and the sum
+    ):
+        per_layer = planned(**overrides).dispatch_per_layer(config().model.num_layers)
+        assert per_layer["dispatch_launches_per_layer"] == launches
+        assert per_layer["exchanges_per_layer"] == exchanges
 
 
 def test_a_token_goes_to_as_many_ranks_as_chance_has_it() -> None:

@@ -41,19 +41,29 @@ def run(args: argparse.Namespace) -> int:
     table = Table("", HEADER, tuple(row.cells() for row in rows), names=5, notes=1)
     result = summarize(rows, failures)
     if args.json:
-        result["host_waits_per_step"] = _host_waits()
+        result |= _of_a_step()
     finish(args, result, table.text())
     for line in failures:
         print(f"error: {line}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _host_waits() -> int:
-    """Times that a training step waits for the device without expert parallelism: whoever launches
-    kernels and waits between them starves the device. Neither layers nor micro-batches add any,
-    so that two of each do."""
+def _of_a_step() -> dict[str, float]:
+    """What starves the device: times that a training step waits for it without expert parallelism,
+    and launches and exchanges of a layer with it. Neither layers nor micro-batches add to these, so
+    that two of each do."""
     from emotrain.config import config_from_dict
     from emotrain.planning.dry_run import dry_run
 
-    config = config_from_dict({"model": {"num_layers": 2}, "training": {"global_batch": 8}})
-    return dry_run(config, 1).waits
+    alone, spread = (
+        config_from_dict(
+            {
+                "model": {"num_layers": 2},
+                "training": {"global_batch": 8 * ranks},
+                "parallel": {"ep": ranks},
+            }
+        )
+        for ranks in (1, 8)
+    )
+    waits = dry_run(alone, 1).waits
+    return {"host_waits_per_step": waits, **dry_run(spread, 8).dispatch_per_layer(layers=2)}

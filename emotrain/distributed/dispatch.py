@@ -1,13 +1,16 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts and come back. Nothing is
 dropped or padded.
 
-A token goes once to each rank that holds at least one of its experts, with its routing weights and
-which of that rank's experts it chose, and comes back as one weighted sum. With 7 of 127 experts
-over 8 ranks that is 4.9 rows a token instead of 7.
+A token goes once to each rank that holds at least one of its experts, in one parcel with its
+routing weights and which of that rank's experts it chose, and comes back as one weighted sum. With
+7 of 127 experts over 8 ranks that is 4.9 rows a token instead of 7.
 
-    rows_OD     sorted by destination      --exchange-->   rows_ID       sorted by origin
+    parcels_OB  sorted by destination      --exchange-->   parcels_IB    sorted by origin
     shared experts and statistics run                      grouped_mlp over this rank's experts
     y_TD  = sum of a token's rows          <--exchange--   sums_ID       one a row
+
+The ranks exchange sizes before. Backward has the same two exchanges: of the gradients of sums, then
+of parcels with the gradients of rows and weights.
 """
 
 from __future__ import annotations
@@ -19,7 +22,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emotrain.kernels import Decision, SortedSlots, permute, sort_slots, unpermute
+from emotrain.kernels import Decision, sort_slots
+from emotrain.kernels.backends import choose_backend
+from emotrain.kernels.parcels import (
+    ParcelLayout,
+    Spread,
+    combine,
+    destinations,
+    pack,
+    spread_rows,
+    unpack_gradients,
+)
 from emotrain.model.moe import RoutedExperts
 
 Result = TypeVar("Result")
@@ -57,40 +70,23 @@ class AllToAllDispatcher:
     ) -> tuple[Tensor, Result]:
         """As `LocalDispatcher`: weighted sum of the routed experts of each token [T, D], and the
         result of `meanwhile`, which runs while tokens travel."""
-        experts_TK = decision.experts_TK
+        experts_TK, weights_TK = decision.experts_TK, decision.weights_TK
         if self._position_N is not None:
             experts_TK = self._position_N[experts_TK]
-        with torch.no_grad():
-            owner_TK = torch.where(
-                experts_TK < self.num_experts,
-                experts_TK // self.per_rank,
-                self.num_ranks,
-            )
-            ranks_TW, send_W2 = self._destinations(owner_TK)
+        backend = choose_backend(self.backend, x_TD, self.num_experts)
+        spread = Spread(self.num_experts, self.num_ranks, self.per_rank)
+        position_TW, send_W2 = destinations(experts_TK, spread, backend)
         send, received, num_local_slots = self.split_sizes(send_W2)
-        slots = sort_slots(ranks_TW, send_W2[:, 0], sum(send))
-        token_O, rank_O1 = (
-            slots.token_R[: sum(send)],
-            (slots.slot_R[: sum(send)] % self.num_ranks)[:, None],
+        layout = ParcelLayout.of(x_TD, weights_TK, self.per_rank)
+        trip = _Trip(self.group, send, received, layout, spread, backend)
+        rows_ID, weights_IK, choices_IK = _Depart.apply(
+            trip, x_TD, weights_TK, experts_TK, position_TW
         )
-        mine_OK = owner_TK.index_select(0, token_O) == rank_O1
-        local_OK = experts_TK.index_select(0, token_O) - rank_O1 * self.per_rank
-        weights_OK = torch.where(mine_OK, decision.weights_TK.index_select(0, token_O), 0)
-
-        there = _Exchange(self.group, send, received)
-        choices_IK = there.start(
-            torch.where(mine_OK, local_OK, self.per_rank).to(self._choice_dtype)
-        )
-        weights_IK, rows_ID = _Depart.apply(there, weights_OK, permute(x_TD, slots, self.backend))
         result = meanwhile()
-        weights_IK, rows_ID = _Arrive.apply(there, weights_IK, rows_ID)
-        sums_ID = experts(
-            rows_ID, weights_IK, self._local_slots(choices_IK.long(), num_local_slots)
-        )
-
-        back = _Exchange(self.group, received, send)
-        (sums_OD,) = _Arrive.apply(back, *_Depart.apply(back, sums_ID))
-        return unpermute(sums_OD, slots, len(x_TD), backend=self.backend), result
+        rows_ID, weights_IK = _Arrive.apply(trip, rows_ID, weights_IK)
+        slots = sort_slots(choices_IK, self.num_local, num_local_slots, backend)
+        sums_ID = experts(rows_ID, weights_IK, slots)
+        return _ComeHome.apply(trip, sums_ID, position_TW), result
 
     def split_sizes(self, send_W2: Tensor) -> tuple[list[int], list[int], int]:
         """Rows sent to and received from each rank, and the slots of this rank's experts that the
@@ -101,43 +97,31 @@ class AllToAllDispatcher:
         """
         received_W2 = torch.empty_like(send_W2)
         dist.all_to_all_single(received_W2, send_W2, group=self.group)
-        sizes_3W = torch.stack([send_W2[:, 0], received_W2[:, 0], received_W2[:, 1]])
-        sent, received, slots = sizes_3W.tolist()
-        return sent, received, sum(slots)
-
-    def _destinations(self, owner_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The ranks that each token goes to, [T, W] with W where it does not go; rows and slots
-        for each rank, [W, 2]."""
-        ranks_W = torch.arange(self.num_ranks, device=owner_TK.device)
-        slots_TW = owner_TK.new_zeros(len(owner_TK), self.num_ranks + 1).scatter_add_(
-            1, owner_TK, torch.ones_like(owner_TK)
-        )[:, :-1]
-        goes_TW = slots_TW > 0
-        return torch.where(goes_TW, ranks_W, self.num_ranks), torch.stack(
-            [goes_TW.sum(0), slots_TW.sum(0)], dim=1
-        )
-
-    @property
-    def _choice_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.per_rank < 256 else torch.int32
-
-    def _local_slots(self, choices_IK: Tensor, in_use: int) -> SortedSlots:
-        """Slots of the rows that arrived, by this rank's experts; other ranks' choices are empty
-        slots."""
-        # per_rank marks a choice of another rank; the last ranks may hold fewer experts than that.
-        choices_IK = choices_IK.clamp(max=self.num_local)
-        counts = choices_IK.new_zeros(self.num_local + 1)
-        counts.scatter_add_(0, choices_IK.reshape(-1), torch.ones_like(choices_IK.reshape(-1)))
-        return sort_slots(choices_IK, counts[:-1], in_use)
+        sizes = torch.cat([send_W2, received_W2]).reshape(-1).tolist()
+        rows, slots = sizes[::2], sizes[1::2]
+        return rows[: self.num_ranks], rows[self.num_ranks :], sum(slots[self.num_ranks :])
 
 
-class _Exchange:
+class _Trip:
     """Rows on their way between ranks: started in one place, waited for in another, in either
     direction."""
 
-    def __init__(self, group: dist.ProcessGroup, send: list[int], received: list[int]):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        send: list[int],
+        received: list[int],
+        layout: ParcelLayout,
+        spread: Spread,
+        backend: str,
+    ):
         self.group, self.send, self.received = group, send, received
-        self._under_way: list[tuple[Tensor, dist.Work]] = []
+        self.layout, self.spread, self.backend = layout, spread, backend
+        self._under_way: tuple[Tensor, dist.Work] | None = None
+
+    @property
+    def num_sent(self) -> int:
+        return sum(self.send)
 
     def start(self, rows: Tensor, home: bool = False) -> Tensor:
         """Send rows; returns the buffer that is whole after `wait`. `home` sends what had
@@ -147,45 +131,91 @@ class _Exchange:
         work = dist.all_to_all_single(
             arriving, rows.contiguous(), received, send, group=self.group, async_op=True
         )
-        self._under_way.append((arriving, work))
+        self._under_way = arriving, work
         return arriving
 
-    def wait(self) -> list[Tensor]:
-        """What has arrived, in the order it was sent."""
-        arrived, self._under_way = self._under_way, []
-        for _, work in arrived:
-            work.wait()
-        return [rows for rows, _ in arrived]
+    def wait(self) -> Tensor:
+        """What has arrived."""
+        assert self._under_way is not None, "nothing is on its way"
+        (arrived, work), self._under_way = self._under_way, None
+        work.wait()
+        return arrived
 
 
-# The two halves of an exchange are two nodes of the graph, so that in backward too what lies
-# between them runs while gradients travel: the engine takes ready nodes in reverse order of their
-# making.
+# The two halves of the exchange of parcels are two nodes of the graph, so that in backward too what
+# lies between them runs while gradients travel: the engine takes ready nodes in reverse order of
+# their making.
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange, *tensors):
-        ctx.exchange = exchange
-        return tuple(exchange.start(rows) for rows in tensors)
+    def forward(ctx, trip, x_TD, weights_TK, experts_TK, position_TW):
+        parcels_OB = pack(
+            x_TD,
+            weights_TK,
+            experts_TK,
+            position_TW,
+            trip.num_sent,
+            trip.layout,
+            trip.spread,
+            trip.backend,
+        )
+        arriving_IB, layout = trip.start(parcels_OB), trip.layout
+        choices_IK = layout.choices(arriving_IB)
+        ctx.trip = trip
+        ctx.save_for_backward(experts_TK, position_TW)
+        ctx.mark_non_differentiable(choices_IK)
+        ctx.set_materialize_grads(False)
+        return layout.rows(arriving_IB), layout.weights(arriving_IB), choices_IK
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *_grads):
-        return None, *ctx.exchange.wait()
+        trip, (experts_TK, position_TW) = ctx.trip, ctx.saved_tensors
+        grad_x_TD, grad_weights_TK = unpack_gradients(
+            trip.wait(),
+            experts_TK,
+            position_TW,
+            trip.layout.of_gradients,
+            trip.spread,
+            trip.backend,
+        )
+        return None, grad_x_TD, grad_weights_TK, None, None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, exchange, *tensors):
-        ctx.exchange = exchange
-        exchange.wait()
-        return tuple(rows.view_as(rows) for rows in tensors)
+    def forward(ctx, trip, rows_ID, weights_IK):
+        ctx.trip = trip
+        trip.wait()
+        return rows_ID.view_as(rows_ID), weights_IK.view_as(weights_IK)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        for grad in grads:
-            ctx.exchange.start(grad, home=True)
+    def backward(ctx, grad_ID, grad_weights_IK):
+        layout = ctx.trip.layout.of_gradients
+        parcels_IB = layout.empty(grad_ID, len(grad_ID))
+        rows_ID, weights_IK = layout.rows(parcels_IB), layout.weights(parcels_IB)
+        rows_ID.copy_(grad_ID)
+        weights_IK.copy_(grad_weights_IK)
+        ctx.trip.start(parcels_IB, home=True)
         # Of the right shape and of no further use: `_Depart` hands on what comes home.
-        return None, *grads
+        return None, rows_ID, weights_IK
+
+
+class _ComeHome(torch.autograd.Function):
+    """Sums go back to the ranks of their tokens, and become one row a token there."""
+
+    @staticmethod
+    def forward(ctx, trip, sums_ID, position_TW):
+        ctx.trip = trip
+        ctx.save_for_backward(position_TW)
+        trip.start(sums_ID, home=True)
+        return combine(trip.wait(), position_TW, trip.backend)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TD):
+        trip, (position_TW,) = ctx.trip, ctx.saved_tensors
+        trip.start(spread_rows(grad_TD, position_TW, trip.num_sent, trip.backend))
+        return None, trip.wait(), None

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.kernels import Decision, SortedSlots, grouped_mlp, sort_slots, swiglu_down
+from emotrain.kernels.backends import choose_backend
 from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics
 
 Result = TypeVar("Result")
@@ -88,7 +89,9 @@ class LocalDispatcher:
         experts: RoutedExperts,
         meanwhile: Callable[[], Result],
     ) -> tuple[Tensor, Result]:
-        slots = sort_slots(decision.experts_TK, decision.counts_N)
+        num_experts = decision.counts_N.shape[0]
+        backend = choose_backend(experts.backend, x_TD, num_experts)
+        slots = sort_slots(decision.experts_TK, num_experts, backend=backend)
         return experts(x_TD, decision.weights_TK, slots), meanwhile()
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -34,6 +35,7 @@ from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.ranks import Ranks, local_part
 from emotrain.model import losses
+from emotrain.model.router import DocumentPoolRouter
 from emotrain.model.transformer import Transformer
 from emotrain.planning.meter import Meter
 from emotrain.planning.parts import PARTS, Memory, Part
@@ -46,8 +48,8 @@ from emotrain.planning.stand_ins import (
     replace_attribute,
     synthetic_batch,
 )
-from emotrain.planning.trace import Collective, HostWait, Kernel, Task, Trace
-from emotrain.training.engine import NativeEngine
+from emotrain.planning.trace import Collective, HostWait, Kernel, Task
+from emotrain.training.engine import NativeEngine, Phase
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import train_step
 
@@ -98,6 +100,26 @@ class Measured:
             of_kind[collective.axis] = of_kind.get(collective.axis, 0) + count
         return result
 
+    def dispatch_per_layer(self, layers: int) -> dict[str, float]:
+        """What bringing tokens to their experts takes, for each of `layers` and micro-batch:
+        launches of the forward pass, exchanges of rows and of sizes in both directions."""
+        passes = max(1, layers * self.micro_batches)
+        launches = sum(
+            count
+            for kernel, count in self.kernels.items()
+            if kernel.part == Part.DISPATCH and kernel.phase == Phase.FORWARD
+        )
+        exchanges = Counter[bool]()
+        for collective, count in self.collectives.items():
+            if collective.kind == "all_to_all":
+                # Two int64 for each rank.
+                exchanges[collective.bytes == 16 * collective.group_size] += count
+        return {
+            "dispatch_launches_per_layer": launches / passes,
+            "exchanges_per_layer": exchanges[False] / passes,
+            "size_exchanges_per_layer": exchanges[True] / passes,
+        }
+
     def flops_by_part(self) -> dict[Part, int]:
         result: dict[Part, int] = {}
         for kernel, count in self.kernels.items():
@@ -140,7 +162,7 @@ def dry_run(
         _name_gathered(stack, meter)
         if on_gpu:
             stack.enter_context(gpu_kernels(meter, target, config, layout, routing))
-        engine, micro_batches = _prepare(stack, config, meshes, layout, routing, meter.trace)
+        engine, micro_batches = _prepare(stack, config, meshes, layout, routing)
         follow_state(meter, engine, micro_batches)
         stack.enter_context(meter)
         stack.enter_context(ZeroOnHost(meter.trace.host_waits))
@@ -172,10 +194,9 @@ def _prepare(
     meshes: Meshes | None,
     layout: Layout,
     routing: Routing,
-    trace: Trace,
 ) -> tuple[NativeEngine, list[PackedBatch]]:
     """Engine and micro-batches of training, without data. Fake tensors exist from here to the end
-    of `stack`; a step records its waits for split sizes in `trace`."""
+    of `stack`."""
     with torch.device("meta"):
         model = Transformer(config.model)
     parallelize(model, config, meshes)
@@ -184,7 +205,7 @@ def _prepare(
         dispatcher, router = block.moe.dispatcher, block.moe.router
         if isinstance(dispatcher, AllToAllDispatcher) and router is not None:
             tokens = config.training.micro_batch * config.data.sequence_length
-            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing, trace)
+            balanced = _balanced(dispatcher, tokens, router.num_chosen, routing)
             setattr(dispatcher, "split_sizes", balanced)  # noqa: B010 - mypy: a method
     fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     materialize(model, None, torch.device("cpu"))
@@ -227,17 +248,18 @@ def _balanced(
     tokens: int,
     chosen: int,
     routing: Routing,
-    trace: Trace,
 ) -> Callable[[Tensor], tuple[list[int], list[int], int]]:
-    """`split_sizes` of a dispatcher under routing without preference."""
+    """`split_sizes` of a dispatcher under routing without preference: it exchanges and waits as the
+    real one does."""
     experts, num_ranks = dispatcher.num_experts, dispatcher.num_ranks
     held = held_experts(experts, num_ranks)
     send = routing.sent(experts, chosen, held, tokens)
     rows, num_slots = routing.received(experts, chosen, held, tokens)
 
+    real = dispatcher.split_sizes
+
     def split_sizes(send_W2: Tensor) -> tuple[list[int], list[int], int]:
-        dist.all_to_all_single(torch.empty_like(send_W2), send_W2, group=dispatcher.group)
-        trace.host_waits()
+        real(send_W2)
         return send, [rows] * num_ranks, num_slots
 
     return split_sizes
@@ -262,14 +284,22 @@ def _step(
     config: Config,
     ranks: Ranks,
 ) -> None:
-    """Training's own step. The head is no module, so that its part is named here."""
+    """Training's own step. The head and the routing statistics are no modules, so that their part
+    is named here."""
 
-    def head(*args: Any, whole=losses.linear_cross_entropy) -> Any:
-        with meter.inside(Part.HEAD):
-            return whole(*args)
+    def inside(part: Part, whole: Callable[..., Any]) -> Callable[..., Any]:
+        def named(*args: Any) -> Any:
+            with meter.inside(part):
+                return whole(*args)
+
+        return named
 
     with ExitStack() as stack:
-        replace_attribute(stack, losses, "linear_cross_entropy", head)
+        for part, owner, name in (
+            (Part.HEAD, losses, "linear_cross_entropy"),
+            (Part.ROUTER, DocumentPoolRouter, "statistics"),
+        ):
+            replace_attribute(stack, owner, name, inside(part, getattr(owner, name)))
         train_step(engine, micro_batches, config, 1, ranks)
     for gradient in _gradients(engine):
         meter.follow(gradient, Memory.GRADIENTS)

@@ -79,7 +79,8 @@ class Plan:
             f"{name}_gib": measured.at_peak.get(kind, 0) / 2**30 for kind, name in KINDS.items()
         }
         other = sum(size for kind, size in measured.at_peak.items() if kind not in KINDS)
-        layout = measured.layout
+        layout, model = measured.layout, self.config.model
+        routed_layers = sum(model.routed_in_layer(layer) > 0 for layer in range(model.num_layers))
         return {
             "gpu": self.cluster.gpu.name,
             "nodes": self.cluster.nodes,
@@ -115,6 +116,7 @@ class Plan:
             "tokens_per_gpu": measured.tokens,
             "documents_per_micro_batch": measured.documents,
             "host_waits_per_step": measured.waits,
+            **measured.dispatch_per_layer(routed_layers),
             "dry_run_seconds": measured.seconds,
             "assumptions": assumptions(self),
         }

@@ -246,7 +246,7 @@ def import_launch_code() -> None:
     try:
         from emotrain.kernels import (  # noqa: F401
             triton_grouped_mlp,
-            triton_permute,
+            triton_parcels,
             triton_routing,
             triton_rowwise,
         )

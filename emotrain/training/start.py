@@ -78,6 +78,7 @@ def layer_shapes(config: Config, rank: int) -> list[dict[str, int]]:
             "num_experts": (routed := model.routed_in_layer(layer)),
             "num_chosen": model.chosen_in_layer(layer),
             "shared": model.experts.shared,
+            "ranks": ep,
             "held": experts_of_rank(routed, ep, rank % ep),
         }
         for layer in range(model.num_layers)
