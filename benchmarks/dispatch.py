@@ -4,10 +4,10 @@ against one row for each expert.
     python benchmarks/dispatch.py [--json] [--tokens 2048] [--ep 8]
 
 Local processes exchange real tokens over gloo through `AllToAllDispatcher`, forward and backward,
-and count what they hand to the collectives: rows there and back, their gradients, routing weights,
-choices and split sizes. What stays on its own rank counts in both designs. The other design moves
-each slot's row (no weight: it is applied on return) there and back, and its gradients, and one
-int32 a slot that says which expert it is for.
+and count exchanges and what they hand to the collectives: rows there and back, their gradients,
+routing weights, choices and split sizes. What stays on its own rank counts in both designs. The
+other design moves each slot's row (no weight: it is applied on return) there and back, and its
+gradients, and one int32 a slot that says which expert it is for.
 
     bytes_over_row_per_expert   under uniform routing: every token chooses any k of the N experts
     pool_P                      the same with documents of `--document-tokens` tokens that draw
@@ -40,13 +40,14 @@ from emotrain.model.router import LayerRequest, decide
 
 
 class CountedBytes:
-    """Counts the bytes that this process hands to all_to_all_single while it is entered."""
+    """Counts what this process hands to all_to_all_single while it is entered."""
 
     def __enter__(self) -> CountedBytes:
-        self.sent, self._original = 0, dist.all_to_all_single
+        self.sent, self.calls, self._original = 0, 0, dist.all_to_all_single
 
         def counting(arriving: Tensor, leaving: Tensor, *args, **options):
             self.sent += leaving.nbytes
+            self.calls += 1
             return self._original(arriving, leaving, *args, **options)
 
         setattr(dist, "all_to_all_single", counting)  # noqa: B010 - mypy: a function
@@ -94,6 +95,7 @@ def exchange(args: argparse.Namespace, routing: Decision) -> dict[str, float]:
     slots = int((routing.experts_TK < args.experts).sum())
     return {
         "bytes": counted.sent,
+        "exchanges": counted.calls,
         "row_per_expert_bytes": slots * (4 * args.width * 2 + 4),
         "slots": slots,
     }
@@ -112,6 +114,7 @@ def worker(rank: int, args: argparse.Namespace, folder: str) -> None:
         total = dict(zip(parts, sums.tolist(), strict=True))
         results[name] = {
             "bytes_over_row_per_expert": total["bytes"] / total["row_per_expert_bytes"],
+            "exchanges": total["exchanges"] / args.ep,
             "bytes_per_token": total["bytes"] / args.tokens / args.ep,
             "slots_per_token": total["slots"] / args.tokens / args.ep,
         }
@@ -165,6 +168,7 @@ def main() -> None:
 
     table = Table(
         "routing",
+        "exchanges",
         "bytes a token and layer",
         "over one row an expert",
         title=f"Exchange over {args.ep} ranks",
@@ -176,7 +180,10 @@ def main() -> None:
     )
     for name, arm in arms.items():
         table.add_row(
-            name, f"{arm['bytes_per_token']:,.0f}", f"{arm['bytes_over_row_per_expert']:.3f}"
+            name,
+            f"{arm['exchanges']:.0f}",
+            f"{arm['bytes_per_token']:,.0f}",
+            f"{arm['bytes_over_row_per_expert']:.3f}",
         )
     Console(file=sys.stderr).print(table)
     if args.json:

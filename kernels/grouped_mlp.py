@@ -122,23 +122,10 @@ class _LoopedMLP(torch.autograd.Function):
         grad_x_TD, grad_weights_R = torch.zeros_like(x_TD), torch.zeros_like(weights_R)
         grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
         scratch_rF = hidden_RF.new_empty(max(ctx.lengths), hidden_RF.shape[1])
-        for (
-            token_r,
-            weight_r1,
-            grad_weight_r,
-            hidden_rF,
-            gate_up_FD,
-            down_HD,
-            grad_gate_up_FD,
-            grad_down_HD,
-        ) in zip(
-            *_rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF),
-            gate_up_NFD.unbind(),
-            down_NHD.unbind(),
-            grad_gate_up_NFD.unbind(),
-            grad_down_NHD.unbind(),
-            strict=True,
-        ):
+        rows = _rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF)
+        banks = [b.unbind() for b in (gate_up_NFD, down_NHD, grad_gate_up_NFD, grad_down_NHD)]
+        for token_r, weight_r1, grad_weight_r, hidden_rF, *bank in zip(*rows, *banks, strict=True):
+            gate_up_FD, down_HD, grad_gate_up_FD, grad_down_HD = bank
             if token_r.shape[0] == 0:
                 grad_gate_up_FD.zero_()
                 grad_down_HD.zero_()

@@ -1,5 +1,4 @@
-"""Routed slots in the order of their experts: what dispatchers make and expert kernels take. It
-imports nothing of emotrain but what sorts on a GPU."""
+"""Routed slots in the order of their experts: what dispatchers make and expert kernels take."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ class SortedSlots:
     in_use: int | None = None
     """`ends_N[-1]` where the host knows it: no memory is taken for empty slots then."""
     position_R: Tensor | None = None
-    """int32: where each slot of the flattened choices lies among the sorted ones, -1 for an empty
-    one; None where the sort did not say."""
+    """int32: where each slot lies among the sorted ones, -1 for an empty one; None: not known."""
 
     @property
     def num_rows(self) -> int:
@@ -37,11 +35,9 @@ def sort_slots(
     """Sort slots by expert; within an expert, tokens keep their order.
 
     Args:
-        experts_TK: integers, the expert of each slot in [0, N). Any other number that is not
-            negative marks an empty slot.
-        num_experts: N.
+        experts_TK: integers, the expert of each slot in [0, N); N or more marks an empty slot.
         in_use: slots that are not empty, where the host knows how many.
-        backend: `triton` or `torch`: what `choose_backend` chose.
+        backend: `triton` or `torch`, as `choose_backend` chose.
     """
     if backend == "triton":
         from emotrain.kernels.triton_slots import sort_slots_triton
@@ -49,9 +45,9 @@ def sort_slots(
         token_R, slot_R, ends_N, position_R = sort_slots_triton(experts_TK, num_experts)
         return SortedSlots(token_R, slot_R, ends_N, in_use, position_R)
     # Radix sort takes a pass a byte.
-    dtype = torch.uint8 if num_experts < 256 else torch.int32
-    experts_R = experts_TK.reshape(-1).clamp(max=num_experts).to(dtype)
-    sorted_R, slot_R = torch.sort(experts_R, stable=True)
-    each_N = torch.arange(num_experts, dtype=dtype, device=experts_TK.device)
+    keys_R = experts_TK.flatten().clamp(max=num_experts)
+    keys_R = keys_R.to(torch.uint8 if num_experts < 256 else torch.int32)
+    sorted_R, slot_R = torch.sort(keys_R, stable=True)
+    each_N = torch.arange(num_experts, dtype=keys_R.dtype, device=keys_R.device)
     ends_N = torch.searchsorted(sorted_R, each_N, right=True)
     return SortedSlots(slot_R // experts_TK.shape[1], slot_R, ends_N, in_use)

@@ -170,6 +170,8 @@ def test_dispatch_prints_the_bytes_of_the_exchange():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["uniform"]["slots_per_token"] == 7
+    # Two there and back, forward and backward; and one of sizes.
+    assert result["uniform"]["exchanges"] == 5
     # 5.0 distinct ranks of 8 for 7 choices among 127 experts; routing weights travel on top.
     assert 0.70 < result["bytes_over_row_per_expert"] < 0.74
     assert result["pool_16"]["bytes_over_row_per_expert"] > 0

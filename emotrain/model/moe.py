@@ -89,7 +89,7 @@ class LocalDispatcher:
         experts: RoutedExperts,
         meanwhile: Callable[[], Result],
     ) -> tuple[Tensor, Result]:
-        num_experts = decision.counts_N.shape[0]
+        num_experts = len(decision.counts_N)
         backend = choose_backend(experts.backend, x_TD, num_experts)
         slots = sort_slots(decision.experts_TK, num_experts, backend=backend)
         return experts(x_TD, decision.weights_TK, slots), meanwhile()
