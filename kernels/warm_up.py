@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from emotrain.kernels.backends import choose_backend
-from emotrain.kernels.compile_check import recorded_launches
+from emotrain.kernels.launches import recorded_launches
 
 
 def compile_launches(
@@ -24,7 +24,7 @@ def compile_launches(
     that one compilation serves every number of tokens, documents and slots.
 
     Args:
-        layers: for each layer what differs from `PUBLISHED` of compile_check.py; `held` is the
+        layers: for each layer what differs from `PUBLISHED` of launches.py; `held` is the
             number of routed experts on this rank.
         backend: see `choose_backend`. What torch computes needs no compilation.
     """

@@ -12,7 +12,8 @@ import re
 import pytest
 import triton_interpreter
 
-from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, PUBLISHED, Row
+from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, Row
+from emotrain.kernels.launches import PUBLISHED
 from emotrain.kernels.tuning import GEMM_KERNELS, SPACE
 from tests.conftest import ROOT, run_command
 
@@ -102,8 +103,8 @@ def test_the_tuning_space_and_the_next_target() -> None:
 def test_other_shapes_compile(shape: dict[str, int], may_spill: bool) -> None:
     """The interpreter accepts what the compiler may not."""
     program = (
-        "from emotrain.kernels import compile_check as check\n"
-        f"check.PUBLISHED.update({shape})\n"
+        "from emotrain.kernels import compile_check as check, launches\n"
+        f"launches.PUBLISHED.update({shape})\n"
         "rows = check.compile_all(['sm_80', 'sm_90'], with_space=False)\n"
         f"print([line for row in rows for line in row.failures() if not ({may_spill} and 'spilled' "
         f"in line)])"

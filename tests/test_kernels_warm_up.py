@@ -20,12 +20,13 @@ from tests.conftest import run_command
 PROGRAM = """
 import json
 import torch
-from emotrain.kernels import compile_check as check, triton_launch
+from emotrain.kernels import launches, triton_launch
+from emotrain.kernels.compile_check import activate
 from emotrain.planning.dry_run import dry_run
 from emotrain.training.start import layer_shapes
 from tests.helpers import tiny_config
 
-check.activate("sm_90")
+activate("sm_90")
 
 def plain(a):
     '''A fake tensor has no address; on the meta device memory begins at 0.'''
@@ -41,7 +42,7 @@ def variant(launch):
     return launch.kernel.__name__, str(chosen) + str(sorted(options.items()))
 
 def ready(*asked, **routing):
-    return {variant(launch) for launch in check.recorded_launches("sm_90", *asked, **routing)}
+    return {variant(launch) for launch in launches.recorded_launches("sm_90", *asked, **routing)}
 
 def launched(config, world_size):
     seen, real = set(), triton_launch.recording
