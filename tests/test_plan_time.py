@@ -318,7 +318,7 @@ def test_gathered_parameters_are_no_activations() -> None:
         ).at_peak
         for keep in (False, True)
     )
-    assert kept[Memory.GATHERED] > 2 * again[Memory.GATHERED]
+    assert kept[Memory.GATHERED] > 1.5 * again[Memory.GATHERED]
     assert kept[Memory.ACTIVATIONS] == pytest.approx(again[Memory.ACTIVATIONS], rel=0.1)
 
 
