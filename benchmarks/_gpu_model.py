@@ -12,12 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from _gpu_run import PhaseRun, Skipped, one_thread_of_autograd, poisoned_memory
+from _gpu_run import PhaseRun, Skipped, one_thread_of_autograd
 from _measure import random_documents
 from step import HF_IMPLEMENTATIONS, hf_step
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,7 @@ from emotrain.planning.cost import Work, step_time
 from emotrain.planning.dry_run import dry_run
 from emotrain.planning.hardware import GPU, GPUS, Cluster
 from emotrain.training.engine import NativeEngine
+from emotrain.training.numerics import reproducible
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import StepResult, train_step
 
@@ -325,23 +327,21 @@ def _olmoe(run: PhaseRun, config: Config, implementation: str) -> dict[str, floa
 
 
 def determinism(run: PhaseRun) -> None:
-    """Whether two runs give the same bits. FlashAttention's backward does not promise it unless
-    torch's deterministic algorithms are on."""
-    run.item("as configured", lambda: {"same": _same_twice(run)})
-    run.item("deterministic algorithms", lambda: _must_be_same(run))
+    """Whether two runs give the same bits, which `training.deterministic` promises."""
+    run.item("as configured", lambda: {"same": _same_twice(run, small_config())})
+    run.item("training.deterministic", lambda: _must_be_same(run))
 
 
 def _must_be_same(run: PhaseRun) -> dict[str, bool]:
-    with poisoned_memory():
-        same = _same_twice(run)
-    assert same, "two runs differ though torch's deterministic algorithms are on"
-    return {"same": same}
+    config = small_config(deterministic=True)
+    with reproducible(config, Ranks(device=run.device)):
+        assert _same_twice(run, config), "two runs differ under training.deterministic"
+    return {"same": True}
 
 
-def _same_twice(run: PhaseRun) -> bool:
-    config, runs = small_config(), []
-    for _ in range(2):
-        engine = engine_of(run, config)
+def _same_twice(run: PhaseRun, config: Config) -> bool:
+    runs = []
+    for engine in (engine_of(run, config) for _ in range(2)):
         steps_of(run, config, engine, 3 if run.tiny else 30)
         runs.append([parameter.detach() for parameter in engine.model.parameters()])
     return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
@@ -422,14 +422,14 @@ def _parameters(folder: Path) -> list[torch.Tensor]:
 
 def _resumed(run: PhaseRun, steps: int) -> dict[str, bool]:
     """A run that goes on from its middle ends in the bits of one that was not interrupted."""
-    with poisoned_memory():
-        _train(run, "whole", steps, device=run.device.type)
-        middle = next(run.path.with_name("train-whole").glob(f"checkpoints/*{steps // 2}"))
-        _train(run, "resumed", steps, device=run.device.type, resume=str(middle))
+    train_again = partial(_train, run, steps=steps, device=run.device.type, deterministic=True)
+    train_again("whole")
+    middle = next(run.path.with_name("train-whole").glob(f"checkpoints/*{steps // 2}"))
+    train_again("resumed", resume=str(middle))
     whole, resumed = (_parameters(run.path.with_name(f"train-{n}")) for n in ("whole", "resumed"))
     same = all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
     assert same, "the resumed run ends in other bits"
-    return {"same": same}
+    return {"same": True}
 
 
 def _read_back(run: PhaseRun, steps: int) -> dict[str, Any]:

@@ -277,6 +277,10 @@ class TrainingConfig:
     """`cpu`, `cuda`, or `auto`."""
     compile: bool = False
     """Whether blocks run through torch.compile."""
+    deterministic: bool = False
+    """Whether two runs on a GPU agree to the bit, and one that was interrupted with one that was
+    not: attention's backward, above all, then adds in a fixed order, which takes longer. On a CPU
+    they always do."""
     resume: PathText = "auto"
     """`auto`: go on from the newest whole checkpoint in `run_dir`, if any; `never`: refuse a folder
     with checkpoints; or the path of a checkpoint where the run begins: once the run has written

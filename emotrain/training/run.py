@@ -21,6 +21,7 @@ from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint
 from emotrain.training.engine import Engine, NativeEngine, Phase, part
 from emotrain.training.metrics import RunLog
+from emotrain.training.numerics import kernels_of_torch
 from emotrain.training.placement import reconsider
 from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
@@ -60,9 +61,9 @@ def train(
     run_dir, under_way = Path(setup.run_dir), Progress()
     check_run(config, ranks)
     with ExitStack() as stack:
-        stack.enter_context(
-            collective_errors(ranks, setup.collective_timeout_s, lambda: under_way.step)
-        )
+        stack.enter_context(kernels_of_torch(config, ranks))
+        watch = collective_errors(ranks, setup.collective_timeout_s, lambda: under_way.step)
+        stack.enter_context(watch)
         stack.enter_context(locked(run_dir, ranks))
         loader = _build_loader(config)
         source = find_source(config, ranks)
