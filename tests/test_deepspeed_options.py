@@ -253,6 +253,7 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
         ),
         ({"shard": 1}, "parallel.replicate=1, parallel.shard=1: ZeRO spreads one copy"),
         ({"reshard_after_forward": False}, "parallel.reshard_after_forward=false does nothing"),
+        ({"reduce_dtype": "bf16"}, "parallel.reduce_dtype=bf16: under DeepSpeed gradients are"),
     ],
 )
 def test_settings_that_zero_has_no_use_for_are_refused(parallel, message):

@@ -32,7 +32,10 @@ from torch.distributed.fsdp import fully_shard
 from emotrain.config import config_from_dict, save_config
 from emotrain.data.loader import Loader
 from emotrain.distributed import faults
+from emotrain.distributed import ranks as ranks_module
 from emotrain.distributed.faults import collective_errors, describe, in_flight, report_not_finite
+from emotrain.distributed.launcher import Launch
+from emotrain.distributed.mesh import limit_collectives
 from emotrain.distributed.ranks import CollectiveError, Ranks
 from emotrain.training import checkpoint
 from emotrain.training import engine as engine_module
@@ -156,6 +159,32 @@ def test_every_group_of_the_layout_has_the_limit(tiny_data, tmp_path):
     limits = json.loads((tmp_path / "limits-0").read_text())
     limits.pop("checkpoints", None)
     assert len(limits) >= 3 and set(limits.values()) == {77_000}, limits
+
+
+def test_nccl_gives_up_a_minute_after_the_line_is_said(monkeypatch):
+    """Its watchdog would abort the process first; gloo raises at the limit itself."""
+    asked = {}
+    monkeypatch.setattr(ranks_module, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda backend, **given: asked.update({backend: given})
+    )
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    launch = Launch(0, 2, 0, 2)
+    for gpu in (None, torch.device("cuda", 0)):
+        ranks_module._init_process_group(launch, 600.0, gpu)
+    assert {name: given["timeout"].seconds for name, given in asked.items()} == {
+        "gloo": 600,
+        "nccl": 660,
+    }
+
+    class Group:
+        def set_timeout(self, limit):
+            self.limit = limit
+
+    for backend, seconds in (("gloo", 600), ("nccl", 660), ("cpu:gloo,cuda:nccl", 660)):
+        monkeypatch.setattr(dist, "get_backend", lambda _, backend=backend: backend)
+        limit_collectives([group := Group()], 600.0)
+        assert group.limit == timedelta(seconds=seconds)
 
 
 def test_other_errors_pass_as_they_are():

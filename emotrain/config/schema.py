@@ -343,6 +343,9 @@ class ParallelConfig:
     reshard_after_forward: bool = True
     """Whether parameters are gathered again in backward. False keeps them gathered after forward:
     more memory, less communication."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """In what gradients are summed over processes. `bf16` sends half the bytes and rounds every
+    partial sum to 8 bits; under `replicate`, also what micro-batches add up before copies sum."""
 
 
 @dataclass(frozen=True)

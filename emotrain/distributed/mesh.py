@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from emotrain.config import Config, ModelConfig
@@ -139,8 +138,12 @@ def build_meshes(layout: Layout, device_type: str, timeout_s: float | None = Non
 
 def limit_collectives(groups: Iterable[ProcessGroup], timeout_s: float) -> None:
     """Give groups the limit of the default group, which they do not take over from it."""
+    from torch.distributed import get_backend
+
+    from emotrain.distributed.ranks import limit_of
+
     for group in groups:
-        group.set_timeout(timedelta(seconds=timeout_s))
+        group.set_timeout(limit_of(get_backend(group), timeout_s))
 
 
 def _require(holds: bool, message: str) -> None:

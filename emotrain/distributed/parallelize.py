@@ -170,11 +170,13 @@ def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
     """FSDP2 over routed experts, blocks and the rest, in fp32 with gathers in bf16 where the run
     computes in bf16 (spec 1.5)."""
     bfloat16 = config.training.uses_bfloat16(meshes.dense.device_type)
+    # Without bf16 gradients are summed in the parameters' own precision.
+    in_fp32 = torch.float32 if bfloat16 else None
     # Rotary tables, masks and routing weights keep their own precision: inputs are not cast.
-    policy = (
-        MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        if bfloat16
-        else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(
+        torch.bfloat16 if bfloat16 else None,
+        torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else in_fp32,
+        cast_forward_inputs=False,
     )
     reshard = config.parallel.reshard_after_forward
     cut = partial(_cut, num_ranks=meshes.dense.size(-1))

@@ -128,9 +128,16 @@ def num_copies(tensor: torch.Tensor) -> int:
     return torch.Size(sizes).numel()
 
 
+def limit_of(backend: str, timeout_s: float) -> timedelta:
+    """What torch is told for a limit of `timeout_s` on collectives. NCCL's watchdog aborts a
+    process with pages of trace: it comes a minute after `faults.py`, which says in a line what
+    hangs."""
+    return timedelta(seconds=timeout_s + (60 if "nccl" in backend else 0))
+
+
 def _init_process_group(launch: Launch, timeout_s: float, gpu: torch.device | None) -> None:
-    limit = timedelta(seconds=timeout_s)
-    store, *_ = next(rendezvous("env://", timeout=limit))
+    backend = "gloo" if gpu is None else "nccl"
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     # torchrun keeps its store when it starts processes again, with the addresses of the dead in it.
     # Its count of starts may differ between nodes; there launch/torchrun.sh has it make a new store
     # each time.
@@ -139,8 +146,8 @@ def _init_process_group(launch: Launch, timeout_s: float, gpu: torch.device | No
     # torch's record of the last collectives: it is what an error names the one at fault by.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     dist.init_process_group(
-        "gloo" if gpu is None else "nccl",
-        timeout=limit,
+        backend,
+        timeout=limit_of(backend, timeout_s),
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,

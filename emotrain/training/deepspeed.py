@@ -29,7 +29,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,7 +41,7 @@ from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, limit_collectives
 from emotrain.distributed.parallelize import parallelize
-from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.ranks import Ranks, limit_of
 from emotrain.errors import MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
@@ -81,10 +80,9 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(ranks, asks_for_reports(settings))
         self.config, self.ranks, self.stage = config, ranks, settings["zero_optimization"]["stage"]
         timeout_s = config.training.collective_timeout_s
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(
-            dist_backend="nccl" if ranks.device.type == "cuda" else "gloo",
-            verbose=False,
-            timeout=timedelta(seconds=timeout_s),
+            dist_backend=backend, verbose=False, timeout=limit_of(backend, timeout_s)
         )
         self._experts = _ExpertGroups(layout.ep) if layout.ep > 1 else None
         self._everyone = _limit_groups(self._experts, timeout_s)

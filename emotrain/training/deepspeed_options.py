@@ -257,6 +257,11 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
         "what stays gathered; remove it",
     )
     _require(
+        parallel.reduce_dtype == "fp32",
+        f"parallel.reduce_dtype={parallel.reduce_dtype}: under DeepSpeed gradients are summed in "
+        f"fp32; remove it, or start without --deepspeed",
+    )
+    _require(
         parallel.placement == "contiguous",
         f"parallel.placement={parallel.placement}: under DeepSpeed experts stay where they are; "
         f"remove it, or start without --deepspeed",
