@@ -79,12 +79,13 @@ def phases_of() -> dict[str, list[Callable[[Any], None]]]:
     import _gpu_kernels
     import _gpu_model
     import _gpu_rates
+    import _gpu_rowwise
 
     return {
         "env": [_gpu_rates.env],
-        "correct": [_gpu_kernels.correct, _gpu_model.one_rank],
+        "correct": [_gpu_kernels.correct, _gpu_rowwise.correct, _gpu_model.one_rank],
         "sync": [_gpu_model.sync],
-        "kernels": [_gpu_kernels.kernels],
+        "kernels": [_gpu_kernels.kernels, _gpu_rowwise.kernels],
         "tune": [_gpu_kernels.tune],
         "model": [_gpu_model.model],
         "rates": [_gpu_rates.rates],

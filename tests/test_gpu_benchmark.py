@@ -55,6 +55,9 @@ def test_every_phase_runs_on_a_cpu(whole, gpu):
     layers = json.loads((out / "kernels.json").read_text())["items"]
     arms = next(row["ms"] for name, row in layers.items() if name.startswith("layer"))
     assert set(arms) == {"triton", "grouped_mm", "loop"}
+    for name in ("rms_norm", "rotate_heads", "swiglu_down"):
+        row = layers[f"rowwise {name}"]
+        assert set(row["ms"]) == {"triton", "twin", "eager"} and len(row["launches"]) == 2
 
 
 def test_the_tables_can_be_pasted(whole):
@@ -165,7 +168,15 @@ def wrong_choices(monkeypatch) -> None:
     monkeypatch.setattr(module, "decide_in_triton", shifted)
 
 
+def wrong_rotation(monkeypatch) -> None:
+    from emotrain.kernels import triton_rowwise as module
+
+    real = module.rotate_back
+    monkeypatch.setattr(module, "rotate_back", lambda *a: real(*a) * 1.02)
+
+
 FAULTS = [
+    (wrong_rotation, "rowwise*"),
     (wrong_values, "experts*"),
     (wrong_weight_gradient, "experts*"),
     (unwritten_row, "experts*"),
