@@ -141,7 +141,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, world_size: int, **settings: Any) -
     config = tiny_config(training__deterministic=True, **settings)
     with reproducible(config, Ranks()):
         dry_run.dry_run(config, world_size)
-    assert {"mm", "cumsum"} <= seen and len(seen) > 40
+    assert "mm" in seen and len(seen) > 40
     return found
 
 
