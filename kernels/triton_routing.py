@@ -1,7 +1,7 @@
 """Triton kernels of document-pool routing: the same function as `decide_in_torch` of
 model/router.py, its readable twin.
 
-    score_kernel   softmax of TOKENS tokens in document order, summed a document -> partial sums
+    score_kernel   softmax of TOKENS tokens, summed a document -> partial sums
     pool_kernel    a document's partial sums -> its scores -> their ranks -> its pool
     route_kernel   pool mask, softmax, top-k, weights, log-normaliser, histogram
     route_backward_kernel   gradients of probabilities, weights and log-normaliser -> gradient of
@@ -43,7 +43,7 @@ def decide_in_triton(
     with unit stride along the experts.
 
     Args:
-        document_T: int64 document of each token in [0, G); tokens of a document may lie anywhere.
+        document_T: int64 document of each token in [0, G), never falling, as in a `PackedBatch`.
         pool_size_G: int64 pool size of each document; None draws no pool.
         kept_GN: bool, experts that each document may use at all, at least one each.
         valid_T: bool, False for padding, which is given no expert.
@@ -81,10 +81,10 @@ def _pools(
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of every document, and its pool as bool [G, N] (None: all experts)."""
     num_tokens, num_routed = logits_TN.shape
-    by_document = torch.sort(document_T, stable=True)
+    document_T = document_T.contiguous()
     edges = torch.arange(num_documents + 1, device=document_T.device)
-    starts_G1 = torch.searchsorted(by_document.values, edges, out_int32=True)
-    # Block b of tokens in document order and document g meet in row b + g of the partial sums:
+    starts_G1 = torch.searchsorted(document_T, edges, out_int32=True)
+    # Block b of tokens and document g meet in row b + g of the partial sums:
     # along the blocks either grows, so that no two pairs share a row, and the rows of a document
     # follow each other.
     num_blocks = triton.cdiv(num_tokens, SCORE_TOKENS)
@@ -96,10 +96,9 @@ def _pools(
         score_kernel,
         (num_blocks,),
         None,
-        Cost(reads=(logits_TN, *by_document, kept_u8, counted_u8), writes=(partial_PN,)),
+        Cost(reads=(logits_TN, document_T, kept_u8, counted_u8), writes=(partial_PN,)),
         logits_TN,
-        by_document.values,
-        by_document.indices,
+        document_T,
         _or(kept_u8, partial_PN),
         _or(counted_u8, partial_PN),
         partial_PN,
@@ -258,8 +257,7 @@ def _softmax_row(logits):
 @triton.jit(do_not_specialize=["num_tokens"])
 def score_kernel(
     logits_TN,
-    sorted_document_T,
-    order_T,
+    document_T,
     kept_GN,
     counted_T,
     partial_PN,
@@ -271,27 +269,26 @@ def score_kernel(
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sums over TOKENS tokens in document order, one a document that has tokens among them."""
+    """Sums over TOKENS tokens, one a document that has tokens among them."""
     block = tl.program_id(0)
     i = block * TOKENS + tl.arange(0, TOKENS)
     exists = i < num_tokens
     n = tl.arange(0, BLOCK_N)
-    token = tl.load(order_T + i, mask=exists, other=0)
-    first = tl.load(sorted_document_T + block * TOKENS)
-    last = tl.load(sorted_document_T + tl.minimum(block * TOKENS + TOKENS, num_tokens) - 1)
-    document = tl.load(sorted_document_T + i, mask=exists, other=-1)
+    first = tl.load(document_T + block * TOKENS)
+    last = tl.load(document_T + tl.minimum(block * TOKENS + TOKENS, num_tokens) - 1)
+    document = tl.load(document_T + i, mask=exists, other=-1)
     inside = exists[:, None] & (n[None, :] < N)
     if HAS_KEPT:
         inside &= tl.load(kept_GN + document[:, None] * N + n[None, :], mask=inside, other=0) != 0
     logits = tl.load(
-        logits_TN + token[:, None] * stride + n[None, :], mask=inside, other=float("-inf")
+        logits_TN + i.to(tl.int64)[:, None] * stride + n[None, :], mask=inside, other=float("-inf")
     )
     # Rows past the last token are all -inf, and NaN after the softmax: selected away below, never
     # multiplied by 0.
     probabilities, _ = _softmax_row(logits)
     counted = exists
     if HAS_COUNTED:
-        counted &= tl.load(counted_T + token, mask=exists, other=0) != 0
+        counted &= tl.load(counted_T + i, mask=exists, other=0) != 0
     for g in range(first, last + 1):
         total = tl.sum(tl.where((counted & (document == g))[:, None], probabilities, 0.0), axis=0)
         tl.store(partial_PN + (block + g) * N + n, total, mask=n < N)
