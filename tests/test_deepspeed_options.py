@@ -7,16 +7,21 @@ import copy
 import json
 import math
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emotrain.config import Config, config_from_dict, config_to_dict
+from emotrain.config import Config, config_from_dict, config_to_dict, load_config
+from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.training.deepspeed_options import asks_for_reports, read_options
+from emotrain.training.deepspeed import DeepSpeedEngine
+from emotrain.training.deepspeed_options import asks_for_reports, check_memory, read_options
 from tests import test_layout as layout
 from tests.conftest import ROOT
 
@@ -258,6 +263,44 @@ def test_a_file_that_is_not_there_is_said(tmp_path):
 )
 def test_settings_that_zero_has_no_use_for_are_refused(parallel, message):
     assert message in refusal(SHIPPED[0], config(**parallel))
+
+
+# ---- memory
+
+
+H100 = int(79.1 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("stage", "ep", "gpu_bytes", "needed"),
+    [
+        # What docs/deepspeed.md says to start.
+        (2, 8, H100, None),
+        (3, 1, H100, None),
+        (2, 1, H100, "101.1 GiB of parameters and their gradients in fp32 at ZeRO stage 2"),
+        (1, 1, H100, "101.1 GiB of parameters and their gradients in fp32 at ZeRO stage 1"),
+        (2, 2, H100 // 2, "53.8 GiB of parameters and their gradients in fp32 at ZeRO stage 2"),
+        (3, 1, H100 // 2, "50.5 GiB of all parameters in fp32 at ZeRO stage 3"),
+    ],
+)
+def test_a_model_that_a_gpu_cannot_hold_is_refused_before_it_is_built(stage, ep, gpu_bytes, needed):
+    run = load_config(ROOT / "configs/emo_1b14b_130b.yaml", [f"parallel.ep={ep}"])
+    if needed is None:
+        check_memory(run, stage, gpu_bytes)
+        return
+    with pytest.raises(UserError, match=f"^{re.escape(needed)}, parallel.ep={ep}: ") as error:
+        check_memory(run, stage, gpu_bytes)
+    line = str(error.value)
+    assert "\n" not in line and ("raise parallel.ep" in line) == (stage < 3)
+
+
+def test_the_engine_asks_the_gpu_before_deepspeed_is_there(monkeypatch):
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=1000)
+    )
+    ranks = Ranks(0, 2, torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"a GPU has 0\.0 GiB in all"):
+        DeepSpeedEngine(SHIPPED[0], config(micro_batch=4), ranks, fresh=True)
 
 
 # ---- any file

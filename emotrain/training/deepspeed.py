@@ -50,6 +50,7 @@ from emotrain.training import checkpoint
 from emotrain.training.deepspeed_options import (
     asks_for_reports,
     check_bucket,
+    check_memory,
     read_options,
 )
 from emotrain.training.engine import Phase, Update, part, spreading
@@ -73,10 +74,14 @@ class DeepSpeedEngine:
 
         Raises:
             MissingPackageError: DeepSpeed is not installed. UserError: a release that is not
-                known; a layout that cannot be; processes without a launcher.
+                known; a layout that cannot be; a model that a GPU cannot hold; processes without a
+                launcher.
         """
         settings = read_options(options, config, ranks.world_size)
         layout = Layout.of(config, ranks.world_size)
+        if ranks.device.type == "cuda":
+            gpu_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
+            check_memory(config, settings["zero_optimization"]["stage"], gpu_bytes)
         deepspeed = _import_deepspeed(ranks, asks_for_reports(settings))
         self.config, self.ranks, self.stage = config, ranks, settings["zero_optimization"]["stage"]
         timeout_s = config.training.collective_timeout_s

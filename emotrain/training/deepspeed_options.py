@@ -10,8 +10,12 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, TypeAlias
 
+import torch
+
 from emotrain.config import Config
+from emotrain.distributed.mesh import experts_of_rank
 from emotrain.errors import MissingFileError, UserError
+from emotrain.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,35 @@ def check_bucket(size: int, shares: Sequence[Sequence[int]], totals: Sequence[in
         f"zero_optimization.reduce_bucket_size={size}: ranks with unequal shares of the routed "
         f"experts need less than {least} or at least {most}; write such a number, or choose a "
         f"parallel.ep that divides the experts of every layer",
+    )
+
+
+def check_memory(config: Config, stage: int, gpu_bytes: int) -> None:
+    """Refuse a model that cannot be on a GPU of so many bytes in all: before it is built. At stage
+    1 and 2 a GPU holds dense parameters, its experts and the gradients of both, in fp32; at stage 3
+    the model is whole at the start."""
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    total = held = sum(parameter.numel() for parameter in model.parameters())
+    for bank in model.expert_banks():
+        for parameter in bank.parameters():
+            experts = parameter.shape[0]
+            elsewhere = experts - experts_of_rank(experts, config.parallel.ep, 0)
+            held -= elsewhere * (parameter.numel() // experts)
+    what, needed = (
+        ("all parameters", 4 * total)
+        if stage == 3
+        else ("parameters and their gradients", 8 * held)
+    )
+    _require(
+        needed <= gpu_bytes,
+        f"{needed / 2**30:.1f} GiB of {what} in fp32 at ZeRO stage {stage}, "
+        f"parallel.ep={config.parallel.ep}: a GPU has {gpu_bytes / 2**30:.1f} GiB in all; "
+        + (
+            "start without --deepspeed, where FSDP2 builds a model in shares"
+            if stage == 3
+            else "raise parallel.ep, or start without --deepspeed, where FSDP2 holds shares alone"
+        ),
     )
 
 
