@@ -212,7 +212,7 @@ ROOMS = (
     ("distributed", "processes, the parallel plan, expert parallelism"),
     ("modular", "choice of the experts of a domain"),
     ("training", "step, engines, run, checkpoints, metrics"),
-    ("interop", "the published model format"),
+    ("interop", "Hugging Face folders, read and written"),
     ("evaluation", "loss of expert subsets; the report"),
     ("planning", "dry run, cost model, search of layouts"),
     ("commands", "the subcommands of emotrain"),
@@ -221,7 +221,7 @@ ROOMS = (
 BELOW: dict[str, set[str]] = {"kernels": set(), "data": set(), "model": {"kernels"}}
 """The rooms that a room may import, where these are not all below it."""
 GROUND = "batch · config · errors"
-GROUND_OF_MOST = "files · folders · progress · tables"
+GROUND_OF_MOST = "files · folders · progress · staging · tables"
 
 
 def may_import(room: str) -> set[str]:

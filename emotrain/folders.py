@@ -1,7 +1,7 @@
 """Folders that are whole or do not exist: written under a hidden name beside the target, flushed to
-the disk, and renamed at the end. Checkpoints (`emotrain.training.checkpoint`) and data sets
-(`emotrain.data.staging`) are made so; those of checkpoints are listed here, in a manifest with
-sizes and checksums.
+the disk, and renamed at the end. Checkpoints (`emotrain.training.checkpoint`) are made so, and what
+`emotrain.staging` makes. The files of checkpoints are listed in a manifest with sizes and
+checksums.
 
 A process killed at any moment leaves the target as it was before or as it is after. What it had
 written so far is a leftover under a hidden name, which readers never look at.
@@ -73,12 +73,12 @@ class StagedFolder:
 
         Args:
             form: number of the manifest's format.
-            written: files that are on the disk already, with their checksums; all others are
-                flushed and hashed here.
+            written: files that are on the disk already, with their checksums; all others but
+                hidden ones are flushed and hashed here.
         """
         entries = dict(written)
         for file in sorted(self.path.iterdir()):
-            if file.name not in entries:
+            if file.name not in entries and not file.name.startswith("."):
                 flush_to_disk(file)
                 entries[file.name] = FileEntry(file.stat().st_size, sha256_of(file))
         listed = {name: vars(entry) for name, entry in entries.items()}

@@ -23,7 +23,7 @@ from emotrain.data.documents import DocumentReader, Fields
 from emotrain.data.files import find_files
 from emotrain.data.formats import Dataset
 from emotrain.data.prepare import SAMPLE_DIR, prepare
-from emotrain.data.staging import Staging
+from emotrain.data.staging import stage_dataset
 from emotrain.data.tokenizer import load_tokenizer, train_tokenizer
 
 WORDS = [
@@ -476,7 +476,7 @@ def test_a_file_system_that_cannot_swap_names_replaces_all_the_same(
 
 
 def test_a_running_prepare_is_not_cleaned_away(corpus, tokenizer_file, tmp_path):
-    with Staging(tmp_path / "out") as running:
+    with stage_dataset(tmp_path / "out") as running:
         prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
         assert running.folder.is_dir()
     Dataset(tmp_path / "out").verify()

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_batch, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.interop.huggingface import load_huggingface, published_views
+from emotrain.interop.huggingface import load_huggingface
 from emotrain.model.transformer import Transformer
 
 CONFIG: dict[str, Any] = {
@@ -215,17 +214,6 @@ def test_unknown_settings_are_named_in_a_warning(tmp_path: Path) -> None:
         load_huggingface(write(tmp_path, logit_softcapping=30.0))
 
 
-def test_views_cover_every_parameter_once() -> None:
-    model = tiny_model(model__experts__routed_per_layer=[4, 8])
-    views = published_views(model)
-    assert sum(view.numel() for view in views.values()) == sum(
-        parameter.numel() for parameter in model.parameters()
-    )
-    for view in views.values():
-        view.zero_()
-    assert not any(parameter.any() for parameter in model.parameters())
-
-
 def test_nothing_is_allocated_before_the_files_are_found_to_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -389,22 +377,3 @@ def test_broken_and_missing_files_are_refused(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "config.json").unlink()
     assert "config.json: no such file" in refusal(tmp_path)
-
-
-def test_a_model_read_is_a_model_trained_elsewhere(tmp_path: Path) -> None:
-    """Written through the views of one model and read into another: the same logits, document by
-    document."""
-    model = tiny_model(model__router__pool__kind="none")
-    settings = {
-        "hidden_size": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "num_experts": 9,
-        "num_experts_per_tok": 4,
-        "rope_theta": None,
-        "rms_norm_eps": None,
-    }
-    tensors = {name: view.contiguous().clone() for name, view in published_views(model).items()}
-    _, read = load_huggingface(write(tmp_path, tensors, **settings))
-    batch = tiny_batch()
-    assert torch.equal(read(batch).hidden_TD, model(batch).hidden_TD)

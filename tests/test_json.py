@@ -55,6 +55,9 @@ KEYS = {
     "plan": "gpu nodes gpus_per_node fits peak_gib usable_gib memory_gib tokens_per_second_per_gpu "
     "mfu step_seconds communication_seconds communication_bytes flops assumptions changes",
     "verify": "whole checkpoints leftovers",
+    "import": "checkpoint folder layout tensors parameters bytes files dtypes vocab_size "
+    "dropped_vocab_rows padded_vocab_rows unused_settings",
+    "export": "folder checkpoint step layout dtype tensors parameters bytes files vocab_size",
     "kernels": "triton default_spills failures rows",
     "settings": "model.router.pool.kind model.router.pool.min",
 }
@@ -72,7 +75,7 @@ def test_json_is_all_of_stdout_with_stable_keys(
         file.write("{broken\n")  # which prepare warns of
     save_config(config_from_dict(tiny_settings(data, run_dir)), config)
     # Compiling kernels takes minutes; test_kernels_compile.py looks at that result.
-    monkeypatch.setattr("emotrain.commands.kernels.compile_all", lambda *_, **__: [])
+    monkeypatch.setattr("emotrain.kernels.compile_check.compile_all", lambda *_, **__: [])
     arguments: dict[str, list[Any]] = {
         "prepare": [documents, "--out", data, "--train-tokenizer", "--vocab-size", 300],
         "train": [config],
@@ -82,6 +85,8 @@ def test_json_is_all_of_stdout_with_stable_keys(
         "placement": [run_dir, "--data", data, "--ep", 2, "--out", tmp_path / "placement.json"],
         "plan": [config, "--gpus-per-node", 1],
         "verify": [run_dir],
+        "export": [run_dir, "--out", tmp_path / "exported", "--layout", "published"],
+        "import": [tmp_path / "exported", "--out", tmp_path / "imported"],
         "kernels": [],
         "settings": ["pool"],
     }

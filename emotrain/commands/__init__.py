@@ -14,6 +14,8 @@ COMMANDS = {
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",
     "verify": "check a checkpoint's files against its checksums",
+    "import": "read a Hugging Face folder as a checkpoint",
+    "export": "write a checkpoint as a Hugging Face folder",
     "kernels": "compile the GPU kernels without a GPU and check their machine code",
     "settings": "list every setting with its default and meaning",
 }

@@ -34,7 +34,7 @@ from emotrain.data.documents import FIELDS, REASONS, Document, DocumentReader, F
 from emotrain.data.files import find_files, shown
 from emotrain.data.manifest import SPLITS, TOKENIZER, token_dtype, write_manifest
 from emotrain.data.spill import Spill
-from emotrain.data.staging import Staging
+from emotrain.data.staging import stage_dataset
 from emotrain.data.tokenizer import (
     EOS_TOKEN,
     TextTokenizer,
@@ -116,7 +116,7 @@ def prepare(
     files, passed_over = find_files(named, out)
     reader = DocumentReader(fields, strict)
     bar = bar or ProgressBar(shown=False)
-    with Staging(out, overwrite) as staging:
+    with stage_dataset(out, overwrite) as staging:
         if tokenizer is None:
             texts = _training_texts(files, DocumentReader(fields, strict), bar)
             encoder = train_bpe(texts, vocab_size, eos_token)

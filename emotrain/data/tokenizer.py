@@ -148,6 +148,15 @@ def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> TextTokenize
     Raises:
         FileNotFoundError: no such file. ValueError: not a tokenizer, or it lacks `eos_token`.
     """
+    return TextTokenizer(read_tokenizer(path), eos_token)
+
+
+def read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of the library in a `tokenizer.json`, whatever its tokens.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a tokenizer.
+    """
     from tokenizers import Tokenizer
 
     if not Path(path).is_file():
@@ -156,13 +165,12 @@ def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> TextTokenize
             f"--train-tokenizer"
         )
     try:
-        backend = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise UserError(
             f"{path}: not a tokenizer.json of the tokenizers library: "
             f"{' '.join(str(error).split())}"
         ) from None
-    return TextTokenizer(backend, eos_token)
 
 
 def train_tokenizer(

@@ -53,7 +53,8 @@ from emotrain.training.checkpoint_folders import (
     read_state,
     verify,
 )
-from emotrain.training.tensor_files import TensorFilesWriter, WrittenFile, load_parts, save_parts
+from emotrain.training.safetensors_file import WrittenFile
+from emotrain.training.tensor_files import TensorFilesWriter, load_parts, save_parts
 from emotrain.training.tensor_index import StoredTensors, TensorPart
 
 log = logging.getLogger("emotrain")
@@ -322,7 +323,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Co
         model = Transformer(config.model)
     model = model.to_empty(device=device)
     parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
-    _require_match(folder, stored, parts)
+    require_match(folder, stored, parts)
     load_parts(parts, folder, stored, distributed=False)
     return config, model
 
@@ -378,7 +379,7 @@ def restore_parts(
         stored = verify(path, lambda names: names[ranks.rank :: ranks.world_size])
         state, num_updates = read_state(path)
         parts = wanted(num_updates)
-        _require_match(path, stored, parts)
+        require_match(path, stored, parts)
         return state, num_updates, stored, parts
 
     state, num_updates, stored, parts = _on_every_rank(check, ranks)
@@ -428,7 +429,8 @@ def _on_every_rank(check: Callable[[], T], ranks: Ranks) -> T:
     return results[0]
 
 
-def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
+def require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
+    """Raise a UserError where a checkpoint's tensors are not those of a model."""
     if difference := stored.mismatch(parts):
         raise UserError(
             f"{path}: {difference}; use the configuration the checkpoint was written with"

@@ -17,7 +17,7 @@ from emotrain.errors import MissingFileError, UserError, WriteError
 from emotrain.files import sha256_of
 from emotrain.folders import MANIFEST, FileEntry, StagedFolder, check_files, read_manifest, remove
 from emotrain.modular.placement import is_permutation
-from emotrain.training.tensor_files import WrittenFile
+from emotrain.training.safetensors_file import WrittenFile
 from emotrain.training.tensor_index import INDEX, StoredTensors, read_index
 
 log = logging.getLogger("emotrain")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -279,8 +280,17 @@ def _restored(engine: Engine, path: Path) -> TrainingState:
 def _with_data(
     config: Config, loader: DataSource, path: Path, state: TrainingState
 ) -> TrainingState:
-    """The state with this run's data: as it was, or changed on purpose and read from the start."""
+    """The state with this run's data: as it was, or changed on purpose and read from the start. A
+    checkpoint of step 0, such as an import, has read none, and takes any."""
     setup = config.training
+    data: dict[str, Any] = {
+        "data_fingerprint": loader.fingerprint,
+        "seed": setup.seed,
+        "global_batch": setup.global_batch,
+        "data_start_step": state.step,
+    }
+    if state.step == 0:
+        return replace(state, **data)
     changes = [
         f"with training.{key}={then}, here it is {now}"
         for key, then, now in (
@@ -308,13 +318,7 @@ def _with_data(
         " and ".join(changes),
         state.step,
     )
-    return replace(
-        state,
-        data_fingerprint=loader.fingerprint,
-        seed=setup.seed,
-        global_batch=setup.global_batch,
-        data_start_step=state.step,
-    )
+    return replace(state, **data)
 
 
 def _say_jump(config: Config, path: Path, state: TrainingState, last_step: int) -> None:

@@ -16,19 +16,15 @@ in memory a second time and loads a tensor with a part missing without a word.
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -52,23 +48,19 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from emotrain.errors import UserError
-from emotrain.training.tensor_index import DTYPES, INDEX, StoredTensors, TensorPart, stem_of
-
-PIECE_BYTES = 16 << 20
-"""Written and hashed at a time."""
+from emotrain.training.safetensors_file import (
+    DTYPES,
+    TensorSpec,
+    WrittenFile,
+    write_safetensors,
+)
+from emotrain.training.tensor_index import INDEX, StoredTensors, TensorPart, stem_of
 
 T = TypeVar("T")
 # One process without a process group is a use that is meant; DCP warns of it at every call.
 warnings.filterwarnings(
     "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
 )
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    name: str
-    bytes: int
-    sha256: str
 
 
 def save_parts(
@@ -199,38 +191,13 @@ def _data(item: WriteItem) -> TensorWriteData:
 def _write_file(
     path: Path, items: list[WriteItem], resolve: Callable[[WriteItem], Any]
 ) -> WrittenFile:
-    """One safetensors file, written, hashed in the same pass, and flushed to disk. Tensors reach
-    host memory one by one."""
-    # Larger elements first keeps every tensor aligned to its own element size.
-    items = sorted(items, key=lambda item: (-_data(item).properties.dtype.itemsize, item.index.fqn))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for item in items:
-        start, end = end, end + _item_bytes(item)
-        header[item.index.fqn] = {
-            "dtype": DTYPES[_data(item).properties.dtype],
-            "shape": list(_data(item).chunk.sizes),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header, separators=(",", ":"), allow_nan=False).encode("utf-8")
-    encoded += b" " * (-len(encoded) % 8)
-    digest, size = sha256(), 0
-    with open(path, "wb") as stream:
-
-        def write(content: bytes | memoryview) -> None:
-            nonlocal size
-            for start in range(0, len(content), PIECE_BYTES):
-                piece = content[start : start + PIECE_BYTES]
-                stream.write(piece)
-                digest.update(piece)
-            size += len(content)
-
-        write(len(encoded).to_bytes(8, "little") + encoded)
-        for item in items:
-            write(resolve(item).cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return WrittenFile(path.name, size, digest.hexdigest())
+    """One safetensors file. Tensors reach host memory one by one."""
+    by_name = {item.index.fqn: item for item in sorted(items, key=lambda item: item.index.fqn)}
+    tensors = [
+        TensorSpec(name, _data(item).properties.dtype, tuple(_data(item).chunk.sizes))
+        for name, item in by_name.items()
+    ]
+    return write_safetensors(path, tensors, lambda tensor: [resolve(by_name[tensor.name])])
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

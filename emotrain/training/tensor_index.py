@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from emotrain.distributed.ranks import local_part, offsets_of
 from emotrain.errors import UserError
+from emotrain.training.safetensors_file import DTYPES
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,6 @@ def stem_of(name: str) -> str:
 
 OPTIMIZER_PREFIXES = ("exp_avg.", "exp_avg_sq.")
 INDEX = "tensors.json"
-
-
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
-"""Element types that are stored, by their names in safetensors files."""
 
 
 @dataclass(frozen=True)
