@@ -87,7 +87,8 @@ def export_checkpoint(
     with Staging(out, num_bytes) as staging:
         read = _Reader(folder, _verified(folder, config.model, bar), of_tensors, DTYPES[dtype])
         bar.start("exporting", num_bytes)
-        groups, files, weight_map = list(in_files(specs)), [], {}
+        groups, files = list(in_files(specs)), []
+        weight_map: dict[str, str] = {}
         for number, of_file in enumerate(groups, start=1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             file = file if len(groups) > 1 else WEIGHTS

@@ -67,7 +67,7 @@ class FolderTensor:
             stream.seek(self.start + first * row_bytes)
             for row in range(first, stop, step):
                 values = torch.empty(min(step, stop - row), *row_shape, dtype=dtype)
-                self._fill(stream, memoryview(values.view(-1).view(torch.uint8).numpy()))
+                self._fill(stream, values.view(-1).view(torch.uint8).numpy().data)
                 yield values
 
     def rows(self, first: int = 0, count: int | None = None) -> Tensor:

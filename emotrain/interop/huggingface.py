@@ -87,7 +87,7 @@ def load_huggingface(
         model = Transformer(read.config.model)
     model = model.to(dtype).to_empty(device="cpu")
     for link in read.links:
-        box = model.get_parameter(link.parameter)
+        box: Tensor = model.get_parameter(link.parameter)
         for axis, (start, size) in enumerate(zip(link.offsets, link.sizes, strict=True)):
             box = box.narrow(axis, start, size)
         row = 0
