@@ -17,37 +17,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from _pair import EMO, ROOT, STANDARD, pair_parser
+
 from emotrain.errors import RunError
 from emotrain.evaluation.results import Evaluation, read_evaluation
 from emotrain.files import json_text
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
-    "EMO": ("emo", ROOT / "configs/modularity_emo.yaml"),
-    "standard MoE": ("stdmoe", ROOT / "configs/modularity_stdmoe.yaml"),
+    "EMO": ("emo", EMO),
+    "standard MoE": ("stdmoe", STANDARD),
 }
 KEEP = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 def main(arguments: list[str] | None = None) -> int:
     from emotrain.cli import guarded
-    from emotrain.commands.common import add_json
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="Further key=value settings go to both models, for example training.steps=1200.",
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of both models")
-    parser.add_argument(
-        "--data",
-        default="data/sample",
-        help="folder written by `emotrain prepare` (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/modularity",
-        help="folder of both runs and the results (default: %(default)s)",
-    )
+    parser = pair_parser(__doc__.splitlines()[0], "runs/modularity", "the results")
     parser.add_argument(
         "--keep",
         type=float,
@@ -67,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
         default=2,
         help="models trained at a time, on one thread each (default: %(default)s)",
     )
-    add_json(parser)
     args = parser.parse_args(arguments)
     return guarded(lambda: run(args))
 

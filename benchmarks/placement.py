@@ -26,13 +26,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from _pair import EMO, STANDARD, pair_parser
+
 from emotrain.files import json_text
 
-ROOT = Path(__file__).resolve().parent.parent
-MODELS = {
-    "emo": ROOT / "configs/modularity_emo.yaml",
-    "standard": ROOT / "configs/modularity_stdmoe.yaml",
-}
+MODELS = {"emo": EMO, "standard": STANDARD}
 SETTINGS = [
     "model.d_model=96",
     "model.num_layers=2",
@@ -53,22 +51,10 @@ SETTINGS = [
 
 def main(arguments: list[str] | None = None) -> int:
     from emotrain.cli import guarded
-    from emotrain.commands.common import add_json
+    from emotrain.modular.placement import TOKENS
 
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0].replace("\n", " "),
-        epilog="Further key=value settings go to both models, for example training.steps=1200.",
-    )
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of both models")
-    parser.add_argument(
-        "--data",
-        default="data/sample",
-        help="folder written by `emotrain prepare` (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        default="runs/placement",
-        help="folder of both runs and placement.json (default: %(default)s)",
+    parser = pair_parser(
+        __doc__.split("\n\n")[0].replace("\n", " "), "runs/placement", "placement.json"
     )
     parser.add_argument(
         "--checkpoints",
@@ -86,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--tokens",
         type=int,
-        default=1 << 19,
+        default=TOKENS,
         help="tokens to route, both halves together (default: %(default)s)",
     )
     parser.add_argument(
@@ -95,7 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
         default=16,
         help="sequences of a rank in one exchange (default: %(default)s)",
     )
-    add_json(parser)
     args = parser.parse_args(arguments)
     return guarded(lambda: run(args))
 

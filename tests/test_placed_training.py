@@ -254,9 +254,9 @@ def test_a_stopped_run_moves_the_same_experts_and_ends_where_one_run_would(
 
 
 def placement_file(path, ep=2, orders=((6, 0, 2, 5, 1, 4, 3),) * 2, **changes):
-    layers = [{"layer": layer, "order": list(order)} for layer, order in enumerate(orders)]
-    rows = {"rows_per_token": 1.2, "exchange_load_max_over_mean": 1.1}
-    path.write_text(json.dumps({"format": 1, "ep": ep, "layers": layers, **rows, **changes}))
+    layers = [{"order": list(order), "exchange_load_max_over_mean": 1.1} for order in orders]
+    values = {"format": 1, "ep": ep, "rows_per_token": 1.2, "layers": layers, **changes}
+    path.write_text(json.dumps(values))
     return str(path)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from emotrain.planning.meter import Meter
 from emotrain.planning.parts import PARTS, Memory, Part
 from emotrain.planning.plan import make_plan, step_times
 from emotrain.planning.search import advice, extrapolated, search, with_settings
-from emotrain.planning.stand_ins import Routing, synthetic_batch
+from emotrain.planning.stand_ins import Routing, held_experts, synthetic_batch
 from emotrain.training.engine import NativeEngine, Phase
 from emotrain.training.step import train_step
 from tests.conftest import ROOT, run_command
@@ -206,6 +207,32 @@ def test_a_token_goes_to_as_many_ranks_as_chance_has_it() -> None:
     assert sum(Routing(ranks_per_token=2.0).sent(127, 7, held, tokens)) == pytest.approx(
         2 * tokens, rel=1e-3
     )
+
+
+def test_a_placement_says_the_rows_of_its_own_number_of_ranks(tmp_path: Path) -> None:
+    """Measured rows and load, of layers of one model; other numbers of ranks are by chance."""
+    file = tmp_path / "placement.json"
+    settings = tiny_config(parallel__ep=4, model__experts__routed=7, model__router__pool__max=7)
+    layers = [{"order": list(range(7)), "exchange_load_max_over_mean": load} for load in (1.1, 1.3)]
+    file.write_text(json.dumps({"format": 1, "ep": 4, "rows_per_token": 1.25, "layers": layers}))
+    args = argparse.Namespace(ranks_per_token=0.0, imbalance=1.0)
+
+    def routing(ep: int) -> Routing:
+        changed = replace(settings.parallel, ep=ep, placement=str(file))
+        return plan_command._routing(args, replace(settings, parallel=changed))
+
+    measured = routing(4)
+    assert measured == Routing(1.25, pytest.approx(1.2), 4)
+    for count, expected in ((4, Routing(1.25, 1.2)), (2, Routing())):
+        held = held_experts(7, count)
+        assert measured.sent(7, 2, held, 1000) == expected.sent(7, 2, held, 1000)
+        assert measured.received(7, 2, held, 1000) == expected.received(7, 2, held, 1000)
+    assert sum(measured.sent(7, 2, held_experts(7, 4), 1000)) == pytest.approx(1250, abs=2)
+    with pytest.raises(ValueError, match=r"is for ep=4, parallel.ep is 2; change it"):
+        routing(2)
+    args.ranks_per_token = 2.0
+    with pytest.raises(ValueError, match="says what --ranks-per-token and --imbalance assume"):
+        routing(4)
 
 
 def test_a_step_waits_for_the_sizes_of_every_exchange() -> None:

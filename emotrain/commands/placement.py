@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
 from emotrain.errors import NotAFolderError, UserError
 from emotrain.files import json_text, make_writable, write_whole
-from emotrain.modular.placement import MAX_LOAD
+from emotrain.modular.placement import MAX_LOAD, TOKENS
 from emotrain.progress import ProgressBar
 
 DESCRIPTION = """\
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=int,
-        default=1 << 17,
+        default=TOKENS,
         metavar="N",
         help="tokens to route, both halves together (default: %(default)s)",
     )

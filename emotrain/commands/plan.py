@@ -56,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         metavar="X",
-        help="expert ranks a token goes to (default: what choices without preference reach)",
+        help="expert ranks a token goes to (default: as measured by the file that "
+        "parallel.placement names, else what choices without preference reach)",
     )
     parser.add_argument(
         "--imbalance",
@@ -109,8 +110,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _routing(args: argparse.Namespace, config: Config) -> Routing:
+    from emotrain.modular.placement import read_fitting
     from emotrain.planning.stand_ins import Routing
 
+    if config.parallel.placement not in ("contiguous", "auto"):
+        if args.ranks_per_token or args.imbalance != 1:
+            raise UserError(
+                f"parallel.placement={config.parallel.placement} says what --ranks-per-token and "
+                f"--imbalance assume; leave them out"
+            )
+        placement = read_fitting(config)
+        return Routing(placement.rows_per_token, placement.exchange_load, placement.ep)
     if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
         raise UserError(
             f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "

@@ -28,6 +28,7 @@ from emotrain.model.transformer import Transformer
 from emotrain.modular.placement import (
     FORMAT,
     MAX_LOAD,
+    TOKENS,
     contiguous,
     count_together,
     order_of,
@@ -133,7 +134,7 @@ def compute_placements(
     data: str | Path,
     eps: Sequence[int],
     *,
-    max_tokens: int = 1 << 17,
+    max_tokens: int = TOKENS,
     max_load: float = MAX_LOAD,
     micro_batch: int = 0,
     device: str = "auto",
@@ -153,8 +154,8 @@ def compute_placements(
     if max_load < 1 or micro_batch < 0 or max_tokens < 1:
         raise UserError(
             f"max_load={max_load:g}, micro_batch={micro_batch}, tokens={max_tokens}: the fullest "
-            f"rank has at least the mean, and the others are positive; give for example 1.05, 1 "
-            f"and 131072"
+            f"rank has at least the mean, and the others are positive; give for example "
+            f"{MAX_LOAD}, 1 and {TOKENS}"
         )
     folder, target = find(checkpoint), choose_device(device)
     config, model = load_model(folder, target)

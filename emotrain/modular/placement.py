@@ -24,12 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from emotrain.config import ModelConfig
+from emotrain.config import Config, ModelConfig
 from emotrain.errors import MissingFileError, UserError
 
 MAX_LOAD = 1.05
 """Slots of the fullest rank over the mean that a placement allows itself, on the tokens it is
-computed from."""
+computed from. On others it is more: documents differ, and experts of a rank serve the same ones."""
+
+TOKENS = 1 << 20
+"""Tokens that place and measure, unless said otherwise: with fewer, chance decides which rank the
+documents of a half fill (docs/parallel.md)."""
 
 LOAD_WEIGHTS = (0.0, 0.03, 0.3, 3.0, 1e4)
 """What load above the limit costs, in shares of all pairs. It grows from nothing to more than any
@@ -52,8 +56,26 @@ class PlacementFile:
     """For each layer with routed experts, the experts of rank 0, then those of rank 1, …"""
     rows_per_token: float
     """Ranks that a token is sent to, measured: mean over layers."""
-    exchange_load_max_over_mean: float
-    """Load of the fullest rank among the tokens of one exchange, measured: the worst layer."""
+    exchange_load: float
+    """Load of the fullest rank over the mean, among the tokens of one exchange, measured: mean over
+    layers."""
+
+
+def read_fitting(config: Config) -> PlacementFile:
+    """Read the file that `parallel.placement` names.
+
+    Raises:
+        UserError: not such a file, or one of another model or another number of ranks.
+    """
+    path, ep = config.parallel.placement, config.parallel.ep
+    placement = read_placement(path)
+    if placement.ep != ep:
+        raise UserError(
+            f"parallel.placement={path} is for ep={placement.ep}, parallel.ep is {ep}; change "
+            f"it, or compute one with `emotrain placement --ep {ep}`"
+        )
+    check_orders(path, placement.orders, config.model)
+    return placement
 
 
 def read_placement(path: str | Path) -> PlacementFile:
@@ -74,7 +96,7 @@ def read_placement(path: str | Path) -> PlacementFile:
             int(values["ep"]),
             tuple(map(tuple, orders)),
             float(values["rows_per_token"]),
-            float(values["exchange_load_max_over_mean"]),
+            float(np.mean([layer["exchange_load_max_over_mean"] for layer in values["layers"]])),
         )
     except OSError as error:
         raise MissingFileError(

@@ -193,13 +193,17 @@ def assumptions(plan: Plan) -> list[str]:
         f"{rate.meaning}"
         for name, rate in RATES.items()
     ]
+    routing = routing.on(plan.config.parallel.ep)
+    source = "measured" if routing.measured_ep else "assumed"
     lines.append(
-        f"assumed: a token goes to {routing.ranks_per_token:g} expert ranks"
+        f"{source}: a token goes to {routing.ranks_per_token:.3g} expert ranks"
         if routing.ranks_per_token
         else "assumed: experts are chosen without preference, so that a token's k choices spread "
         "over expert ranks as chance has it"
     )
-    lines.append(f"assumed: the busiest expert rank computes {routing.imbalance:g} times the mean")
+    lines.append(
+        f"{source}: the busiest expert rank computes {routing.imbalance:.3g} times the mean"
+    )
     lines.append(
         "assumed: ZeRO sends as docs/deepspeed.md says; its own code is not followed"
         if plan.zero_stage

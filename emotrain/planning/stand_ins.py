@@ -67,6 +67,13 @@ class Routing:
     imbalance: float = 1.0
     """Routed slots of this rank's experts over the mean. The rows that bring them grow alike, until
     every token sends one."""
+    measured_ep: int = 0
+    """Number of ranks that both were measured on, of a placement of experts; with another number,
+    choices are without preference. 0: both are assumed, of any number."""
+
+    def on(self, num_ranks: int) -> Routing:
+        """The same where it speaks of this number of ranks, else routing without preference."""
+        return self if self.measured_ep in (0, num_ranks) else Routing()
 
     def sent(self, num_experts: int, chosen: int, held: Sequence[int], tokens: int) -> list[int]:
         """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k
@@ -74,7 +81,8 @@ class Routing:
         share_R = [
             1 - math.comb(num_experts - h, chosen) / math.comb(num_experts, chosen) for h in held
         ]
-        scale = self.ranks_per_token / sum(share_R) if self.ranks_per_token else 1.0
+        wanted = self.on(len(held)).ranks_per_token
+        scale = wanted / sum(share_R) if wanted else 1.0
         return [min(tokens, round(tokens * share * scale)) for share in share_R]
 
     def received(
@@ -82,8 +90,9 @@ class Routing:
     ) -> tuple[int, int]:
         """Rows that rank 0 gets from each rank, and the slots of its experts that all of them
         bring: no more a row than a token has choices and the rank experts."""
-        rows = min(tokens, round(self.sent(num_experts, chosen, held, tokens)[0] * self.imbalance))
-        slots = round(tokens * len(held) * chosen * held[0] / num_experts * self.imbalance)
+        imbalance = self.on(len(held)).imbalance
+        rows = min(tokens, round(self.sent(num_experts, chosen, held, tokens)[0] * imbalance))
+        slots = round(tokens * len(held) * chosen * held[0] / num_experts * imbalance)
         return rows, min(slots, rows * len(held) * min(chosen, held[0]))
 
 

@@ -20,7 +20,7 @@ from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.modular.placement import check_orders, read_placement
+from emotrain.modular.placement import check_orders, read_fitting
 from emotrain.training.checkpoint_folders import (
     TrainingState,
     descendants,
@@ -238,21 +238,14 @@ def place(config: Config, ranks: Ranks, engine: Engine, state: TrainingState) ->
 
 
 def _orders(config: Config, state: TrainingState) -> tuple[tuple[int, ...], ...]:
-    choice, ep = config.parallel.placement, config.parallel.ep
+    choice = config.parallel.placement
     if choice == "contiguous":
         return ()
     if choice == "auto":
         if state.placement:
             check_orders("the placement of the checkpoint", state.placement, config.model)
         return state.placement
-    placement = read_placement(choice)
-    if placement.ep != ep:
-        raise UserError(
-            f"parallel.placement={choice} is for ep={placement.ep}, parallel.ep is {ep}; change "
-            f"it, or compute one with `emotrain placement --ep {ep}`"
-        )
-    check_orders(choice, placement.orders, config.model)
-    return placement.orders
+    return read_fitting(config).orders
 
 
 def leave_later_ones(config: Config, source: Source | None, state: TrainingState) -> None:
