@@ -5,7 +5,6 @@ file."""
 import json
 from collections import Counter
 from itertools import combinations, permutations
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +13,15 @@ from helpers import tiny_config
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict
-from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.evaluation.placement import _check_ranks
+from emotrain.kernels.parcels import Spread, destinations
 from emotrain.modular.placement import (
     contiguous,
     count_together,
+    keep_ranks,
     order_of,
     place,
+    rank_of,
     rank_sizes,
     traffic,
 )
@@ -31,14 +32,13 @@ CASES = [(8, 2, 3), (10, 4, 2), (7, 2, 4), (12, 3, 2), (12, 4, 3)]
 """(experts, ranks, chosen)."""
 
 
-def choices(num_experts, num_chosen, seed, tokens=200, empty=True):
+def choices(num_experts, num_chosen, seed, tokens=200):
     """Tokens of a few documents that like some experts more than others; some slots are empty."""
     random = np.random.default_rng(seed)
     taste = 2 * random.normal(size=(5, num_experts))[random.integers(5, size=tokens)]
     taste += random.gumbel(size=taste.shape)
     chosen_TK = np.argsort(-taste, axis=1)[:, :num_chosen].astype(np.int16)
-    if empty:
-        chosen_TK[::7, -1] = num_experts
+    chosen_TK[::7, -1] = num_experts
     return chosen_TK
 
 
@@ -83,10 +83,9 @@ def test_counts_are_those_of_a_loop(num_experts, num_ranks, num_chosen, seed):
 @pytest.mark.parametrize(("num_experts", "num_ranks", "num_chosen"), CASES)
 def test_rows_are_those_that_the_dispatcher_sends(num_experts, num_ranks, num_chosen):
     """And without a placement, experts are where the dispatcher looks for them."""
-    chosen_TK = choices(num_experts, num_chosen, 0, empty=False)
-    per_rank = -(-num_experts // num_ranks)
-    owner_TK = torch.from_numpy(chosen_TK).long() // per_rank
-    _, send_W2 = AllToAllDispatcher._destinations(SimpleNamespace(num_ranks=num_ranks), owner_TK)
+    chosen_TK = choices(num_experts, num_chosen, 0)
+    spread = Spread(num_experts, num_ranks, -(-num_experts // num_ranks))
+    _, send_W2 = destinations(torch.from_numpy(chosen_TK).long(), spread, "torch")
     found = traffic(chosen_TK, contiguous(num_experts, num_ranks), num_ranks)
     assert found.rows_per_token == int(send_W2[:, 0].sum()) / len(chosen_TK)
     slots_W = send_W2[:, 1].double()
@@ -148,6 +147,26 @@ def test_pools_that_fit_on_a_rank_are_found(num_ranks):
     rank_N = place(count_together(chosen_TK, 64), num_ranks)
     assert traffic(chosen_TK, rank_N, num_ranks).rows_per_token == 1
     assert sorted(order_of(rank_N).tolist()) == list(range(64))
+
+
+@pytest.mark.parametrize(("num_experts", "num_ranks"), [(8, 4), (7, 4), (127, 8)])
+def test_groups_that_were_there_before_keep_their_ranks(num_experts, num_ranks):
+    """Whatever a search calls them: only experts that leave their group move."""
+    random = np.random.default_rng(num_experts)
+    before_N = random.permutation(contiguous(num_experts, num_ranks))
+    assert (rank_of(order_of(before_N), num_ranks) == before_N).all()
+    # Ranks of one size may be called otherwise.
+    sizes_W = rank_sizes(num_experts, num_ranks)
+    name_W, full = np.arange(num_ranks), np.flatnonzero(sizes_W == sizes_W[0])
+    name_W[full] = random.permutation(full)
+    after_N = name_W[before_N]
+    assert (keep_ranks(after_N, before_N, num_ranks) == before_N).all()
+    one, other = np.flatnonzero(before_N == 0)[0], np.flatnonzero(before_N == 1)[0]
+    after_N[[one, other]] = after_N[[other, one]]
+    kept_N = keep_ranks(after_N, before_N, num_ranks)
+    assert np.bincount(kept_N).tolist() == sizes_W.tolist()
+    if num_experts // num_ranks > 2:
+        assert np.flatnonzero(kept_N != before_N).tolist() == sorted([one, other])
 
 
 def test_experts_that_nobody_chooses_are_placed_too():

@@ -39,7 +39,7 @@ LOAD_WEIGHTS = (0.0, 0.03, 0.3, 3.0, 1e4)
 """What load above the limit costs, in shares of all pairs. It grows from nothing to more than any
 pair is worth, so that good swaps come first and the limit holds at the end."""
 
-SHAKES = 8
+SHAKES = 40
 """How often a quarter of the experts is mixed and swapped again, to leave a local optimum."""
 
 

@@ -122,7 +122,7 @@ def _place(
     choices: Choices, now: list[np.ndarray], banks: list[int], ep: int, ranks: Ranks
 ) -> dict[int, np.ndarray]:
     """A placement of every bank, by the documents of all ranks that place. Ranks take the banks by
-    turns: one of 127 experts takes a rank about a second."""
+    turns: one of 127 experts takes a rank a few seconds."""
     counts = [
         count_together(chosen_TK[choices.places_T], len(rank_N))
         for chosen_TK, rank_N in zip(choices.layers, now, strict=True)
