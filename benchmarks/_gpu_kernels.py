@@ -158,25 +158,36 @@ def _permute_agrees(run: PhaseRun) -> dict[str, float]:
     return {"unpermute": error}
 
 
-def _cross_entropy_agrees(run: PhaseRun) -> dict[str, float]:
-    tokens, width, vocab = (30, 16, 50) if run.tiny or not run.is_cuda else (4096, 2048, 100352)
-    dtype = torch.bfloat16 if run.is_cuda else torch.float32
+def _head_problem(run: PhaseRun, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, head and targets, a seventh of them ignored."""
+    width, vocab = (16, 50) if tokens < 100 else (PUBLISHED.width, 100352)
     generator = torch.Generator().manual_seed(3)
-    hidden_TD = torch.randn(tokens, width, generator=generator).to(run.device, dtype)
+    hidden_TD = torch.randn(tokens, width, generator=generator).to(run.device, _dtype(run))
     head_VD = torch.randn(vocab, width, generator=generator).mul_(width**-0.5)
-    head_VD = head_VD.to(run.device, dtype).requires_grad_()
-    leaves = (hidden_TD.requires_grad_(), head_VD)
+    head_VD = head_VD.to(run.device, _dtype(run))
     targets_T = torch.randint(vocab, (tokens,), generator=generator).to(run.device)
     targets_T[::7] = -100
+    return hidden_TD.requires_grad_(), head_VD.requires_grad_(), targets_T
+
+
+def _solve_head(
+    hidden_TD: torch.Tensor, head_VD: torch.Tensor, targets_T: torch.Tensor, backend: str
+) -> list[torch.Tensor]:
+    """Loss and gradients."""
+    loss, *_ = linear_cross_entropy(hidden_TD, head_VD, targets_T, 1e-5, backend)
+    return [loss, *torch.autograd.grad(loss, (hidden_TD, head_VD))]
+
+
+def _cross_entropy_agrees(run: PhaseRun) -> dict[str, float]:
+    hidden_TD, head_VD, targets_T = _head_problem(run, 5000 if run.is_cuda and not run.tiny else 30)
     with poisoned_memory():
-        loss, *_ = linear_cross_entropy(hidden_TD, head_VD, targets_T, 0.0)
-        ours = [loss, *torch.autograd.grad(loss, leaves)]
-    wide = [leaf.detach().float().requires_grad_() for leaf in leaves]
-    loss = torch.nn.functional.cross_entropy(wide[0] @ wide[1].t(), targets_T, reduction="sum")
-    theirs = [loss, *torch.autograd.grad(loss, wide)]
+        ours, again = (_solve_head(hidden_TD, head_VD, targets_T, "triton") for _ in range(2))
+    wide_TD, wide_VD = (t.detach().float().requires_grad_() for t in (hidden_TD, head_VD))
+    theirs = _solve_head(wide_TD, wide_VD, targets_T, "torch")
     names = ("loss", "grad hidden", "grad head")
     errors = {name: relative_error(a, b) for name, a, b in zip(names, ours, theirs, strict=True)}
     assert max(errors.values()) < 2e-2, errors
+    assert all(map(torch.equal, ours, again)), "the second call gave other bits"
     return errors
 
 
@@ -222,7 +233,7 @@ def target_of(run: PhaseRun) -> str:
 
 def kernels(run: PhaseRun) -> None:
     """Each launch of a published layer, and the whole layer beside torch's grouped GEMM and a loop
-    over experts, in turn."""
+    over experts, in turn; and the head with its loss beside its twin."""
     shapes = [TINY]
     if run.is_cuda and not run.tiny:
         shapes = [
@@ -233,6 +244,8 @@ def kernels(run: PhaseRun) -> None:
     for shape in shapes:
         run.item(f"launches {shape.describe()}", lambda s=shape: _time_launches(run, s))
         run.item(f"layer {shape.describe()}", lambda s=shape: _time_layer(run, s))
+    for tokens in (16384, 32768) if run.is_cuda and not run.tiny else (30,):
+        run.item(f"head T{tokens}", lambda t=tokens: _time_head(run, t))
 
 
 def _dtype(run: PhaseRun) -> torch.dtype:
@@ -272,6 +285,26 @@ def _time_layer(run: PhaseRun, shape: Shape) -> dict[str, Any]:
         "tflop_s": {name: shape.flops / value / 1e9 for name, value in ms.items()},
         "speedup_over_grouped_mm": ms["grouped_mm"] / ms["triton"],
         "speedup_over_loop": ms["loop"] / ms["triton"],
+    }
+
+
+def _time_head(run: PhaseRun, tokens: int) -> dict[str, Any]:
+    """Forward and backward of head and loss, and the kernel alone on its first block."""
+    task = _head_problem(run, tokens)
+    arms = {name: partial(_solve_head, *task, name) for name in ("triton", "torch")}
+    timings = time_in_turn(arms, 1 if run.tiny else 10, settle=run.settle)
+    ms = {name: timing.median for name, timing in timings.items()}
+    launches: list[Launch] = []
+    with one_thread_of_autograd(), recording(target_of(run), launches.append):
+        _solve_head(*task, "triton")
+    kernel_ms = run.milliseconds(lambda: start(launches[0]))
+    moved = launches[0].cost.bytes_read() + launches[0].cost.bytes_written()
+    flops = 6 * task[0].numel() * task[1].shape[0]
+    return {
+        "ms": ms,
+        "tflop_s": {name: flops / value / 1e9 for name, value in ms.items()},
+        "speedup_over_torch": ms["torch"] / ms["triton"],
+        "kernel": {"ms": kernel_ms, "tb_s": moved / kernel_ms / 1e9},
     }
 
 

@@ -26,10 +26,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def choose_backend(
-    backend: str, tensor: Tensor, num_experts: int, has_megablocks: bool = False
+    backend: str, tensor: Tensor, num_experts: int = 1, has_megablocks: bool = False
 ) -> str:
-    """The backend that runs an operation on `tensor` with this number of routed experts: never
-    `auto`.
+    """The backend that runs an operation on `tensor` with this number of routed experts (1 where it
+    has none): never `auto`.
 
     MegaBlocks brings a grouped GEMM alone: operations without `has_megablocks` take `auto` for it.
 

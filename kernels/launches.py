@@ -1,4 +1,4 @@
-"""What one block of the model launches on a GPU, recorded on tensors without data: the public
+"""What one block of the model and the head launch on a GPU, recorded on tensors without data: the public
 functions are called, forward and backward, and nothing runs.
 
 `compile_check.py` compiles it ahead of time at the published shapes, `warm_up.py` at those of a run
@@ -28,6 +28,7 @@ PUBLISHED = {
     "heads": 16,
     "kv_heads": 16,
     "head_width": 128,
+    "vocab": 100352,
 }
 """One micro-batch of the published model: 4 sequences of 4,096 tokens (spec 1.2, 5)."""
 
@@ -38,7 +39,7 @@ def recorded_launches(
     shapes: Mapping[str, int] | None = None,
     routing: bool | None = None,
 ) -> list[Any]:
-    """The distinct launches of one block, forward and backward.
+    """The distinct launches of one block and of the head with its loss, forward and backward.
 
     Args:
         shapes: what differs from `PUBLISHED`, under its names (a dense block has 0 routed experts);
@@ -59,6 +60,7 @@ def recorded_launches(
 
     with torch.device("meta"), triton_launch.recording(target, remember):
         _pass_rows(sizes, dtype)
+        _use_head(sizes, dtype)
         if sizes["num_experts"]:
             if routing or (routing is None and dtype == torch.float32):
                 _route(sizes)
@@ -171,3 +173,14 @@ def _pass_rows(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
     if sizes["shared"]:
         gate_up_TF, down_HD = leaf(tokens, 2 * sizes["hidden"]), leaf(sizes["hidden"], width)
         swiglu_down(gate_up_TF, down_HD, "triton").backward(x_TD.detach())
+
+
+def _use_head(sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """The head and its loss, with a gradient and without."""
+    from emotrain.kernels.linear_cross_entropy import linear_cross_entropy
+
+    tokens, width = sizes["tokens"], sizes["width"]
+    x_TD, target_T = torch.empty(tokens, width, dtype=dtype), torch.empty(tokens, dtype=torch.int64)
+    head_VD = torch.empty(sizes["vocab"], width, dtype=dtype, requires_grad=True)
+    for head in (head_VD, head_VD.detach()):
+        linear_cross_entropy(x_TD, head, target_T, 0.0, "triton")

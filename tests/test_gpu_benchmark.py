@@ -58,6 +58,7 @@ def test_every_phase_runs_on_a_cpu(whole, gpu):
     for name in ("rms_norm", "rotate_heads", "swiglu_down"):
         row = layers[f"rowwise {name}"]
         assert set(row["ms"]) == {"triton", "twin", "eager"} and len(row["launches"]) == 2
+    assert set(layers["head T30"]["ms"]) == {"triton", "torch"}
 
 
 def test_the_tables_can_be_pasted(whole):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from emotrain.kernels import parcels
 from emotrain.kernels.cost import Cost
+from emotrain.kernels.linear_cross_entropy import linear_cross_entropy
 from emotrain.kernels.permute import permute, unpermute
 from emotrain.kernels.rowwise import rms_norm, rotate_heads, swiglu_down
 from emotrain.kernels.slots import SortedSlots, sort_slots
@@ -178,9 +179,18 @@ def rowwise(_: SortedSlots) -> None:
     swiglu_down(hidden_TF, torch.randn(HIDDEN, WIDTH), "triton").square().sum().backward()
 
 
+def head(_: SortedSlots) -> None:
+    hidden_TD, head_VD = torch.randn(TOKENS, WIDTH), torch.randn(HIDDEN, WIDTH)
+    targets_T = torch.arange(TOKENS) % HIDDEN
+    targets_T[::3] = -100
+    for leaf_VD in (head_VD, head_VD.requires_grad_()):
+        linear_cross_entropy(hidden_TD, leaf_VD, targets_T, 0.1, "triton")
+
+
 @pytest.mark.parametrize(
     ("work", "kernels"),
     [
+        (head, {"cross_entropy"}),
         (experts, {"plan", "combine", *GEMM_KERNELS}),
         (sorting, {"count", "place", "plan", "combine", *GEMM_KERNELS}),
         (travel, {"destination", "pack", "combine", "pick_weights"}),

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emotrain.batch import IGNORE
-from emotrain.kernels import linear_cross_entropy
+from emotrain.kernels import HeadGradient, linear_cross_entropy
+from emotrain.kernels.linear_cross_entropy import add_product
 from emotrain.model.losses import language_model_sums, load_balance_loss, router_loss
 from emotrain.model.router import draw_pool_sizes
+from emotrain.planning.meter import Meter
 
 WIDTH, VOCAB = 7, 33
 
@@ -117,6 +119,73 @@ def test_large_logits_stay_finite_and_no_gradient_is_formed_without_need() -> No
         1e4 * hidden_TD @ head_VD.T, targets_T, ignore_index=IGNORE, reduction="sum"
     )
     torch.testing.assert_close(cross_entropy, expected.detach())
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
+    *leaves, targets_T = head_arguments(6)
+    expected = torch.autograd.grad(cross_entropy_oracle(*leaves, targets_T, 0.1)[0], leaves)
+    leaves[frozen].requires_grad_(False)
+    linear_cross_entropy(*leaves, targets_T, 0.1)[0].backward()
+    assert leaves[frozen].grad is None
+    torch.testing.assert_close(leaves[1 - frozen].grad, expected[1 - frozen])
+
+
+# ---- the head's gradient over micro-batches
+
+
+@pytest.mark.parametrize("schedule", ["joint", "running"])
+def test_micro_batches_that_share_a_head_gradient_add_up(schedule: str) -> None:
+    """All forward passes before the first backward, or by turns; the last micro-batch has no
+    targets. The first backward after a forward brings the head's gradient, the others zeros."""
+    hidden_TD, head_VD, targets_T = head_arguments(12)
+    targets_T[8:] = IGNORE
+    parts = [slice(0, 5), slice(5, 8), slice(8, 12)]
+    expected = torch.autograd.grad(
+        cross_entropy_oracle(hidden_TD, head_VD, targets_T, 0.1)[0] / 7, [hidden_TD, head_VD]
+    )
+    shared, losses, brought = HeadGradient(), [], []
+    head_VD.register_hook(lambda grad_VD: brought.append(bool(grad_VD.any())))
+    for part in parts:
+        loss = linear_cross_entropy(
+            hidden_TD[part], head_VD, targets_T[part], 0.1, head_gradient=shared
+        )[0]
+        losses.append(loss / 7)
+        if schedule == "running":
+            losses.pop().backward()
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close([hidden_TD.grad, head_VD.grad], list(expected))
+    assert brought == [True, schedule == "running", False]
+    assert shared.take() is None
+
+
+def test_a_shared_head_gradient_is_there_once() -> None:
+    """However many forward passes wait for their backward."""
+    hidden_TD, head_VD, targets_T = head_arguments(4)
+    live = []
+    for micro_batches in (1, 5):
+        with Meter() as meter:
+            shared = HeadGradient()
+            kept = [
+                linear_cross_entropy(hidden_TD, head_VD, targets_T, 0.1, head_gradient=shared)
+                for _ in range(micro_batches)
+            ]
+            live.append(meter.live_bytes)
+        del kept
+    of_hidden = hidden_TD.nbytes + 3 * 8  # and three scalars
+    assert live[1] - live[0] == 4 * of_hidden
+
+
+def test_the_gemm_of_a_gpu_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without data, for want of a GPU; tests/gpu multiplies."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    a, b = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((6, 4), (4, 5)))
+    total = torch.empty(6, 5, device="meta")
+    for beta in (0, 1):
+        add_product(total, a, b, beta)
+    with pytest.raises(RuntimeError):
+        add_product(total, b, a, 1)
 
 
 def test_language_model_sums_count_targets() -> None:

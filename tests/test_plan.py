@@ -305,8 +305,8 @@ def test_a_busier_rank_holds_more_where_all_tokens_come_already() -> None:
     # Gate and up side by side in bf16, of four micro-batches: `joint` keeps all.
     hidden = round(0.2 * tokens * chosen) * 2 * settings.model.experts.hidden * 2
     for less, more in ((plain, busy), (busy, busier)):
-        grown = more.at_peak["activations"] - less.at_peak["activations"]
-        assert grown >= layers * less.micro_batches * hidden
+        # Whenever in the step the peak is.
+        assert more.peak_bytes - less.peak_bytes >= layers * less.micro_batches * hidden
         assert more.flops_by_part()["experts"] == pytest.approx(
             less.flops_by_part()["experts"] + plain.flops_by_part()["experts"] / 5, rel=0.01
         )
@@ -415,9 +415,10 @@ def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None
         tokens: peak("running", 16, tokens) - peak("running", 1, tokens) for tokens in (64, 128)
     }
     assert added[64] == added[128]
-    of_one = peak("joint", 2, 64) - peak("joint", 1, 64)
+    # With one micro-batch the peak may be at another time of the step than with several.
+    of_one = peak("joint", 3, 64) - peak("joint", 2, 64)
     assert added[64] < 15 * of_one / 100
-    assert peak("joint", 16, 64) - peak("joint", 1, 64) == 15 * of_one
+    assert peak("joint", 16, 64) - peak("joint", 2, 64) == 14 * of_one
 
 
 def test_memory_is_that_of_real_training() -> None:

@@ -191,8 +191,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_said(tiny_data, tmp_path, m
     real = engine_module.language_model_sums
     calls = iter(range(100))
 
-    def sums(output, head, batch, z_weight):
-        result = real(output, head, batch, z_weight)
+    def sums(*arguments):
+        result = real(*arguments)
         bad = next(calls) == 2
         return engine_module.LossSums(
             result.lm * (torch.nan if bad else 1.0),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.kernels import linear_cross_entropy
+from emotrain.kernels import HeadGradient, linear_cross_entropy
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import Head, ModelOutput
 
@@ -34,16 +34,29 @@ class LossSums:
 
 
 def language_model_sums(
-    output: ModelOutput, head: Head, batch: PackedBatch, z_weight: float
+    output: ModelOutput,
+    head: Head,
+    batch: PackedBatch,
+    z_weight: float,
+    backend: str = "auto",
+    head_gradient: HeadGradient | None = None,
 ) -> LossSums:
-    """Language-model loss sums of a micro-batch (spec 5)."""
+    """Language-model loss sums of a micro-batch (spec 5).
+
+    Args:
+        backend: what runs the cross entropy (`linear_cross_entropy`).
+        head_gradient: shared by the micro-batches of a step, whose losses are all divided by the
+            same count.
+    """
     targets_T = batch.targets_BS.reshape(-1)
 
     def loss(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if torch.is_autocast_enabled(hidden_TD.device.type):
             dtype = torch.get_autocast_dtype(hidden_TD.device.type)
             hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
-        return linear_cross_entropy(hidden_TD, weight_VD, targets_T, z_weight)
+        return linear_cross_entropy(
+            hidden_TD, weight_VD, targets_T, z_weight, backend, head_gradient
+        )
 
     lm, cross_entropy, z = head(output.hidden_TD, loss)
     return LossSums(lm, cross_entropy, z, (targets_T >= 0).sum())

@@ -228,6 +228,18 @@ def gpu_kernels(
             torch.set_autocast_dtype("cuda", torch.bfloat16)
         stack.enter_context(recording(target, count))
         replace_attribute(stack, F, "scaled_dot_product_attention", _attention)
+        # A GEMM that sums in float32 what it multiplies in bfloat16 is an operator of CUDA alone.
+        replace_attribute(
+            stack,
+            sys.modules["emotrain.kernels.linear_cross_entropy"],
+            "add_product",
+            lambda total, a, b, beta: meter.record(
+                "addmm",
+                a.dtype,
+                2 * a.numel() * b.shape[1],
+                a.nbytes + b.nbytes + (1 + beta) * total.nbytes,
+            ),
+        )
         # Code that asks a tensor whether it is on a GPU takes the way it would take there.
         stack.callback(delattr, torch.Tensor, "is_cuda")
         setattr(torch.Tensor, "is_cuda", property(lambda _: True))  # noqa: B010 - mypy: a bool
@@ -254,6 +266,7 @@ def import_launch_code() -> None:
     sys.modules.update({"triton": triton, "triton.language": language})
     try:
         from emotrain.kernels import (  # noqa: F401
+            triton_cross_entropy,
             triton_grouped_mlp,
             triton_parcels,
             triton_routing,

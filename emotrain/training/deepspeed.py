@@ -295,7 +295,8 @@ class _WithLosses(nn.Module):
     ) -> tuple[tuple[Tensor, ...], RoutingReport]:
         with self.autocast:
             output = self.model(batch, request)
-            sums = language_model_sums(output, self.model.head, batch, z_weight)
+            backend = self.model.config.experts.backend
+            sums = language_model_sums(output, self.model.head, batch, z_weight, backend)
         return (sums.lm, sums.cross_entropy, sums.z, sums.num_targets), output.routing
 
 

@@ -19,6 +19,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks, local_part, num_copies
+from emotrain.kernels import HeadGradient
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Transformer
@@ -127,6 +128,7 @@ class NativeEngine:
     ):
         """`bfloat16`: whether forward passes run under autocast to it."""
         self.model, self.optimizer, self.bfloat16 = model, optimizer, bfloat16
+        self._head_gradient = HeadGradient()
 
     @classmethod
     def build(cls, config: Config, ranks: Ranks, fresh: bool) -> NativeEngine:
@@ -143,16 +145,19 @@ class NativeEngine:
 
     def start_step(self) -> None:
         self.model.zero_grad(set_to_none=True)
+        self._head_gradient = HeadGradient()
 
     def forward(
         self, batch: PackedBatch, request: RoutingRequest, z_weight: float
     ) -> tuple[LossSums, RoutingReport]:
-        device = batch.tokens_BS.device.type
+        device, backend = batch.tokens_BS.device.type, self.model.config.experts.backend
         with torch.autocast(device, torch.bfloat16, enabled=self.bfloat16):
             with part(Phase.FORWARD):
                 output = self.model(batch, request)
             with part(Phase.LOSS):
-                sums = language_model_sums(output, self.model.head, batch, z_weight)
+                sums = language_model_sums(
+                    output, self.model.head, batch, z_weight, backend, self._head_gradient
+                )
         return sums, output.routing
 
     def backward(self, loss: Tensor, is_last: bool) -> None:

@@ -80,6 +80,7 @@ def layer_shapes(config: Config, rank: int) -> list[dict[str, int]]:
             "num_chosen": model.chosen_in_layer(layer),
             "shared": model.experts.shared,
             "ranks": ep,
+            "vocab": model.vocab_size,
             "held": experts_of_rank(routed, ep, rank % ep),
         }
         for layer in range(model.num_layers)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from emotrain.distributed.ranks import Ranks
 from emotrain.kernels.grouped_mlp import grouped_mlp
+from emotrain.kernels.linear_cross_entropy import HeadGradient, linear_cross_entropy
 from emotrain.kernels.slots import sort_slots
 from emotrain.model import varlen
 from emotrain.model.initial import fill_normal
@@ -62,6 +63,27 @@ def test_experts_agree_with_their_twin_and_with_themselves(num_tokens, num_exper
     for mine, same, reference in zip(ours, again, wanted, strict=True):
         assert torch.equal(mine, same)
         assert error(mine, reference) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_tokens", "vocab"), [(1, 50), (300, 5000), (1000, 100_352)])
+def test_the_head_agrees_with_its_twin_and_with_itself(num_tokens, vocab, dtype, monkeypatch):
+    """In several blocks, so that the GEMM sums onto what is there."""
+    monkeypatch.setitem(linear_cross_entropy.__globals__, "GPU_BLOCK_BYTES", 256 * vocab * 4)
+    hidden_TD = torch.randn(num_tokens, 256, device="cuda").to(dtype)
+    head_VD = (torch.randn(vocab, 256, device="cuda") / 16).to(dtype)
+    targets_T = torch.randint(vocab, (num_tokens,), device="cuda")
+    targets_T[1::3] = -100
+
+    def run(backend: str, dtype: torch.dtype, shared: HeadGradient | None = None) -> list[Tensor]:
+        leaves = [tensor.to(dtype).detach().requires_grad_() for tensor in (hidden_TD, head_VD)]
+        values = linear_cross_entropy(*leaves, targets_T, 1e-3, backend, shared)
+        return [*values, *torch.autograd.grad(values[0] / num_tokens, leaves)]
+
+    ours, again = run("triton", dtype), run("auto", dtype, HeadGradient())
+    for mine, same, reference in zip(ours, again, run("torch", torch.float64), strict=True):
+        assert torch.equal(mine, same)
+        assert error(mine, reference) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 8])
