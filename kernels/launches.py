@@ -1,5 +1,5 @@
-"""What one block of the model and the head launch on a GPU, recorded on tensors without data: the public
-functions are called, forward and backward, and nothing runs.
+"""What one block of the model and the head launch on a GPU, recorded on tensors without data: the
+public functions are called, forward and backward, and nothing runs.
 
 `compile_check.py` compiles it ahead of time at the published shapes, `warm_up.py` at those of a run
 before its first step.
