@@ -474,3 +474,24 @@ def test_both_published_throughputs_are_predicted() -> None:
     for point in points:
         assert abs(point["error"]) < 0.3, point
         assert point["pessimistic"] < point["measured"] < point["optimistic"], point
+
+
+@pytest.mark.long
+def test_the_shipped_layout_is_planned_at_forty_thousand_tokens_a_second() -> None:
+    """With grouped GEMMs at no more than 0.45 of the peak, and every assumption named."""
+    assert RATES["grouped_gemm"].value <= 0.45
+    done = run_command(
+        "-m",
+        "emotrain.cli",
+        "plan",
+        "configs/emo_1b14b_1t_ep.yaml",
+        "--nodes",
+        "16",
+        "--gpus-per-node",
+        "8",
+        "--json",
+        timeout=400,
+    )
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["tokens_per_second_per_gpu"] >= 40_000 and result["peak_gib"] <= 60
+    assert all(any(f" {name} = " in line for line in result["assumptions"]) for name in RATES)
