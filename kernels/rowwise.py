@@ -68,6 +68,12 @@ def _passes(backend: str, tensor: Tensor) -> Any:
     return triton_rowwise
 
 
+def wide_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x @ weight.T in fp32 at least -> [T, E]. Autograd would keep a wide copy of x; this keeps x,
+    which the experts keep too."""
+    return _WideLinear.apply(x_TD, weight_ED)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_D, eps, passes):
@@ -182,3 +188,17 @@ class InTorch:
 def widened(x: Tensor) -> Tensor:
     """In fp32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD, weight_ED):
+        ctx.save_for_backward(x_TD, weight_ED)
+        return widened(x_TD) @ widened(weight_ED).t()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_TE):
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD = (grad_TE @ widened(weight_ED)).to(x_TD.dtype)
+        return grad_x_TD, (grad_TE.t() @ widened(x_TD)).to(weight_ED.dtype)

@@ -201,6 +201,7 @@ ROOMS = (
     "training",
     "interop",
     "evaluation",
+    "subsets",
     "planning",
     "commands",
 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import cmath
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from emotrain.batch import PackedBatch
 from emotrain.kernels import rotate_heads
 from emotrain.model.attention import document_mask, rotary_table
 from emotrain.model.losses import language_model_sums
-from emotrain.model.router import draw_pool_sizes, select_pool
+from emotrain.model.router import RoutingRequest, draw_pool_sizes, select_pool
 from emotrain.model.transformer import Transformer, parameter_counts
 
 DENSE = {"model__experts__routed": 0, "model__experts__top_k": 0, "model__experts__hidden": 32}
@@ -387,6 +388,31 @@ def test_kept_experts_for_all_and_for_each_document_agree() -> None:
     others_BS = batch.document_BS != 1
     torch.testing.assert_close(only_one[others_BS], logits_of(model, batch)[others_BS])
     assert not torch.allclose(only_one[~others_BS], logits_of(model, batch)[~others_BS])
+
+
+def test_a_subset_is_as_if_the_others_were_not_there() -> None:
+    """Also with pools, statistics and more choices than experts; with the subset's own kernels, so
+    that it equals masking to rounding, and to the bit what is extracted (tests/test_subsets.py)."""
+    model, batch = tiny_model().double(), tiny_batch()
+    subset = [torch.tensor([1, 2, 5, 6]), torch.tensor([0, 7])]
+    kept = [torch.zeros(8, dtype=torch.bool).index_fill(0, ids, True) for ids in subset]
+    for sizes_LG in (None, pool_sizes(model, batch)):
+        masked, alone = (
+            model(batch, pools_of(sizes_LG, kept, details=True)),
+            model(batch, replace(pools_of(sizes_LG, details=True), subset=subset)),
+        )
+        torch.testing.assert_close(alone.hidden_TD, masked.hidden_TD)
+        for one, other in zip(alone.routing.layers, masked.routing.layers, strict=True):
+            for name in ("counts_N", "probability_sum_N", "z_sum", "entropy_sum"):
+                torch.testing.assert_close(getattr(one, name), getattr(other, name))
+            torch.testing.assert_close(
+                one.details.document_scores_GN, other.details.document_scores_GN
+            )
+    both = [torch.ones(8, dtype=torch.bool).index_fill(0, torch.tensor([2, 7]), False)] * 2
+    torch.testing.assert_close(
+        model(batch, RoutingRequest(kept=both, subset=subset)).hidden_TD,
+        model(batch, pools_of(None, [a & b for a, b in zip(both, kept, strict=True)])).hidden_TD,
+    )
 
 
 def test_keeping_the_pool_is_the_pool() -> None:

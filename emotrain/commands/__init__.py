@@ -10,6 +10,8 @@ COMMANDS = {
     "train": "train EMO, a standard MoE or a dense model",
     "inspect": "count a configuration's parameters, memory and FLOPs without building it",
     "evaluate": "loss of each domain with all experts and with its best subsets",
+    "select": "choose the experts that some text needs, as one small file",
+    "extract": "write a checkpoint with only the experts of a subset",
     "report": "write a run's curves and subsets as one HTML page",
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",

@@ -22,7 +22,8 @@ from emotrain.config import ModelConfig, PoolConfig, RouterConfig
 from emotrain.errors import UserError
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision, decided
-from emotrain.kernels.rowwise import widened
+from emotrain.kernels.rowwise import wide_linear
+from emotrain.model.subset import among_all
 
 # ---- what is asked of a router
 
@@ -43,6 +44,8 @@ class LayerRequest:
     """Whether the statistics carry `RoutingDetails`."""
     choices: bool = False
     """Whether the statistics carry the experts that each token chose."""
+    subset_n: Tensor | None = None
+    """int64, ascending: the only experts there are, for every document."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class RoutingRequest:
     z_logits: str = "pool"
     details: bool = False
     choices: bool = False
+    subset: Sequence[Tensor] | None = None
+    """For each layer int64 [n], ascending: the experts of a subset. The layer computes what one
+    that was extracted with these experts computes, to the bit where both run the same kernels."""
 
     def layer(self, index: int, num_documents: int) -> LayerRequest:
         return LayerRequest(
@@ -66,6 +72,7 @@ class RoutingRequest:
             self.z_logits,
             self.details,
             self.choices,
+            None if self.subset is None else self.subset[index],
         )
 
 
@@ -328,23 +335,6 @@ class RoutingReport:
 # ---- the module
 
 
-class _WideLinear(torch.autograd.Function):
-    """x @ weight.T in fp32 at least. Autograd would keep a wide copy of x; this keeps x, which the
-    experts keep too."""
-
-    @staticmethod
-    def forward(ctx, x_TD, weight_ED):
-        ctx.save_for_backward(x_TD, weight_ED)
-        return widened(x_TD) @ widened(weight_ED).t()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_TE):
-        x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD = (grad_TE @ widened(weight_ED)).to(x_TD.dtype)
-        return grad_x_TD, (grad_TE.t() @ widened(x_TD)).to(weight_ED.dtype)
-
-
 class DocumentPoolRouter(nn.Module):
     """Token-choice router whose choices lie inside the pool of the token's document; without a
     pool, a standard one."""
@@ -365,17 +355,26 @@ class DocumentPoolRouter(nn.Module):
     ) -> tuple[Decision, Tensor]:
         """Decide where every token goes -> the decision, and the logits [T, E]. All arithmetic is
         in fp32 or wider, on operands of the type of `x_TD` (spec 1.5)."""
+        weight_ED: Tensor = self.weight_ED
+        num_routed, subset_n = self.num_routed, request.subset_n
+        if subset_n is not None:
+            weight_ED = torch.cat([weight_ED[subset_n], weight_ED[num_routed:]])
+            num_routed = len(subset_n)
+            if request.kept_GN is not None:
+                request = replace(request, kept_GN=request.kept_GN[:, subset_n])
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = _WideLinear.apply(x_TD, self.weight_ED.to(x_TD.dtype))
+            logits_TE = wide_linear(x_TD, weight_ED.to(x_TD.dtype))
             decision = decide(
-                logits_TE[:, : self.num_routed],
+                logits_TE[:, :num_routed],
                 batch,
-                self.num_chosen,
+                min(self.num_chosen, num_routed),
                 self.config,
                 request,
                 self.backend,
             )
-        return decision, logits_TE
+        if subset_n is None:
+            return decision, logits_TE
+        return among_all(decision, logits_TE, subset_n, self.num_routed)
 
     def statistics(
         self, decision: Decision, logits_TE: Tensor, batch: PackedBatch, request: LayerRequest

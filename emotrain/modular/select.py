@@ -60,7 +60,6 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
     )
 
 
-@torch.no_grad()
 def greedy_select(
     model: Transformer,
     batches: Sequence[PackedBatch],
@@ -69,8 +68,21 @@ def greedy_select(
     counts: Sequence[int],
     track: Track[Any] = untracked,
 ) -> Subsets:
+    """The experts of `greedy_ranking`, without their scores."""
+    return greedy_ranking(model, batches, document_group_U, num_groups, counts, track)[0]
+
+
+@torch.no_grad()
+def greedy_ranking(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    document_group_U: Tensor,
+    num_groups: int,
+    counts: Sequence[int],
+    track: Track[Any] = untracked,
+) -> tuple[Subsets, tuple[Tensor, ...]]:
     """The published selection: layer by layer, keep the experts that a group's tokens give the most
-    routing probability.
+    routing probability -> the subsets, and for each layer these mean probabilities, float64 [J, N].
 
     While a layer is ranked, the layers below it already run with the experts that each group keeps,
     so that it is ranked on the hidden states it will see. Ties go to the lower index. Hidden states
@@ -92,22 +104,25 @@ def greedy_select(
         for batch in track(batches, "reading calibration documents")
     ]
     subsets: list[Tensor] = []
+    scores: list[Tensor] = []
     for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
         for state in track(carried, f"ranking experts of layer {layer + 1}/{len(counts)}"):
             state.x_BSD = block.attend(state.x_BSD, state.view)
         num_routed = model.config.routed_in_layer(layer)
-        chosen_JN = torch.ones(num_groups, num_routed, dtype=torch.bool, device=device)
-        if count < model.config.experts_in_layer(layer):
-            probability_JN = _mean_routing(block, carried, num_groups)
+        score_JN = torch.zeros(num_groups, 0, dtype=torch.float64, device=device)
+        chosen_JN = score_JN.bool()
+        if num_routed:
+            score_JN = _mean_routing(block, carried, num_groups)
             chosen_JN = select_pool(
-                probability_JN, torch.full((num_groups,), count - shared, device=device)
+                score_JN, torch.full((num_groups,), count - shared, device=device)
             )
         subsets.append(chosen_JN)
+        scores.append(score_JN)
         if layer + 1 < len(counts):
             for state in carried:
                 request = LayerRequest(kept_GN=chosen_JN[state.group_G] if num_routed else None)
                 state.x_BSD, _ = block.use_experts(state.x_BSD, state.batch, request)
-    return tuple(subsets)
+    return tuple(subsets), tuple(scores)
 
 
 @dataclass

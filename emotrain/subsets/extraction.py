@@ -1,0 +1,185 @@
+"""A checkpoint with some of its experts only: `emotrain extract`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.batch import PackedBatch
+from emotrain.config import Config, PoolConfig, load_config
+from emotrain.errors import UserError
+from emotrain.files import make_writable
+from emotrain.folders import StagedFolder
+from emotrain.model.router import RoutingRequest
+from emotrain.model.transformer import Transformer
+from emotrain.modular.artefact import Subset, read_subset
+from emotrain.progress import Track, untracked
+from emotrain.subsets.selection import require_same_model
+from emotrain.training.checkpoint import find, load_model, load_state
+from emotrain.training.checkpoint_folders import commit_checkpoint, verify
+from emotrain.training.tensor_files import TensorFilesWriter, save_parts
+from emotrain.training.tensor_index import StoredTensors, TensorPart
+
+BY_EXPERT = (".moe.experts.gate_up_NFD", ".moe.experts.down_NHD", ".moe.router.weight_ED")
+"""Parameters with a row for each expert, by the ends of their names."""
+
+CHECK_TOKENS = 256
+"""Tokens of which `check` compares the logits."""
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A checkpoint that was written."""
+
+    path: Path
+    parameters: int
+    full_parameters: int
+    experts_per_layer: tuple[int, ...]
+    max_difference: float | None
+    """Largest difference of a logit from the full model with the other experts masked; None where
+    it was not asked for."""
+
+
+def extract(
+    checkpoint: str | Path,
+    subset_file: str | Path,
+    out: str | Path,
+    *,
+    check: bool = False,
+    track: Track[str] = untracked,
+) -> Extracted:
+    """Write the checkpoint of a subset. No more is read than is written: one expert at a time comes
+    into the tensors of the smaller model.
+
+    Training goes on from it as from any checkpoint, with a new optimizer. Its experts have new
+    numbers, 0 to n - 1, in the order of the old ones; shared experts come last. It draws no pools:
+    a subset is one.
+
+    Raises:
+        UserError: a target that exists, a subset of another checkpoint, or a damaged checkpoint.
+    """
+    folder, subset, out = find(checkpoint), read_subset(subset_file), Path(out)
+    if os.path.lexists(out):
+        raise UserError(f"{out}: exists; remove it or choose another --out")
+    make_writable(out.parent)
+    config = load_config(folder / "config.yaml")
+    require_same_model(subset, folder, config)
+    # Contents of the optimizer's files are not needed.
+    stored = verify(folder, lambda names: [n for n in names if not n.startswith("optimizer-")])
+    smaller = config_of(config, subset)
+    with torch.device("meta"):
+        model = Transformer(smaller.model)
+    model = model.to_empty(device="cpu")
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name in track(list(tensors), "reading the experts that are kept"):
+        _read(folder, stored, name, _rows(name, subset), tensors[name])
+    _write(tensors, folder, out, smaller)
+    return Extracted(
+        out,
+        sum(tensor.numel() for tensor in tensors.values()),
+        sum(tensor.size.numel() for name, tensor in _model_tensors(stored).items()),
+        tuple(len(kept) for kept in subset.experts_kept_per_layer),
+        max_difference(folder, subset, out) if check else None,
+    )
+
+
+def config_of(config: Config, subset: Subset) -> Config:
+    """The configuration of the extracted model."""
+    routed = tuple(len(subset.routed(layer)) for layer in range(len(subset.experts_per_layer)))
+    experts = replace(config.model.experts, routed=max(routed), routed_per_layer=routed)
+    if experts.top_k > experts.routed:
+        experts = replace(experts, top_k=experts.routed)
+    router = replace(config.model.router, pool=PoolConfig(kind="none"))
+    model = replace(config.model, experts=experts, router=router)
+    return replace(config, model=model)
+
+
+def _model_tensors(stored: StoredTensors) -> dict[str, Any]:
+    tensors: Any = stored.metadata.state_dict_metadata
+    return {name: tensors[name] for name in tensors if not name.startswith("exp_avg")}
+
+
+def _rows(name: str, subset: Subset) -> Sequence[int] | None:
+    """Rows of the full parameter that the extracted one has; None for all."""
+    if not name.endswith(BY_EXPERT):
+        return None
+    layer = int(name.split(".")[1])
+    if name.endswith(".weight_ED"):
+        return subset.experts_kept_per_layer[layer]
+    return subset.routed(layer)
+
+
+def _read(
+    folder: Path, stored: StoredTensors, name: str, rows: Sequence[int] | None, target: Tensor
+) -> None:
+    """Fill `target` with rows of a stored tensor, whatever parts it lies in.
+
+    Raises:
+        UserError: the tensor is missing, of another shape or unreadable.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    tensors = _model_tensors(stored)
+    wanted = target.shape if rows is None else (tensors[name].size[0], *target.shape[1:])
+    if name not in tensors or tuple(tensors[name].size) != tuple(wanted):
+        found = tuple(tensors[name].size) if name in tensors else "not there"
+        raise UserError(f"{folder}: {name} is {found}, {tuple(wanted)} by its config.yaml")
+    for index, file in stored.files.items():
+        if index.fqn != name:
+            continue
+        start, *inner = map(int, index.offset or [0] * target.dim())
+        try:
+            with safe_open(folder / file, framework="pt") as reader:
+                part = reader.get_slice(name)
+                length, *sizes = part.get_shape()
+                box = [slice(at, at + size) for at, size in zip(inner, sizes, strict=True)]
+                if rows is None:
+                    target[(slice(start, start + length), *box)] = part[:]
+                    continue
+                for to, row in enumerate(rows):
+                    if start <= row < start + length:
+                        target[to][tuple(box)] = part[row - start]
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(
+                f"{folder / file}: not readable ({error}); use another checkpoint"
+            ) from None
+
+
+def _write(tensors: dict[str, Tensor], source: Path, out: Path, config: Config) -> None:
+    folder, state = StagedFolder(out), load_state(source)
+    try:
+        save_parts(
+            {name: TensorPart.of(tensor) for name, tensor in tensors.items()},
+            TensorFilesWriter(
+                folder.path,
+                folder.make,
+                lambda files, index: commit_checkpoint(
+                    folder, files, index, config, state, 0, source / "tokenizer.json"
+                ),
+            ),
+        )
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.discard()
+        raise
+
+
+@torch.inference_mode()
+def max_difference(checkpoint: Path, subset: Subset, extracted: Path) -> float:
+    """Largest difference of a logit between an extracted model and the full one with the other
+    experts masked, on a few tokens, in fp32 on the CPU."""
+    _, full = load_model(checkpoint)
+    _, small = load_model(extracted)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(full.config.vocab_size, (2, CHECK_TOKENS // 2), generator=generator)
+    batch = PackedBatch.from_rows(tokens)
+    experts = [torch.tensor(subset.routed(layer)) for layer in range(full.config.num_layers)]
+    masked = full.logits(full(batch, RoutingRequest(subset=experts)))
+    return float((masked - small.logits(small(batch))).abs().max())

@@ -1,0 +1,216 @@
+"""A checkpoint and a few documents in, a subset of its experts out: `emotrain select`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emotrain.batch import PackedBatch
+from emotrain.config import Config, ModelConfig
+from emotrain.errors import UserError
+from emotrain.evaluation.perplexity import pack
+from emotrain.evaluation.sweep import choose_device
+from emotrain.files import sha256_of
+from emotrain.model.router import select_pool
+from emotrain.model.transformer import Transformer
+from emotrain.modular.artefact import Calibration, Subset, kept_of
+from emotrain.modular.budget import Budget, read_keep, read_memory, share_out
+from emotrain.modular.scores import CRITERIA, collect_scores
+from emotrain.modular.select import greedy_ranking, random_select
+from emotrain.progress import Track, untracked
+from emotrain.subsets.calibration import CalibrationText, read_calibration
+from emotrain.subsets.fidelity import fidelity
+from emotrain.training.checkpoint import find, load_model
+from emotrain.training.checkpoint_folders import identity
+
+METHODS = ("router", *CRITERIA, "random")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SelectSettings:
+    """What to select."""
+
+    keep: str = ""
+    """See `emotrain.modular.budget.read_keep`."""
+    memory: str = ""
+    """See `read_memory`; instead of `keep`."""
+    method: str = "router"
+    domain: str = ""
+    prompts: tuple[str, ...] = ()
+    documents: int = 64
+    """Most calibration documents."""
+    document_tokens: int = 0
+    """Tokens of a document that count, from its start; 0 for all."""
+    precision: str = "fp32"
+    """Of the weights while experts are scored; the published scripts use bf16."""
+    seed: int = 0
+    """Of `random`."""
+
+    def __post_init__(self) -> None:
+        if bool(self.keep) == bool(self.memory):
+            raise UserError("say how many experts to keep, once: --keep 32 or --memory 4GB")
+        for name, value, choices in (
+            ("method", self.method, METHODS),
+            ("precision", self.precision, tuple(PRECISIONS)),
+        ):
+            if value not in choices:
+                raise UserError(f"{name}={value} is not known; choose one of {', '.join(choices)}")
+        if self.documents < 1:
+            raise UserError(
+                f"documents={self.documents} leaves nothing to choose by; give 1 or more"
+            )
+        if self.document_tokens < 0 or self.document_tokens == 1:
+            raise UserError(
+                f"document_tokens={self.document_tokens} leaves nothing to predict; give at least "
+                f"2, or 0 for whole documents"
+            )
+
+
+def select(
+    checkpoint: str | Path,
+    calibration: str | Path | None,
+    settings: SelectSettings,
+    *,
+    device: str = "auto",
+    micro_batch: int = 0,
+    track: Track[Any] = untracked,
+) -> Subset:
+    """Choose the experts of a checkpoint that calibration text needs, and measure the choice on
+    text that was held back.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run folder (then its newest).
+        calibration: see `read_calibration`; None with `settings.prompts`.
+        micro_batch: rows of one forward pass; 0 means as in training.
+    Raises:
+        UserError: a checkpoint, text or budget that cannot be used.
+    """
+    folder = find(checkpoint)
+    config, model = load_model(folder, choose_device(device))
+    if config.model.experts.sharing != "none":
+        raise UserError(
+            f"{folder}: its layers share experts (model.experts.sharing="
+            f"{config.model.experts.sharing}), of which a layer has no subset of its own"
+        )
+    budget = (
+        read_keep(settings.keep, config.model)
+        if settings.keep
+        else read_memory(settings.memory, config.model)
+    )
+    text = read_calibration(
+        calibration,
+        settings.prompts,
+        config,
+        folder,
+        settings.domain,
+        settings.documents,
+        settings.document_tokens,
+    )
+
+    def packed(documents: Sequence[Any]) -> list[PackedBatch]:
+        rows = micro_batch or config.training.micro_batch
+        length = min(config.data.sequence_length, max(map(len, documents)))
+        return pack(documents, length, rows, config.model.attention.document_mask)
+
+    model = model.to(PRECISIONS[settings.precision])
+    kept, scores, passes = _choose(
+        model, packed(text.choose), len(text.choose), budget, settings, track
+    )
+    measured = fidelity(model, packed(text.measure), kept, len(text.measure), text.held_back, track)
+    return Subset(
+        experts_kept_per_layer=tuple(
+            kept_of(mask_N.nonzero()[:, 0].tolist(), len(mask_N), config.model.experts.shared)
+            for mask_N in kept
+        ),
+        experts_per_layer=_experts_per_layer(config.model),
+        num_shared_experts=config.model.experts.shared,
+        method=settings.method,
+        precision=settings.precision,
+        budget=budget.text,
+        checkpoint=str(folder),
+        checkpoint_fingerprint=identity(folder),
+        tokenizer_fingerprint=tokenizer_fingerprint(folder),
+        calibration=_provenance(text),
+        scores_per_layer=tuple(tuple(score_N.tolist()) for score_N in scores),
+        forward_passes=passes,
+        seed=settings.seed,
+        fidelity=measured,
+    )
+
+
+def _choose(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    num_documents: int,
+    budget: Budget,
+    settings: SelectSettings,
+    track: Track[Any],
+) -> tuple[list[Tensor], list[Tensor], int]:
+    """For each layer bool [N], the experts kept; their scores [N]; and the passes of the
+    calibration text that it took."""
+    config, passes = model.config, 0
+    group_U = torch.zeros(num_documents, dtype=torch.int64)
+    criterion = settings.method if settings.method in CRITERIA else "router_once"
+    scores: list[Tensor] = []
+    if settings.method in CRITERIA or budget.total:
+        found = collect_scores(model, batches, group_U, 1, track)
+        scores, passes = [layer[criterion][0] for layer in found], 1
+    counts = budget.counts or share_out(budget.total, [s.numpy() for s in scores], config)
+    if settings.method == "random":
+        masks = random_select(config, 1, counts, settings.seed)
+        return [mask_JN[0] for mask_JN in masks], [], passes
+    if settings.method == "router":
+        masks, ranking = greedy_ranking(model, batches, group_U, 1, counts, track)
+        scores = [score_JN[0].cpu() for score_JN in ranking]
+        return [mask_JN[0].cpu() for mask_JN in masks], scores, passes + 1
+    shared = config.experts.shared
+    kept = [
+        select_pool(score_N[None], torch.tensor([count - shared]))[0]
+        for score_N, count in zip(scores, counts, strict=True)
+    ]
+    return kept, scores, passes
+
+
+def tokenizer_fingerprint(checkpoint: Path) -> str:
+    """sha256 of a checkpoint's tokenizer; empty without one."""
+    file = checkpoint / "tokenizer.json"
+    return sha256_of(file) if file.is_file() else ""
+
+
+def _provenance(text: CalibrationText) -> Calibration:
+    return Calibration(text.source, text.domain, len(text.choose), text.tokens, text.fingerprint)
+
+
+def _experts_per_layer(config: ModelConfig) -> tuple[int, ...]:
+    return tuple(map(config.experts_in_layer, range(config.num_layers)))
+
+
+def require_same_model(subset: Subset, folder: Path, config: Config) -> None:
+    """Refuse a subset of another checkpoint.
+
+    Raises:
+        UserError: another model, weights or tokenizer.
+    """
+    if subset.experts_per_layer != _experts_per_layer(config.model) or (
+        subset.num_shared_experts != config.model.experts.shared
+    ):
+        raise UserError(
+            f"{folder}: has {_experts_per_layer(config.model)} experts a layer, the subset is of a "
+            f"model with {subset.experts_per_layer}; give the checkpoint it was selected from, "
+            f"{subset.checkpoint}"
+        )
+    for what, own, selected in (
+        ("weights", identity(folder), subset.checkpoint_fingerprint),
+        ("a tokenizer", tokenizer_fingerprint(folder), subset.tokenizer_fingerprint),
+    ):
+        if own != selected:
+            raise UserError(
+                f"{folder}: has other {what.removeprefix('a ')} than the checkpoint that the "
+                f"subset was selected from, {subset.checkpoint}; give that one"
+            )
