@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from emotrain.data import formats
+from emotrain.data import checks, formats
 from emotrain.data.formats import Dataset
 from emotrain.data.manifest import ShardInfo, token_dtype, write_manifest
 from emotrain.data.shards import write_shard
@@ -117,7 +117,7 @@ def test_arrays_outlive_the_mapping_limit(folder, monkeypatch):
 def test_checksums_are_checked_once_a_shard(folder, monkeypatch):
     hashed = []
     monkeypatch.setattr(
-        formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
+        checks, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
     )
     monkeypatch.setattr(formats, "MAX_OPEN_SHARDS", 1)
     dataset = Dataset(folder)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.kernels import SortedSlots, cpu_grouped_mlp, grouped_mlp, sort_slots
-from emotrain.kernels.grouped_mlp import _grouped_mm_mlp
+from emotrain.kernels.grouped_mm import grouped_mm_mlp
 from emotrain.model.moe import SharedExperts
 
 NUM_EXPERTS, WIDTH, HIDDEN, CHOSEN = 5, 8, 16, 3
@@ -95,7 +95,7 @@ def run_grouped_mm(
     x_TD: Tensor, weights_TK: Tensor, slots: SortedSlots, gate_up_NFD: Tensor, down_NHD: Tensor
 ) -> Tensor:
     """The path of a GPU; grouped_mm runs on a CPU too."""
-    return _grouped_mm_mlp(
+    return grouped_mm_mlp(
         x_TD, weights_TK.reshape(-1)[slots.slot_R].to(x_TD.dtype), slots, gate_up_NFD, down_NHD
     )
 

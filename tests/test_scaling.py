@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 from test_data_formats import edit, make_dataset
 
-from emotrain.data import formats, shards
+from emotrain.data import checks, formats, shards
 from emotrain.data.formats import Dataset
 from emotrain.data.loader import Loader
 from emotrain.files import sha256_of
@@ -28,7 +28,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 @pytest.fixture
 def small_blocks(monkeypatch):
     """A block holds 32 tokens or 8 offsets."""
-    monkeypatch.setattr(shards, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_shards_without_checksums_of_blocks_are_hashed_as_a_whole_once(folder, m
         lambda manifest: [shard.pop("sums") for shard in manifest["splits"]["train"]["shards"]],
     )
     monkeypatch.setattr(
-        formats, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
+        checks, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
     )
     assert windows(folder) == right
     assert sorted(hashed) == ["shard-00000.arrow", "shard-00001.arrow"]
@@ -162,11 +162,11 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     def refuse(*_):
         raise AssertionError("all of a shard was read")
 
-    hashed, block_sums = [], shards.block_sums
-    monkeypatch.setattr(formats, "sha256_of", refuse)
-    monkeypatch.setattr(formats, "_check_contents", refuse)
+    hashed, block_sums = [], formats.block_sums
+    monkeypatch.setattr(formats, "check_checksum", refuse)
+    monkeypatch.setattr(formats, "check_contents", refuse)
     monkeypatch.setattr(
-        shards, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
+        formats, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
     )
     loader = Loader(folder, SEQUENCE, 0)
     assert loader.fingerprint and hashed == []
@@ -183,7 +183,7 @@ def test_few_shards_stay_open(tmp_path):
 
 
 def test_the_first_missing_shard_of_many_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "STAT_CHUNK", 4)
+    monkeypatch.setattr(checks, "STAT_CHUNK", 4)
     make_dataset(tmp_path / "data", shards=[2] * 40, valid=0)
     for number in (37, 21, 22):
         (tmp_path / f"data/train/shard-{number:05d}.arrow").unlink()

@@ -33,22 +33,25 @@ import base64
 import binascii
 import hashlib
 import json
-import os
-import stat
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from emotrain.data import shards
+from emotrain.data.checks import (
+    UNORDERED,
+    check_checksum,
+    check_contents,
+    check_sizes,
+    refuse,
+)
 from emotrain.data.manifest import (
     MANIFEST,
     SPLITS,
@@ -57,7 +60,7 @@ from emotrain.data.manifest import (
     read_manifest,
     token_dtype,
 )
-from emotrain.errors import MissingFileError, UserError
+from emotrain.errors import UserError
 from emotrain.files import sha256_of
 
 if TYPE_CHECKING:
@@ -66,15 +69,17 @@ if TYPE_CHECKING:
     from emotrain.data.tokenizer import TextTokenizer
 
 
+BLOCK_BYTES = 2**16
+"""Tokens or offsets under one checksum: a few sequences of tokens, hashed in under 0.1 ms. Part
+of the format."""
+SUM_BYTES = 8
+"""Of a block's sha256 that are kept: they find damage. It is the manifest's sha256 that names
+the contents."""
+
 MAX_OPEN_SHARDS = 32
 """Shards mapped at a time. Mapping again takes about a millisecond. The pages of a map that were
 touched, some 4 MB, count as memory of the process, and of thousands of shards hardly one is open
 when the order comes back to it, however many stay open."""
-
-
-STAT_THREADS, STAT_CHUNK = 16, 256
-"""Sizes of files are asked for by so many threads, so many files at a time: on a network file
-system each is a round trip."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ class Shard:
     domains: list[str]
     sources: pa.StringArray
     sums: dict[str, bytes] | None
-    """`tokens` and `offsets`: shards.SUM_BYTES for each of their blocks; None where the file does
+    """`tokens` and `offsets`: SUM_BYTES for each of their blocks; None where the file does
     not hold those that the manifest names."""
     batch: pa.RecordBatch
     """What the arrays are views of."""
@@ -102,11 +107,11 @@ class Shard:
         if self.sums is None:
             return False
         values, sums = getattr(self, name), self.sums[name]
-        size = shards.BLOCK_BYTES // values.itemsize
+        size = BLOCK_BYTES // values.itemsize
         first, last = start // size, -(-stop // size)
         return (
-            shards.block_sums(values[first * size : last * size])
-            == sums[first * shards.SUM_BYTES : last * shards.SUM_BYTES]
+            block_sums(values[first * size : last * size])
+            == sums[first * SUM_BYTES : last * SUM_BYTES]
         )
 
 
@@ -144,7 +149,7 @@ class Dataset:
                 f"{tokenizer}: its sha256 is not the one in {MANIFEST}; restore the tokenizer of "
                 f"this data set"
             )
-        self._check_sizes([info for split in SPLITS for info in self.shards[split]])
+        check_sizes(self.path, [info for split in SPLITS for info in self.shards[split]])
         self._open: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
@@ -231,7 +236,7 @@ class Dataset:
             shard.is_intact("tokens", start, stop) and shard.is_intact("offsets", first, last + 1)
         )
         if not intact:
-            _refuse(
+            refuse(
                 path,
                 f"tokens {start} to {stop} are not those that were written, its bytes have changed",
             )
@@ -240,7 +245,7 @@ class Dataset:
         # The search found offsets[0] <= start and stop <= offsets[-1], in whatever order the others
         # are.
         if len(offsets) < 2 or (np.diff(offsets) < 1).any():
-            _refuse(path, UNORDERED)
+            refuse(path, UNORDERED)
         edges = offsets.copy()
         edges[0], edges[-1] = start, stop
         return tokens, first, np.diff(edges)
@@ -316,64 +321,17 @@ class Dataset:
             self._open.popitem(last=False)
         return shard
 
-    def _check_sizes(self, infos: list[ShardInfo]) -> None:
-        """Every shard is there and has its size."""
-
-        def check(chunk: list[ShardInfo]) -> None:
-            for info in chunk:
-                path = f"{self.path}/{info.file}"
-                try:
-                    found = os.stat(path)
-                except (FileNotFoundError, NotADirectoryError):
-                    found = None
-                if found is None or not stat.S_ISREG(found.st_mode):
-                    raise MissingFileError(
-                        f"{path}: shard is missing; restore it or run `emotrain prepare` again"
-                    )
-                if found.st_size != info.bytes:
-                    raise UserError(
-                        f"{path}: has {found.st_size} bytes, {MANIFEST} says {info.bytes}; copy it "
-                        f"again or run "
-                        f"`emotrain prepare` again"
-                    )
-
-        with ThreadPoolExecutor(STAT_THREADS) as pool:
-            list(
-                pool.map(
-                    check,
-                    (
-                        infos[start : start + STAT_CHUNK]
-                        for start in range(0, len(infos), STAT_CHUNK)
-                    ),
-                )
-            )
-
     def _check_whole(self, split: str, index: int, hashed: bool) -> None:
         """All of a shard; with `hashed` its bytes are those that were written, and its ids lie
         in the vocabulary."""
         info = self._infos(split)[index]
-        if hashed:
-            self._check_checksum(info)
-        shard = self._mapped(split, index)
-        _check_contents(self.path / info.file, shard)
-        if hashed:
-            _check_ids(self.path / info.file, shard.tokens, self.vocab_size)
-
-    def _check_checksum(self, info: ShardInfo) -> None:
         path = self.path / info.file
-        found = sha256_of(path)
-        if found != info.sha256:
-            raise UserError(
-                f"{path}: its bytes have changed since {MANIFEST} was written (sha256 "
-                f"{found[:12]}…); copy it again or run `emotrain prepare` again"
-            )
-
-
-UNORDERED = "has document offsets that do not rise from 0 to its number of tokens"
-
-
-def _refuse(path: Path, fault: str) -> NoReturn:
-    raise UserError(f"{path}: {fault}; copy the shard again or run `emotrain prepare` again")
+        if hashed:
+            check_checksum(path, info)
+        shard = self._mapped(split, index)
+        check_contents(path, shard.batch, shard.offsets)
+        if hashed:
+            _check_ids(path, shard.tokens, self.vocab_size)
 
 
 def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
@@ -384,9 +342,9 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if reader.num_record_batches != 1:
-            _refuse(path, f"has {reader.num_record_batches} record batches, a shard has one")
-        if not reader.schema.equals(shards.schema(dtype)):
-            _refuse(
+            refuse(path, f"has {reader.num_record_batches} record batches, a shard has one")
+        if not reader.schema.equals(schema(dtype)):
+            refuse(
                 path,
                 f"has columns ({', '.join(f'{f.name}: {f.type}' for f in reader.schema)}), not "
                 f"those of {dtype} shards",
@@ -399,24 +357,24 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
             any(batch.column(i).null_count for i in range(batch.num_columns))
             or column.values.null_count
         ):
-            _refuse(path, "has null values")
+            refuse(path, "has null values")
         metadata = reader.schema.metadata or {}
         sums = {
             name: base64.b64decode(metadata.get(f"{name}_sums".encode(), b""))
             for name in ("tokens", "offsets")
         }
     except (pa.ArrowException, OSError, UnicodeDecodeError, binascii.Error) as error:
-        _refuse(path, f"is not a readable Arrow file ({' '.join(str(error).split())})")
+        refuse(path, f"is not a readable Arrow file ({' '.join(str(error).split())})")
     tokens = column.values.to_numpy(zero_copy_only=True)
     offsets = column.offsets.to_numpy(zero_copy_only=True)
     if (batch.num_rows, len(tokens)) != (info.documents, info.tokens):
-        _refuse(
+        refuse(
             path,
             f"holds {batch.num_rows} documents and {len(tokens)} tokens, {MANIFEST} says "
             f"{info.documents} and {info.tokens}",
         )
     if offsets[0] != 0 or offsets[-1] != len(tokens):
-        _refuse(path, UNORDERED)
+        refuse(path, UNORDERED)
     domain_of, domains = domain.indices.to_numpy(zero_copy_only=True), domain.dictionary.to_pylist()
     return Shard(
         tokens,
@@ -424,21 +382,9 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         domain_of,
         domains,
         batch.column("source"),
-        sums if shards.sha256_of_sums(sums) == info.sums else None,
+        sums if sha256_of_sums(sums) == info.sums else None,
         batch,
     )
-
-
-def _check_contents(path: Path, shard: Shard) -> None:
-    """Check everything about a shard but the values of its tokens; linear in documents."""
-    import pyarrow as pa
-
-    try:
-        shard.batch.validate(full=True)  # offsets, UTF-8 and domain codes
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        _refuse(path, f"is not a readable Arrow file ({' '.join(str(error).split())})")
-    if (np.diff(shard.offsets) < 1).any():
-        _refuse(path, UNORDERED)
 
 
 def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
@@ -448,3 +394,26 @@ def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
             f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` "
             f"again"
         )
+
+
+def schema(dtype: np.dtype) -> pa.Schema:
+    import pyarrow as pa
+
+    return pa.schema(
+        [
+            ("tokens", pa.large_list(pa.from_numpy_dtype(dtype))),
+            ("domain", pa.dictionary(pa.int32(), pa.string())),
+            ("source", pa.string()),
+        ]
+    )
+
+
+def block_sums(values: np.ndarray) -> bytes:
+    """The checksums of an array's blocks of BLOCK_BYTES, SUM_BYTES each, one after the other."""
+    content = np.ascontiguousarray(values).view(np.uint8).data
+    blocks = (content[start : start + BLOCK_BYTES] for start in range(0, len(content), BLOCK_BYTES))
+    return b"".join(hashlib.sha256(block).digest()[:SUM_BYTES] for block in blocks)
+
+
+def sha256_of_sums(sums: dict[str, bytes]) -> str:
+    return hashlib.sha256(sums["tokens"] + sums["offsets"]).hexdigest()

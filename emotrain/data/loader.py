@@ -34,11 +34,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +46,7 @@ from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
 from emotrain.data.formats import Dataset
 from emotrain.data.manifest import TOKENIZER
+from emotrain.data.prefetch import Prefetcher
 from emotrain.errors import UserError
 
 
@@ -250,44 +249,6 @@ class Loader:
         return [
             range(start, start + micro_batch) for start in range(first, first + share, micro_batch)
         ]
-
-
-class Prefetcher(Iterator[list[PackedBatch]]):
-    """Makes steps on a thread, up to `depth` of them ahead. Closing it, or leaving its `with`
-    block, ends the thread."""
-
-    def __init__(self, make: Callable[[int], list[PackedBatch]], steps: range, depth: int):
-        self._make, self._steps = make, iter(steps)
-        self._thread = ThreadPoolExecutor(1, "emotrain-loader")
-        self._ahead: deque[Future[list[PackedBatch]]] = deque()
-        for _ in range(depth):
-            self._start_another()
-
-    def _start_another(self) -> None:
-        for step in islice(self._steps, 1):
-            self._ahead.append(self._thread.submit(self._make, step))
-
-    def __next__(self) -> list[PackedBatch]:
-        try:
-            if not self._ahead:
-                raise StopIteration
-            made = self._ahead.popleft().result()
-        except BaseException:
-            self.close()
-            raise
-        self._start_another()
-        return made
-
-    def close(self) -> None:
-        """End the thread after the step that it is making. Calling it again does nothing."""
-        self._ahead.clear()
-        self._thread.shutdown(cancel_futures=True)
-
-    def __enter__(self) -> Prefetcher:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 # ---- shuffles that are pure functions of a seed: no state, no stored permutation

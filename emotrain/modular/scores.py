@@ -117,8 +117,7 @@ def _expert_outputs(
     for choice, weight_T in zip(
         decision.experts_TK.unbind(1), decision.weights_TK.unbind(1), strict=True
     ):
-        counts_N = torch.bincount(choice, minlength=num_routed + 1)[:num_routed]
-        slots = sort_slots(choice[:, None], counts_N)
+        slots = sort_slots(choice[:, None], num_routed)
         y_TD = experts(x_TD, torch.ones_like(weight_T)[:, None], slots)
         norms.append(torch.linalg.vector_norm(y_TD, dim=1, dtype=torch.float64))
         routed_TD = routed_TD + (y_TD * weight_T[:, None].to(y_TD.dtype))
