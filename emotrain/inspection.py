@@ -24,7 +24,7 @@ def run_costs(config: Config) -> dict[str, Any]:
     Memory is that of one whole copy, in bytes: fp32 weights and gradients, and two fp32 moments of
     AdamW. Activations are not in it. FLOPs are those of forward and backward.
     """
-    from emotrain.model.transformer import parameter_counts
+    from emotrain.model.counts import parameter_counts
     from emotrain.training.metrics import flops_per_token
 
     counts, anneals = parameter_counts(config.model), bool(config.anneal.checkpoint)

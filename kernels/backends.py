@@ -65,28 +65,6 @@ def choose_backend(
     return backend
 
 
-def check_operands(operation: str, *tensors: Tensor, rows: Tensor | None = None) -> None:
-    """Refuse operands of a Triton kernel that are not contiguous, or differ in dtype or device.
-
-    Args:
-        rows: an operand of which each row alone has to be contiguous.
-    """
-    first = tensors[0]
-    for tensor in tensors if rows is None else (rows, *tensors):
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise UserError(
-                f"{operation} got {first.dtype} on {first.device} with {tensor.dtype} on "
-                f"{tensor.device}; "
-                f"give one dtype (bfloat16 or float32) on one device"
-            )
-        if not (tensor.stride(-1) == 1 if tensor is rows else tensor.is_contiguous()):
-            raise UserError(
-                f"{operation} got strides {tuple(tensor.stride())} for shape "
-                f"{tuple(tensor.shape)}; only contiguous "
-                f"tensors are supported, call .contiguous() first"
-            )
-
-
 def require_triton() -> None:
     if not HAS_TRITON:
         raise MissingPackageError("the Triton kernels need Triton: pip install 'emotrain[kernels]'")

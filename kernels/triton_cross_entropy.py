@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emotrain.kernels.backends import check_operands
 from emotrain.kernels.cost import Cost
-from emotrain.kernels.triton_launch import launch
+from emotrain.kernels.triton_launch import check_operands, launch
 
 LANES, WARPS = 1024, 16
 """Logits that a program holds at a time, in pieces of 16 bytes: two pieces a thread. Each lane has

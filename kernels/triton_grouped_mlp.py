@@ -27,7 +27,6 @@ import torch
 import triton
 from torch import Tensor
 
-from emotrain.kernels.backends import check_operands
 from emotrain.kernels.cost import Cost
 from emotrain.kernels.slots import SortedSlots
 from emotrain.kernels.triton_grouped_gemms import (
@@ -36,7 +35,7 @@ from emotrain.kernels.triton_grouped_gemms import (
     rows_kernel,
     weight_grad_kernel,
 )
-from emotrain.kernels.triton_launch import float32_precision, launch, tuned
+from emotrain.kernels.triton_launch import check_operands, float32_precision, launch, tuned
 from emotrain.kernels.triton_permute import SlotPlan, combine_rows, plan_slots
 from emotrain.kernels.tuning import TileConfig
 

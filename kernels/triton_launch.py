@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emotrain.errors import UserError
 from emotrain.kernels import tuning
 from emotrain.kernels.cost import Cost
 from emotrain.kernels.tuning import TileConfig
@@ -118,3 +119,25 @@ def float32_precision() -> str:
     """How tensor cores multiply float32: as `torch.set_float32_matmul_precision` says, in one TF32
     product or in three, whose result is as exact as float32 itself. (bfloat16 is not affected.)"""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def check_operands(operation: str, *tensors: Tensor, rows: Tensor | None = None) -> None:
+    """Refuse operands of a Triton kernel that are not contiguous, or differ in dtype or device.
+
+    Args:
+        rows: an operand of which each row alone has to be contiguous.
+    """
+    first = tensors[0]
+    for tensor in tensors if rows is None else (rows, *tensors):
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise UserError(
+                f"{operation} got {first.dtype} on {first.device} with {tensor.dtype} on "
+                f"{tensor.device}; "
+                f"give one dtype (bfloat16 or float32) on one device"
+            )
+        if not (tensor.stride(-1) == 1 if tensor is rows else tensor.is_contiguous()):
+            raise UserError(
+                f"{operation} got strides {tuple(tensor.stride())} for shape "
+                f"{tuple(tensor.shape)}; only contiguous "
+                f"tensors are supported, call .contiguous() first"
+            )

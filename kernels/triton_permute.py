@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emotrain.kernels.backends import check_operands
 from emotrain.kernels.cost import Cost
 from emotrain.kernels.slots import SortedSlots
-from emotrain.kernels.triton_launch import launch
+from emotrain.kernels.triton_launch import check_operands, launch
 
 PLAN_BLOCK = 128
 """Slots and tiles of one program of `plan_kernel`."""

@@ -15,6 +15,7 @@ import torch
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict
+from emotrain.distributed.joining import join
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint, start
@@ -281,15 +282,15 @@ def test_tasks_that_do_not_know_of_each_other_are_told_how_to_start(variables, m
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(UserError, match=r"this is one of \d tasks.*torchrun"):
-        Ranks.join("cpu")
+        join("cpu")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert Ranks.join("cpu").world_size == 1
+    assert join("cpu").world_size == 1
 
 
 def test_a_world_size_that_is_no_number_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(UserError, match="WORLD_SIZE='abc' must be a whole number"):
-        Ranks.join("cpu")
+        join("cpu")
 
 
 # ---- other steps, other data

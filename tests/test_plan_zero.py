@@ -12,7 +12,7 @@ from helpers import tiny_config
 
 from emotrain.commands import plan as plan_command
 from emotrain.config import Config
-from emotrain.model.transformer import parameter_counts
+from emotrain.model.counts import parameter_counts
 from emotrain.planning.hardware import Cluster, Reserve, find_gpu
 from emotrain.planning.plan import Plan
 from emotrain.planning.search import advice

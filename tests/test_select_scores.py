@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from emotrain.config import ExpertsConfig, ModelConfig
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
+from emotrain.model.counts import parameter_counts
 from emotrain.model.router import LayerRequest
-from emotrain.model.transformer import Transformer, parameter_counts
+from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Calibration, Fidelity, Subset, kept_of, read_subset
 from emotrain.modular.budget import parameters_kept, read_keep, read_memory, share_out
 from emotrain.modular.scores import CRITERIA, collect_scores

@@ -17,9 +17,10 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.kernels import rotate_heads
 from emotrain.model.attention import document_mask, rotary_table
+from emotrain.model.counts import parameter_counts
 from emotrain.model.losses import language_model_sums
 from emotrain.model.router import RoutingRequest, draw_pool_sizes, select_pool
-from emotrain.model.transformer import Transformer, parameter_counts
+from emotrain.model.transformer import Transformer
 
 DENSE = {"model__experts__routed": 0, "model__experts__top_k": 0, "model__experts__hidden": 32}
 STANDARD = {"model__router__pool__kind": "none"}

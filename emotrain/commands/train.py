@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.config import load_config, warnings_of
-    from emotrain.distributed.ranks import Ranks
+    from emotrain.distributed.joining import join
     from emotrain.training.run import train
 
     engine: dict[str, Any] = {}
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
         engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
     config = load_config(args.config, args.settings)
-    with Ranks.join(config.training.device, config.training.collective_timeout_s) as ranks:
+    with join(config.training.device, config.training.collective_timeout_s) as ranks:
         for line in warnings_of(config) if ranks.is_first else ():
             logging.getLogger(__name__).warning("warning: %s", line)
         summary = train(config, ranks, **engine)

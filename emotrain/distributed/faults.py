@@ -2,7 +2,7 @@
 not finite.
 
 torch keeps a record of the last collectives of a process (its flight recorder, on from
-`Ranks.join`); the collective at fault is named from it, whoever started it: this code, FSDP inside
+`join`); the collective at fault is named from it, whoever started it: this code, FSDP inside
 of backward, or the exchange of tokens. On a CPU the error of a collective is raised where it is
 waited for. On a GPU nothing is raised: the host waits for the device for ever, until torch's
 watchdog aborts the process without knowing the step. There `_Watch` looks at the record from time

@@ -140,7 +140,7 @@ def limit_collectives(groups: Iterable[ProcessGroup], timeout_s: float) -> None:
     """Give groups the limit of the default group, which they do not take over from it."""
     from torch.distributed import get_backend
 
-    from emotrain.distributed.ranks import limit_of
+    from emotrain.distributed.joining import limit_of
 
     for group in groups:
         group.set_timeout(limit_of(get_backend(group), timeout_s))

@@ -74,7 +74,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 def headline(config: Config, metrics: Sequence[Mapping[str, Any]]) -> str:
     """What was trained, in one sentence."""
-    from emotrain.model.transformer import parameter_counts
+    from emotrain.model.counts import parameter_counts
 
     model, experts, pool = config.model, config.model.experts, config.model.pool
     counts = parameter_counts(model)

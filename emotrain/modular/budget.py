@@ -95,7 +95,7 @@ def read_memory(text: str, config: ModelConfig, bytes_a_value: int = 4) -> Budge
 
 def parameters_kept(config: ModelConfig, counts: Sequence[int]) -> int:
     """Parameters of the model with `counts` experts a layer, shared ones included."""
-    from emotrain.model.transformer import parameter_counts
+    from emotrain.model.counts import parameter_counts
 
     total = parameter_counts(config)["total_parameters"]
     # An expert is its two matrices and its row of the router.

@@ -20,7 +20,8 @@ from typing import Any
 
 from emotrain.config import Config
 from emotrain.distributed.mesh import Layout, Meshes
-from emotrain.model.transformer import Transformer, parameter_counts
+from emotrain.model.counts import parameter_counts
+from emotrain.model.transformer import Transformer
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import Cluster, Reserve
 from emotrain.planning.plan import Plan, make_plan

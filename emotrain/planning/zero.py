@@ -24,7 +24,8 @@ from torch.distributed.fsdp import fully_shard
 
 from emotrain.config import Config
 from emotrain.distributed.mesh import Meshes
-from emotrain.model.transformer import Transformer, parameter_counts
+from emotrain.model.counts import parameter_counts
+from emotrain.model.transformer import Transformer
 from emotrain.planning.cost import Work
 from emotrain.planning.dry_run import Measured, dry_run
 from emotrain.planning.hardware import Cluster

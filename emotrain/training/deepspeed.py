@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
+from emotrain.distributed.joining import limit_of
 from emotrain.distributed.mesh import Layout, limit_collectives
 from emotrain.distributed.parallelize import parallelize
-from emotrain.distributed.ranks import Ranks, limit_of
+from emotrain.distributed.ranks import Ranks
 from emotrain.errors import MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest

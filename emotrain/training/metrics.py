@@ -17,8 +17,8 @@ from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import WriteError
 from emotrain.files import json_text, write_whole
+from emotrain.model.counts import parameter_counts
 from emotrain.model.router import RoutingReport
-from emotrain.model.transformer import parameter_counts
 from emotrain.progress import ProgressBar
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from emotrain.config import Config, save_config
 from emotrain.data.loader import Loader
 from emotrain.data.source import DataSource
 from emotrain.distributed.faults import collective_errors, report_not_finite
+from emotrain.distributed.joining import join
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint
@@ -56,7 +57,7 @@ def train(
         UserError: settings, data or a checkpoint that cannot be used. OSError: disk full or not
             writable. RunError: too many updates in a row were not finite.
     """
-    ranks = ranks or Ranks.join(config.training.device, config.training.collective_timeout_s)
+    ranks = ranks or join(config.training.device, config.training.collective_timeout_s)
     setup = config.training
     run_dir, under_way = Path(setup.run_dir), Progress()
     check_run(config, ranks)
