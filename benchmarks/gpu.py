@@ -10,7 +10,7 @@
     kernels       each launch of a published layer; the layer beside torch's grouped GEMM and a loop
     tune          every tile worth timing; prints the table to paste into kernels/tuning.py
     model         a layer at full width, time and memory, beside the plan's and transformers' OLMoE
-    rates         prints the entries of emotrain/planning/hardware.py as measured
+    rates         the entries of emotrain/planning/hardware.py as measured; --apply writes them
     determinism   whether two runs give the same bits
     train         a run to its end, beside a CPU's, resumed, its checkpoint read on a CPU
 
@@ -106,6 +106,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="tiny sizes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--here", action="store_true", help="phases in this process, on a GPU too")
+    parser.add_argument(
+        "--apply", action="store_true", help="write what rates measured into hardware.py"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON object ends standard output")
     args = parser.parse_args(argv)
     args.phases = args.phases.split(",")
@@ -114,6 +117,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{name} is no phase; choose of {', '.join(SHARES)}")
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu is a rehearsal at tiny sizes: add --tiny")
+    if args.apply and args.tiny:
+        parser.error("--apply is for measurements, and --tiny is a rehearsal: leave one out")
     return args
 
 
@@ -193,6 +198,11 @@ def main(argv: list[str] | None = None) -> int:
         contents[phase] = read_phase(path) or {}
     result = summary(contents, settings)
     log(describe(result))
+    if args.apply and result["hardware_rates"]:
+        from _gpu_apply import apply_rates
+
+        path = ROOT / "emotrain/planning/hardware.py"
+        log(f"{path}: {', '.join(apply_rates(result['hardware_rates'], path))} as measured")
     if args.json:
         print(json.dumps(result))
     return 1 if result["failed"] else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,26 @@ def test_the_tables_can_be_pasted(whole):
         falls = RATES[name].optimistic < RATES[name].pessimistic
         assert ordered == sorted(ordered, reverse=falls), name
         assert rate.kind == "measured" and "not timed" not in rate.meaning
+
+
+def test_measured_rates_take_the_place_of_assumed_ones(whole, gpu, tmp_path, capsys):
+    from _gpu_apply import apply_rates
+
+    from emotrain.planning.hardware import RATES, Rate
+
+    entries = whole[1]["hardware_rates"]
+    measured = eval("{" + entries + "}", {"Rate": Rate})
+    file = tmp_path / "hardware.py"
+    file.write_text((ROOT / "emotrain/planning/hardware.py").read_text())
+    for _ in range(2):  # what was measured is measured again
+        assert set(apply_rates(entries, file)) == set(measured)
+        written = runpy.run_path(str(file), run_name="emotrain.planning.hardware")["RATES"]
+        shown = {name: vars(rate) for name, rate in written.items()}
+        assert shown == {name: vars(rate) for name, rate in (RATES | measured).items()}
+    assert max(map(len, file.read_text().splitlines())) <= 100
+    with pytest.raises(SystemExit):
+        gpu.main(["--tiny", "--device", "cpu", "--apply"])
+    assert "--apply is for measurements" in capsys.readouterr().err
 
 
 def test_the_same_command_goes_on(whole, gpu, capsys):
