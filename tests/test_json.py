@@ -57,6 +57,8 @@ KEYS = {
     "verify": "whole checkpoints leftovers",
     "import": "checkpoint folder layout tensors parameters bytes files dtypes vocab_size "
     "dropped_vocab_rows padded_vocab_rows unused_settings",
+    "select": "out checkpoint method experts_kept_per_layer experts_per_layer fidelity",
+    "extract": "out parameters full_parameters experts_per_layer max_difference",
     "export": "folder checkpoint step layout dtype tensors parameters bytes files vocab_size",
     "kernels": "triton default_spills failures rows",
     "settings": "model.router.pool.kind model.router.pool.min",
@@ -85,6 +87,8 @@ def test_json_is_all_of_stdout_with_stable_keys(
         "placement": [run_dir, "--data", data, "--ep", 2, "--out", tmp_path / "placement.json"],
         "plan": [config, "--gpus-per-node", 1],
         "verify": [run_dir],
+        "select": [run_dir, "--calibration", data, "--keep", 4, "--out", tmp_path / "subset.json"],
+        "extract": [run_dir, tmp_path / "subset.json", "--out", tmp_path / "subset", "--check"],
         "export": [run_dir, "--out", tmp_path / "exported", "--layout", "published"],
         "import": [tmp_path / "exported", "--out", tmp_path / "imported"],
         "kernels": [],
