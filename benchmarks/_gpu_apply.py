@@ -41,7 +41,7 @@ def _entries_of(source: str) -> list[tuple[str, ast.expr]]:
     )
     assert isinstance(table, ast.Dict)
     return [
-        (key.value, value)
+        (str(key.value), value)
         for key, value in zip(table.keys, table.values, strict=True)
         if isinstance(key, ast.Constant)
     ]

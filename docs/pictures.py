@@ -214,6 +214,7 @@ ROOMS = (
     ("training", "step, engines, run, checkpoints, metrics"),
     ("interop", "Hugging Face folders, read and written"),
     ("evaluation", "loss of expert subsets; the report"),
+    ("subsets", "experts chosen and taken out"),
     ("planning", "dry run, cost model, search of layouts"),
     ("commands", "the subcommands of emotrain"),
 )

@@ -31,8 +31,7 @@ from torch.distributed.fsdp import fully_shard
 
 from emotrain.config import config_from_dict, save_config
 from emotrain.data.loader import Loader
-from emotrain.distributed import faults
-from emotrain.distributed import ranks as ranks_module
+from emotrain.distributed import faults, joining
 from emotrain.distributed.faults import collective_errors, describe, in_flight, report_not_finite
 from emotrain.distributed.launcher import Launch
 from emotrain.distributed.mesh import limit_collectives
@@ -164,14 +163,14 @@ def test_every_group_of_the_layout_has_the_limit(tiny_data, tmp_path):
 def test_nccl_gives_up_a_minute_after_the_line_is_said(monkeypatch):
     """Its watchdog would abort the process first; gloo raises at the limit itself."""
     asked = {}
-    monkeypatch.setattr(ranks_module, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(joining, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
     monkeypatch.setattr(
         dist, "init_process_group", lambda backend, **given: asked.update({backend: given})
     )
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     launch = Launch(0, 2, 0, 2)
     for gpu in (None, torch.device("cuda", 0)):
-        ranks_module._init_process_group(launch, 600.0, gpu)
+        joining._init_process_group(launch, 600.0, gpu)
     assert {name: given["timeout"].seconds for name, given in asked.items()} == {
         "gloo": 600,
         "nccl": 660,
