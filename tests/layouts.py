@@ -280,6 +280,11 @@ class Case:
     """Whether experts move to other ranks before each step."""
 
     @property
+    def layout(self) -> tuple[int, int, int]:
+        """Processes, copies and ranks of experts."""
+        return self.world_size, self.replicate, self.ep
+
+    @property
     def rows(self) -> int:
         """Rows of the global batch: three ranks share six."""
         return ROWS - ROWS % self.world_size

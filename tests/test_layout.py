@@ -13,7 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import pytest
@@ -40,6 +40,7 @@ from tests.layouts import (
     train,
     train_on,
 )
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.layout
 RECOMPUTE = ("none", "selective", "full")
@@ -111,9 +112,22 @@ def assert_same(got: list[Step], wanted: list[Step], parameters: float = 1e-12) 
             torch.testing.assert_close(vars(step)[key], values, rtol=1e-9, atol=atol)
 
 
+@lru_cache(maxsize=1)
+def plain_records(layout: tuple[int, int, int]) -> dict[Case, list[list[Step]]]:
+    """What every rank records in each of the `PLAIN` cases of a layout. The same processes run them
+    one after the other: to start takes them longer than to train."""
+    cases = [case for case in PLAIN if case.layout == layout]
+
+    def train_all(ranks: Ranks) -> list[list[Step]]:
+        return [train(case.settings(), case.size, ranks, steps=5) for case in cases]
+
+    by_rank = [train_all(Ranks())] if layout[0] == 1 else run_ranks(train_all, layout[0])
+    return {case: [records[i] for records in by_rank] for i, case in enumerate(cases)}
+
+
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_no_layout_changes_training(case: Case) -> None:
-    for record in case.train(steps=5):
+    for record in plain_records(case.layout)[case]:
         assert_same(record, one_process("published", "mixed", ROWS, 5))
 
 
