@@ -35,7 +35,8 @@ SMALLER = {
         "model.experts.hidden=8",
         "training.tensorboard=false",
     ],
-    "evaluate": ["--documents", "2", "--calibration-documents", "1"],
+    "emotrain plan": ["model.num_layers=2"],
+    "evaluate": ["--documents", "2", "--calibration-documents", "1", "--document-tokens", "64"],
 }
 
 
