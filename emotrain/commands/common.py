@@ -4,9 +4,11 @@ result."""
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
-from emotrain.files import json_text
+from emotrain.errors import NotAFolderError, UserError
+from emotrain.files import json_text, make_writable
 
 
 def add_config(parser: argparse.ArgumentParser, example: str = "configs/quickstart.yaml") -> None:
@@ -22,18 +24,45 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/quicksta
     )
 
 
-def add_checkpoint_and_data(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT and --data, of commands that run a model on a data set."""
+def add_checkpoint(parser: argparse.ArgumentParser, which: str = "") -> None:
+    """CHECKPOINT; `which` says which one, where not any will do."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
+        help=f"{which}a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
     )
+
+
+def add_checkpoint_and_data(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and --data, of commands that run a model on a data set."""
+    add_checkpoint(parser)
     parser.add_argument(
         "--data",
         required=True,
         metavar="DIR",
         help="folder written by `emotrain prepare`, with the model's tokenizer",
+    )
+
+
+def add_micro_batch(parser: argparse.ArgumentParser) -> None:
+    """--micro-batch, of commands that run a model forward."""
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        default=0,
+        metavar="ROWS",
+        help="rows of one forward pass (default: as in training)",
+    )
+
+
+def add_document_tokens(parser: argparse.ArgumentParser, default: int) -> None:
+    """--document-tokens, of commands that read documents."""
+    parser.add_argument(
+        "--document-tokens",
+        type=int,
+        default=default,
+        metavar="N",
+        help="tokens of a document that count, from its start, 0 for all (default: %(default)s)",
     )
 
 
@@ -53,6 +82,24 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print the result as one JSON object, the last line of stdout",
     )
+
+
+def output_file(out: str, example: str) -> Path:
+    """The file that --out names, in a folder that can be written to: known before the work.
+
+    Raises:
+        UserError: a folder has that name, or its folder is none. WriteError: it is not writable.
+    """
+    path = Path(out)
+    if path.is_dir():
+        raise UserError(
+            f"{path}: is a folder; give the name of a file, for example {path}/{example}"
+        )
+    try:
+        make_writable(path.parent)
+    except NotAFolderError:
+        raise NotAFolderError(f"{path.parent}: is not a folder; choose another --out") from None
+    return path
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:

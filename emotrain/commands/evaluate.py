@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
+from emotrain.commands.common import (
+    add_checkpoint_and_data,
+    add_device,
+    add_document_tokens,
+    add_json,
+    add_micro_batch,
+    finish,
+)
 from emotrain.evaluation.settings import SweepSettings
 from emotrain.progress import ProgressBar
 
@@ -41,13 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"below (default: {' '.join(map(str, default.keep))})",
     )
     _add_settings(parser, default)
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        default=0,
-        metavar="ROWS",
-        help="rows of one forward pass (default: as in training)",
-    )
+    add_micro_batch(parser)
     add_device(parser)
     parser.add_argument(
         "--out",
@@ -75,13 +76,7 @@ def _add_settings(parser: argparse.ArgumentParser, default: SweepSettings) -> No
         help="most held-out documents of a domain (default: %(default)s); more of them, smaller "
         "errors",
     )
-    parser.add_argument(
-        "--document-tokens",
-        type=int,
-        default=default.document_tokens,
-        metavar="N",
-        help="tokens of a document that count, from its start, 0 for all (default: %(default)s)",
-    )
+    add_document_tokens(parser, default.document_tokens)
     parser.add_argument(
         "--domains",
         nargs="+",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_checkpoint, add_json, finish
 
 DESCRIPTION = """\
 Write the model of a checkpoint as a Hugging Face folder: config.json, generation_config.json, the
@@ -25,11 +25,7 @@ expect; the router's row of the shared expert, which nothing depends on, is left
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="folder to make; it must not exist"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from emotrain.commands.common import add_json, finish
+from emotrain.commands.common import add_checkpoint, add_json, finish
 from emotrain.progress import ProgressBar
 
 DESCRIPTION = """\
@@ -25,12 +25,7 @@ Experts get new numbers, 0 and up, in the order of the old ones."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="the one the subset was selected from: a run folder (its newest checkpoint) or "
-        "RUN_DIR/checkpoints/step-…",
-    )
+    add_checkpoint(parser, "the one the subset was selected from: ")
     parser.add_argument("subset", metavar="SUBSET", help="file written by `emotrain select`")
     parser.add_argument(
         "--out", required=True, metavar="FOLDER", help="checkpoint folder to write, a new one"

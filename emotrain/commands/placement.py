@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from emotrain.commands.common import add_checkpoint_and_data, add_device, add_json, finish
-from emotrain.errors import NotAFolderError, UserError
-from emotrain.files import json_text, make_writable, write_whole
+from emotrain.commands.common import (
+    add_checkpoint_and_data,
+    add_device,
+    add_json,
+    finish,
+    output_file,
+)
+from emotrain.files import json_text, write_whole
 from emotrain.modular.placement import MAX_LOAD, TOKENS
 from emotrain.progress import ProgressBar
 
@@ -68,13 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from emotrain.evaluation.placement import compute_placements
 
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; give the name of a file, for example {out}/ep.json")
-    try:
-        make_writable(out.parent)
-    except NotAFolderError:
-        raise NotAFolderError(f"{out.parent}: is not a folder; choose another --out") from None
+    out = output_file(args.out, "ep.json")
     with ProgressBar("batches") as bar:
         (result,) = compute_placements(
             args.checkpoint,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from emotrain.commands.common import add_device, add_json, finish
-from emotrain.errors import UserError
-from emotrain.files import make_writable
+from emotrain.commands.common import (
+    add_checkpoint,
+    add_device,
+    add_document_tokens,
+    add_json,
+    add_micro_batch,
+    finish,
+    output_file,
+)
 from emotrain.progress import ProgressBar
 from emotrain.tables import Table
 
@@ -37,11 +42,7 @@ token (1 is equal), `kl` the divergence of their predictions in nats (0 is equal
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
-    )
+    add_checkpoint(parser)
     parser.add_argument(
         "--calibration",
         metavar="DATA",
@@ -73,13 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most documents to read (default: %(default)s)",
     )
-    parser.add_argument(
-        "--document-tokens",
-        type=int,
-        default=0,
-        metavar="N",
-        help="tokens of a document that count, from its start, 0 for all (default: %(default)s)",
-    )
+    add_document_tokens(parser, 0)
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
@@ -89,13 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of --method random (default: %(default)s)"
     )
-    parser.add_argument(
-        "--micro-batch",
-        type=int,
-        default=0,
-        metavar="ROWS",
-        help="rows of one forward pass (default: as in training)",
-    )
+    add_micro_batch(parser)
     parser.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
     add_device(parser)
     add_json(parser)
@@ -115,10 +104,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         seed=args.seed,
     )
-    out = Path(args.out)
-    if out.is_dir():
-        raise UserError(f"{out}: is a folder; give the name of a file, for example {out}/it.json")
-    make_writable(out.parent)
+    out = output_file(args.out, "it.json")
     with ProgressBar("batches") as bar:
         subset = select(
             args.checkpoint,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.config import ModelConfig, load_config
 from emotrain.files import json_text
 from emotrain.folders import FileEntry
 from emotrain.interop.config_json import write_config
@@ -25,11 +24,10 @@ from emotrain.interop.huggingface import CONFIG
 from emotrain.interop.import_folder import in_files
 from emotrain.interop.layouts import Layout, Link, links, shape_of, tensors_of
 from emotrain.interop.side_files import read_kept, write_side_files
-from emotrain.model.transformer import Transformer
 from emotrain.progress import ProgressBar
 from emotrain.staging import Staging
-from emotrain.training.checkpoint import require_match
-from emotrain.training.checkpoint_folders import find, read_entries, read_state, verify
+from emotrain.training.checkpoint import verified_model
+from emotrain.training.checkpoint_folders import find, read_config, read_entries, read_state
 from emotrain.training.safetensors_file import TensorSpec, write_safetensors
 from emotrain.training.tensor_files import load_parts
 from emotrain.training.tensor_index import StoredTensors, TensorPart
@@ -75,7 +73,7 @@ def export_checkpoint(
             OSError: the disk is full.
     """
     folder, bar = find(checkpoint), bar or ProgressBar(shown=False)
-    config = load_config(folder / "config.yaml")
+    config = read_config(folder)
     name = str(DTYPES[dtype]).removeprefix("torch.")
     published = write_config(config, layout, name, read_kept(folder))
     of_tensors = tensors_of(list(links(config.model, layout)))
@@ -85,7 +83,11 @@ def export_checkpoint(
     ]
     num_bytes = sum(spec.num_bytes for spec in specs)
     with Staging(out, num_bytes) as staging:
-        read = _Reader(folder, _verified(folder, config.model, bar), of_tensors, DTYPES[dtype])
+        entries = read_entries(folder).items()
+        weights = (entry.bytes for name, entry in entries if not name.startswith("optimizer-"))
+        bar.start("verifying", sum(weights))
+        _, stored = verified_model(folder, config, bar.advance)
+        read = _Reader(folder, stored, of_tensors, DTYPES[dtype])
         bar.start("exporting", num_bytes)
         groups, files = list(in_files(specs)), []
         weight_map: dict[str, str] = {}
@@ -112,21 +114,6 @@ def export_checkpoint(
         files={file.name: FileEntry(file.bytes, file.sha256) for file in files},
         vocab_size=config.model.vocab_size,
     )
-
-
-def _verified(folder: Path, config: ModelConfig, bar: ProgressBar) -> StoredTensors:
-    """Where the parameters of a checkpoint lie, once its files have been found whole and of this
-    configuration."""
-    entries = read_entries(folder)
-    names = {name for name in entries if not name.startswith("optimizer-")}
-    bar.start("verifying", sum(entries[name].bytes for name in names))
-    stored = verify(folder, lambda all_names: [n for n in all_names if n in names], bar.advance)
-    with torch.device("meta"):
-        model = Transformer(config)
-    require_match(
-        folder, stored, {name: TensorPart.of(part) for name, part in model.named_parameters()}
-    )
-    return stored
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import json
 import math
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,6 @@ class Subset:
     """Passes of the calibration text through the model."""
     seed: int = 0
     fidelity: Fidelity | None = None
-    parents: tuple[str, ...] = field(default=())
-    """What a composed subset was made of."""
 
     def __post_init__(self) -> None:
         _check(self)

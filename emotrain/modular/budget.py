@@ -80,6 +80,7 @@ def read_memory(text: str, config: ModelConfig, bytes_a_value: int = 4) -> Budge
     limit = float(match[1]) * UNITS[match[2].upper()]
     least, most = _bounds(config)
     counts, needed = least, parameters_kept(config, least) * bytes_a_value
+    one_expert = _expert_parameters(config) * bytes_a_value
     if needed > limit:
         raise UserError(
             f"--memory {text}: the smallest subset, {config.experts.shared} shared and 1 routed "
@@ -87,7 +88,7 @@ def read_memory(text: str, config: ModelConfig, bytes_a_value: int = 4) -> Budge
         )
     for count in range(config.experts.shared + 2, max(most) + 1):
         larger = tuple(min(max(count, low), high) for low, high in zip(least, most, strict=True))
-        if parameters_kept(config, larger) * bytes_a_value > limit:
+        if needed + (sum(larger) - sum(least)) * one_expert > limit:
             break
         counts = larger
     return Budget(text, counts)
@@ -98,10 +99,13 @@ def parameters_kept(config: ModelConfig, counts: Sequence[int]) -> int:
     from emotrain.model.counts import parameter_counts
 
     total = parameter_counts(config)["total_parameters"]
-    # An expert is its two matrices and its row of the router.
-    one_expert = 3 * config.d_model * config.experts.hidden + config.d_model
     dropped = sum(config.experts_in_layer(layer) - count for layer, count in enumerate(counts))
-    return total - dropped * one_expert
+    return total - dropped * _expert_parameters(config)
+
+
+def _expert_parameters(config: ModelConfig) -> int:
+    """Of an expert: its matrices and its row of the router."""
+    return 3 * config.d_model * config.experts.hidden + config.d_model
 
 
 def share_out(total: int, scores: Sequence[np.ndarray], config: ModelConfig) -> tuple[int, ...]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +12,18 @@ from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
-from emotrain.errors import UserError
-from emotrain.files import make_writable
-from emotrain.folders import StagedFolder
+from emotrain.errors import ExistingFileError
+from emotrain.model.counts import parameter_counts
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Subset, read_subset
 from emotrain.progress import Track, untracked
+from emotrain.staging import Staging
 from emotrain.subsets.selection import require_same_model
-from emotrain.training.checkpoint import find, load_model, load_state
-from emotrain.training.checkpoint_folders import commit_checkpoint, verify
-from emotrain.training.tensor_files import TensorFilesWriter, save_parts
+from emotrain.training.checkpoint import load_model, load_state, verified_model
+from emotrain.training.checkpoint_folders import commit_checkpoint, find
+from emotrain.training.safetensors_file import WrittenFile
+from emotrain.training.tensor_files import TensorFilesWriter, load_parts, save_parts
 from emotrain.training.tensor_index import StoredTensors, TensorPart
 
 BY_EXPERT = (".moe.experts.gate_up_NFD", ".moe.experts.down_NHD", ".moe.router.weight_ED")
@@ -66,25 +65,23 @@ def extract(
         UserError: a target that exists, a subset of another checkpoint, or a damaged checkpoint.
     """
     folder, subset, out = find(checkpoint), read_subset(subset_file), Path(out)
-    if os.path.lexists(out):
-        raise UserError(f"{out}: exists; remove it or choose another --out")
-    make_writable(out.parent)
     config = load_config(folder / "config.yaml")
     require_same_model(subset, folder, config)
-    # Contents of the optimizer's files are not needed.
-    stored = verify(folder, lambda names: [n for n in names if not n.startswith("optimizer-")])
     smaller = config_of(config, subset)
-    with torch.device("meta"):
-        model = Transformer(smaller.model)
-    model = model.to_empty(device="cpu")
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name in track(list(tensors), "reading the experts that are kept"):
-        _read(folder, stored, name, _rows(name, subset), tensors[name])
-    _write(tensors, folder, out, smaller)
+    num_bytes = 4 * parameter_counts(smaller.model)["total_parameters"]
+    with Staging(out, num_bytes, check_replaceable=_refuse) as staging:
+        full, stored = verified_model(folder, config)
+        with torch.device("meta"):
+            model = Transformer(smaller.model)
+        model = model.to_empty(device="cpu")
+        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        for name in track(list(tensors), "reading the experts that are kept"):
+            _read(folder, stored, name, _rows(name, subset), tensors[name])
+        _commit(staging, tensors, folder, smaller)
     return Extracted(
         out,
         sum(tensor.numel() for tensor in tensors.values()),
-        sum(tensor.size.numel() for name, tensor in _model_tensors(stored).items()),
+        sum(parameter.numel() for parameter in full.parameters()),
         tuple(len(kept) for kept in subset.experts_kept_per_layer),
         max_difference(folder, subset, out) if check else None,
     )
@@ -101,11 +98,6 @@ def config_of(config: Config, subset: Subset) -> Config:
     return replace(config, model=model)
 
 
-def _model_tensors(stored: StoredTensors) -> dict[str, Any]:
-    tensors: Any = stored.metadata.state_dict_metadata
-    return {name: tensors[name] for name in tensors if not name.startswith("exp_avg")}
-
-
 def _rows(name: str, subset: Subset) -> Sequence[int] | None:
     """Rows of the full parameter that the extracted one has; None for all."""
     if not name.endswith(BY_EXPERT):
@@ -119,56 +111,30 @@ def _rows(name: str, subset: Subset) -> Sequence[int] | None:
 def _read(
     folder: Path, stored: StoredTensors, name: str, rows: Sequence[int] | None, target: Tensor
 ) -> None:
-    """Fill `target` with rows of a stored tensor, whatever parts it lies in.
-
-    Raises:
-        UserError: the tensor is missing, of another shape or unreadable.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    tensors = _model_tensors(stored)
-    wanted = target.shape if rows is None else (tensors[name].size[0], *target.shape[1:])
-    if name not in tensors or tuple(tensors[name].size) != tuple(wanted):
-        found = tuple(tensors[name].size) if name in tensors else "not there"
-        raise UserError(f"{folder}: {name} is {found}, {tuple(wanted)} by its config.yaml")
-    for index, file in stored.files.items():
-        if index.fqn != name:
-            continue
-        start, *inner = map(int, index.offset or [0] * target.dim())
-        try:
-            with safe_open(folder / file, framework="pt") as reader:
-                part = reader.get_slice(name)
-                length, *sizes = part.get_shape()
-                box = [slice(at, at + size) for at, size in zip(inner, sizes, strict=True)]
-                if rows is None:
-                    target[(slice(start, start + length), *box)] = part[:]
-                    continue
-                for to, row in enumerate(rows):
-                    if start <= row < start + length:
-                        target[to][tuple(box)] = part[row - start]
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(
-                f"{folder / file}: not readable ({error}); use another checkpoint"
-            ) from None
+    """Fill `target` with rows of a stored tensor, an expert at a time; with all of it for None."""
+    boxes = [(0, target)] if rows is None else zip(rows, target.split(1), strict=True)
+    metadata: Any = stored.metadata.state_dict_metadata[name]
+    for row, values in boxes:
+        offsets = torch.Size([row, *[0] * (target.ndim - 1)])
+        part = TensorPart(values, offsets, metadata.size)
+        load_parts({name: part}, folder, stored, distributed=False)
 
 
-def _write(tensors: dict[str, Tensor], source: Path, out: Path, config: Config) -> None:
-    folder, state = StagedFolder(out), load_state(source)
-    try:
-        save_parts(
-            {name: TensorPart.of(tensor) for name, tensor in tensors.items()},
-            TensorFilesWriter(
-                folder.path,
-                folder.make,
-                lambda files, index: commit_checkpoint(
-                    folder, files, index, config, state, 0, source / "tokenizer.json"
-                ),
-            ),
+def _refuse(out: Path) -> None:
+    raise ExistingFileError(f"{out}: exists; remove it or choose another --out")
+
+
+def _commit(staging: Staging, tensors: dict[str, Tensor], source: Path, config: Config) -> None:
+    """Write the tensors into the staged folder, and give it its name as a checkpoint."""
+
+    def commit(files: list[WrittenFile], index: dict[str, Any]) -> None:
+        tokenizer, state = source / "tokenizer.json", load_state(source)
+        staging.commit(
+            lambda: commit_checkpoint(staging.staged, files, index, config, state, 0, tokenizer)
         )
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.discard()
-        raise
+
+    writer = TensorFilesWriter(staging.folder, lambda num_bytes: None, commit)
+    save_parts({name: TensorPart.of(tensor) for name, tensor in tensors.items()}, writer)
 
 
 @torch.inference_mode()

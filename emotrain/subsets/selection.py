@@ -26,7 +26,7 @@ from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import CalibrationText, read_calibration
 from emotrain.subsets.fidelity import fidelity
 from emotrain.training.checkpoint import find, load_model
-from emotrain.training.checkpoint_folders import identity
+from emotrain.training.checkpoint_folders import identity, read_config
 
 METHODS = ("router", *CRITERIA, "random")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,8 +91,8 @@ def select(
     Raises:
         UserError: a checkpoint, text or budget that cannot be used.
     """
-    folder = find(checkpoint)
-    config, model = load_model(folder, choose_device(device))
+    folder, target = find(checkpoint), choose_device(device)
+    config = read_config(folder)
     if config.model.experts.sharing != "none":
         raise UserError(
             f"{folder}: its layers share experts (model.experts.sharing="
@@ -118,6 +118,7 @@ def select(
         length = min(config.data.sequence_length, max(map(len, documents)))
         return pack(documents, length, rows, config.model.attention.document_mask)
 
+    _, model = load_model(folder, target)
     model = model.to(PRECISIONS[settings.precision])
     kept, scores, passes = _choose(
         model, packed(text.choose), len(text.choose), budget, settings, track

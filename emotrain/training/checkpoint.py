@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emotrain.config import Config, load_config
+from emotrain.config import Config
 from emotrain.distributed.placement import by_number
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
@@ -50,6 +50,7 @@ from emotrain.training.checkpoint_folders import (
     list_checkpoints,
     list_leftovers,
     prune,
+    read_config,
     read_state,
     verify,
 )
@@ -315,17 +316,29 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Co
         path: a checkpoint folder, or a run folder (then its newest checkpoint).
     """
     folder = find(path)
-    stored = verify(
-        folder, lambda names: [name for name in names if not name.startswith("optimizer-")]
-    )
-    config = load_config(folder / "config.yaml")
-    with torch.device("meta"):
-        model = Transformer(config.model)
+    config = read_config(folder)
+    model, stored = verified_model(folder, config)
     model = model.to_empty(device=device)
     parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
-    require_match(folder, stored, parts)
     load_parts(parts, folder, stored, distributed=False)
     return config, model
+
+
+def verified_model(
+    folder: Path, config: Config, track: Callable[[int], object] = lambda num_bytes: None
+) -> tuple[Transformer, StoredTensors]:
+    """A checkpoint's model on the meta device, and where its parameters lie, once the files have
+    been found whole and of this configuration. Those of the optimizer are not read. `track` is told
+    the bytes of each file that was.
+    """
+    stored = verify(
+        folder, lambda names: [name for name in names if not name.startswith("optimizer-")], track
+    )
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+    _require_match(folder, stored, parts)
+    return model, stored
 
 
 def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
@@ -379,7 +392,7 @@ def restore_parts(
         stored = verify(path, lambda names: names[ranks.rank :: ranks.world_size])
         state, num_updates = read_state(path)
         parts = wanted(num_updates)
-        require_match(path, stored, parts)
+        _require_match(path, stored, parts)
         return state, num_updates, stored, parts
 
     state, num_updates, stored, parts = _on_every_rank(check, ranks)
@@ -429,8 +442,7 @@ def _on_every_rank(check: Callable[[], T], ranks: Ranks) -> T:
     return results[0]
 
 
-def require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
-    """Raise a UserError where a checkpoint's tensors are not those of a model."""
+def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:
     if difference := stored.mismatch(parts):
         raise UserError(
             f"{path}: {difference}; use the configuration the checkpoint was written with"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emotrain.config import Config, save_config
+from emotrain.config import Config, load_config, save_config
 from emotrain.errors import MissingFileError, UserError, WriteError
 from emotrain.files import sha256_of
 from emotrain.folders import MANIFEST, FileEntry, StagedFolder, check_files, read_manifest, remove
@@ -227,6 +227,17 @@ def verify(
             f"back, step-{step:08d}"
         )
     return read_index(path, entries)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a checkpoint, after a look at its manifest, the sizes of its files and
+    the contents of this one.
+
+    Raises:
+        UserError: see `verify`.
+    """
+    verify(folder, lambda names: [CONFIG])
+    return load_config(folder / CONFIG)
 
 
 def write_state(folder: Path, state: TrainingState, num_updates: int) -> None:
