@@ -105,15 +105,20 @@ class _LoopedMLP(torch.autograd.Function):
     def backward(ctx, grad_TD):
         x_TD, weights_R, gate_up_NFD, down_NHD, token_R, hidden_RF = ctx.saved_tensors
         grad_x_TD, grad_weights_R = torch.zeros_like(x_TD), torch.zeros_like(weights_R)
-        grad_gate_up_NFD, grad_down_NHD = torch.empty_like(gate_up_NFD), torch.empty_like(down_NHD)
+        _, _, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
+        # Frozen experts have no gradient: a view of one number takes its place among the banks.
+        grad_gate_up_NFD = _like(gate_up_NFD, needs_gate_up)
+        grad_down_NHD = _like(down_NHD, needs_down)
         scratch_rF = hidden_RF.new_empty(max(ctx.lengths), hidden_RF.shape[1])
         rows = _rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF)
         banks = [b.unbind() for b in (gate_up_NFD, down_NHD, grad_gate_up_NFD, grad_down_NHD)]
         for token_r, weight_r1, grad_weight_r, hidden_rF, *bank in zip(*rows, *banks, strict=True):
             gate_up_FD, down_HD, grad_gate_up_FD, grad_down_HD = bank
             if token_r.shape[0] == 0:
-                grad_gate_up_FD.zero_()
-                grad_down_HD.zero_()
+                if needs_gate_up:
+                    grad_gate_up_FD.zero_()
+                if needs_down:
+                    grad_down_HD.zero_()
                 continue
             gate_rH, up_rH = hidden_rF.chunk(2, dim=1)
             silu_rH = F.silu(gate_rH)
@@ -121,7 +126,8 @@ class _LoopedMLP(torch.autograd.Function):
             grad_rD = grad_TD.index_select(0, token_r)
             grad_act_rH = grad_rD @ down_HD.t()
             torch.sum(act_rH * grad_act_rH, dim=1, out=grad_weight_r)
-            torch.mm(act_rH.mul_(weight_r1).t(), grad_rD, out=grad_down_HD)
+            if needs_down:
+                torch.mm(act_rH.mul_(weight_r1).t(), grad_rD, out=grad_down_HD)
             grad_act_rH.mul_(weight_r1)
             grad_hidden_rF = scratch_rF[: token_r.shape[0]]
             grad_gate_rH, grad_up_rH = grad_hidden_rF.chunk(2, dim=1)
@@ -129,9 +135,19 @@ class _LoopedMLP(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(
                 grad_act_rH.mul_(up_rH), gate_rH, grad_input=grad_gate_rH
             )
-            torch.mm(grad_hidden_rF.t(), x_TD.index_select(0, token_r), out=grad_gate_up_FD)
+            if needs_gate_up:
+                torch.mm(grad_hidden_rF.t(), x_TD.index_select(0, token_r), out=grad_gate_up_FD)
             grad_x_TD.index_add_(0, token_r, grad_hidden_rF @ gate_up_FD)
-        return grad_x_TD, grad_weights_R, grad_gate_up_NFD, grad_down_NHD, None, None
+        grads = (
+            grad_gate_up_NFD if needs_gate_up else None,
+            grad_down_NHD if needs_down else None,
+        )
+        return grad_x_TD, grad_weights_R, *grads, None, None
+
+
+def _like(bank: Tensor, needed: bool) -> Tensor:
+    """An uninitialised tensor of the shape of a bank; one that takes no memory if not needed."""
+    return torch.empty_like(bank) if needed else bank.new_empty(()).expand(bank.shape)
 
 
 def _rows_by_expert(lengths: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:

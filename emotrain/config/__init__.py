@@ -7,6 +7,7 @@ quickstart with that learning rate. An unknown setting, a value of the wrong typ
 that cannot work are refused before anything starts.
 """
 
+from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.reading import config_from_dict, config_to_dict, load_config, save_config
 from emotrain.config.rules import check, warnings_of
 from emotrain.config.schema import (
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "ExpertsConfig",
+    "FinetuneConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",

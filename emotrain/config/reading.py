@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from emotrain.config.kinds import PATH
 from emotrain.config.old_names import translate, warn_of_old_names
 from emotrain.config.rules import check, pool_fault
-from emotrain.config.schema import PATH, Config, flatten, setting_types
+from emotrain.config.schema import Config, flatten, setting_types
 from emotrain.errors import MissingFileError, UserError
 
 if typing.TYPE_CHECKING:

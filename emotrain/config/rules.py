@@ -6,7 +6,9 @@ import math
 import typing
 from typing import Any, Literal
 
-from emotrain.config.schema import AT_LEAST_0, Config, ModelConfig, flatten, setting_types
+from emotrain.config.finetune import PARTS
+from emotrain.config.kinds import AT_LEAST_0
+from emotrain.config.schema import Config, ModelConfig, flatten, setting_types
 from emotrain.errors import UserError
 
 
@@ -21,12 +23,13 @@ def check(config: Config) -> None:
     if fault := pool_fault(config.model):
         raise UserError(fault)
     _check_run(config)
+    _check_finetune(config)
 
 
 def warnings_of(config: Config) -> list[str]:
     """What is allowed and most likely not meant, one line each."""
     warmup, steps = config.optimizer.warmup_steps, config.num_steps
-    if config.anneal.checkpoint or not 0 < steps <= warmup:
+    if config.anneal.checkpoint or config.optimizer.warmup_share or not 0 < steps <= warmup:
         return []
     return [
         f"optimizer.warmup_steps={warmup} is not less than the {steps} steps of the run, which "
@@ -172,6 +175,41 @@ def _check_run(config: Config) -> None:
             f"anneal.tokens={config.anneal.tokens} is less than one step of "
             f"{config.tokens_per_step} tokens; raise it",
         )
+
+
+def _check_finetune(config: Config) -> None:
+    setup = config.finetune
+    for name in setup.parts - set(PARTS):
+        raise UserError(
+            f"finetune.train={setup.train}: {name!r} is no part of a model; choose of all, trunk, "
+            f"{', '.join(PARTS)}, with commas between"
+        )
+    _require(
+        not setup.experts or bool(setup.parts & {"routed", "router"}),
+        f"finetune.experts={setup.experts} names experts and finetune.train={setup.train} trains "
+        f"none; add routed to finetune.train",
+    )
+    _require(
+        not setup.experts or config.parallel.placement == "contiguous",
+        f"finetune.experts={setup.experts} knows experts by number, which "
+        f"parallel.placement={config.parallel.placement} moves; remove parallel.placement",
+    )
+    _require(
+        not setup.experts or config.model.experts.sharing == "none",
+        f"finetune.experts={setup.experts} names experts of a layer, and layers share theirs "
+        f"(model.experts.sharing={config.model.experts.sharing}); remove finetune.experts",
+    )
+    for key, value in (
+        ("anneal.checkpoint", config.anneal.checkpoint),
+        ("training.resume", config.training.resume),
+    ):
+        _require(
+            not setup.start or value in ("", "auto", "never"),
+            f"finetune.start={setup.start} and {key}={value} both say where the run begins; remove "
+            f"one of them",
+        )
+    share = config.optimizer.warmup_share
+    _require(share <= 1, f"optimizer.warmup_share={share} is a share; make it at most 1")
 
 
 def _require(holds: bool, message: str) -> None:

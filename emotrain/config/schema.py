@@ -1,6 +1,6 @@
 """Every setting of a run, as frozen dataclasses with a docstring under each field.
 
-The type of a field says what the setting may be. A plain `int` or `float` is positive.
+The type of a field says what the setting may be (`kinds`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,10 @@ import math
 import typing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-AT_LEAST_0, PATH = "at least 0", "path"
-NonNegativeInt = Annotated[int, AT_LEAST_0]
-NonNegativeFloat = Annotated[float, AT_LEAST_0]
-PathText = Annotated[str, PATH]
-"""A path; `~` is the home folder."""
+from emotrain.config.finetune import FinetuneConfig
+from emotrain.config.kinds import NonNegativeFloat, NonNegativeInt, PathText
 
 
 @dataclass(frozen=True)
@@ -202,6 +199,8 @@ class DataConfig:
 
     path: PathText = ""
     """Folder written by `emotrain prepare`."""
+    domain: str = ""
+    """Train on the documents of this domain alone; empty means all."""
     sequence_length: int = 4096
     """Tokens of one packed sequence."""
     cross_document_targets: bool = True
@@ -239,6 +238,8 @@ class OptimizerConfig:
     `final_ratio`."""
     warmup_steps: NonNegativeInt = 2000
     """Steps of linear warm-up."""
+    warmup_share: NonNegativeFloat = 0.0
+    """Linear warm-up as a share of the run's steps, instead of `warmup_steps`; 0 means those."""
     final_ratio: NonNegativeFloat = 0.1
     """Learning rate at the end, as a share of the peak."""
 
@@ -375,6 +376,8 @@ class Config:
     """Length, batch, checkpoints, logging."""
     anneal: AnnealConfig = field(default_factory=AnnealConfig)
     """Annealing from a checkpoint."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    """Tuning of a trained model."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the model."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -152,11 +152,19 @@ class Loader:
         Document ids are positions in the data set (see `formats`), the same whatever else is in the
         batch.
         """
-        windows = self.windows(positions)
+        tokens_BS, lengths, ids = self._rows(self.windows(positions))
+        packed = PackedBatch.from_segments(tokens_BS, lengths, ids, self.cross_document_targets)
+        if self.repetition_filter:
+            packed.targets_BS.numpy()[is_repetitive(tokens_BS, self.repetition_filter)] = IGNORE
+        return packed
+
+    def _rows(self, windows: np.ndarray) -> tuple[np.ndarray, list[list[int]], list[Sequence[int]]]:
+        """Tokens [B, S] of windows, and for each the lengths and ids of its documents."""
         shards = np.searchsorted(self._first_windows, windows, side="right") - 1
         starts = (windows - self._first_windows[shards]) * self.sequence_length
         tokens_BS = np.empty((len(windows), self.sequence_length), dtype=np.int64)
-        lengths, ids = [], []
+        lengths: list[list[int]] = []
+        ids: list[Sequence[int]] = []
         for row, (shard_index, start) in enumerate(
             zip(shards.tolist(), starts.tolist(), strict=True)
         ):
@@ -167,10 +175,7 @@ class Loader:
             first += self.dataset.first_ids[self.split][shard_index]
             lengths.append(row_lengths.tolist())
             ids.append(range(first, first + len(row_lengths)))
-        packed = PackedBatch.from_segments(tokens_BS, lengths, ids, self.cross_document_targets)
-        if self.repetition_filter:
-            packed.targets_BS.numpy()[is_repetitive(tokens_BS, self.repetition_filter)] = IGNORE
-        return packed
+        return tokens_BS, lengths, ids
 
     def step(
         self,

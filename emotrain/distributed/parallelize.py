@@ -1,6 +1,6 @@
 """The parallel plan, applied to the plain model from outside, in one fixed order: expert
-parallelism, compilation, recomputation, FSDP2. Without process groups only the two in the middle
-apply."""
+parallelism, freezing, compilation, recomputation, FSDP2. Without process groups the first and the
+last do not apply."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collectives
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
+from emotrain.model.parts import freeze
 from emotrain.model.router import LayerStatistics, RoutingReport
 from emotrain.model.transformer import ModelOutput, Transformer
 
@@ -62,6 +63,8 @@ def parallelize(model: Transformer, config: Config, meshes: Meshes | None = None
     # First, so that FSDP sees the experts that this rank holds, and shards those.
     if meshes is not None and meshes.ep is not None:
         _spread_experts(model, config, meshes)
+    # On the parameters that FSDP sees: it neither reduces nor keeps gradients of frozen ones.
+    freeze(model, config.finetune.parts)
     # Before recomputation: torch's `checkpoint` turns compilation off for all that it calls.
     if config.training.compile:
         _compile(model)

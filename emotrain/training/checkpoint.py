@@ -42,6 +42,7 @@ from emotrain.distributed.placement import by_number
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
 from emotrain.folders import StagedFolder, remove
+from emotrain.model.parts import trained_parameters
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint_folders import (
     TrainingState,
@@ -341,9 +342,11 @@ def verified_model(
     return model, stored
 
 
-def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> TrainingState:
+def restore(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer, weights_only: bool = False
+) -> TrainingState:
     """Load a checkpoint of any layout into a model and its optimizer of any layout, in place and
-    bit for bit.
+    bit for bit; with `weights_only` the optimizer starts anew.
 
     With a process group of several ranks all of them must call this; each checks the checksums of a
     share of the files.
@@ -355,11 +358,9 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
     moments: dict[str, Tensor] = {}
 
     def wanted(num_updates: int) -> dict[str, TensorPart]:
-        if num_updates:
-            for name, parameter in model.named_parameters():
-                moments.update(
-                    {f"{moment}.{name}": torch.zeros_like(parameter) for moment in MOMENTS}
-                )
+        if num_updates and not weights_only:
+            for name, parameter in trained_parameters(model):
+                moments.update({f"{kind}.{name}": torch.zeros_like(parameter) for kind in MOMENTS})
         return {
             name: TensorPart.of(tensor)
             for name, tensor in [*model.named_parameters(), *moments.items()]
@@ -367,9 +368,9 @@ def restore(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) ->
 
     with by_number(model, optimizer):
         state, num_updates = restore_parts(path, wanted)
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model):
             optimizer.state.pop(parameter, None)
-            if num_updates:
+            if moments:
                 # AdamW keeps its step counts where the fused kernel reads them: beside the
                 # parameter.
                 step = torch.tensor(float(num_updates), device=parameter.device)
@@ -404,9 +405,9 @@ def _parts(
     model: Transformer, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, TensorPart], int]:
     """This rank's parts of parameters and moments, and how often AdamW has updated them: as
-    often each, or never."""
-    parameters = dict(model.named_parameters())
-    parts = {name: TensorPart.of(parameter) for name, parameter in parameters.items()}
+    often each that is trained, or never."""
+    parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+    parameters = dict(trained_parameters(model))
     if not any(optimizer.state.get(parameter) for parameter in parameters.values()):
         return parts, 0
     steps = []
@@ -414,8 +415,7 @@ def _parts(
         state = optimizer.state.get(parameter)
         if not state:
             raise UserError(
-                f"{name} has never been updated though others have: give it a gradient, if of "
-                f"zeros, or freeze no parameter"
+                f"{name} has never been updated though others have; give it a gradient or freeze it"
             )
         parts.update({f"{moment}.{name}": TensorPart.of(state[moment]) for moment in MOMENTS})
         steps.append(state["step"])

@@ -54,7 +54,8 @@ from emotrain.training.deepspeed_options import (
     check_memory,
     read_options,
 )
-from emotrain.training.engine import Phase, Update, part, spreading
+from emotrain.training.engine import Phase, part, spreading
+from emotrain.training.engine_protocol import Update
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.tensor_index import TensorPart
 
@@ -159,20 +160,18 @@ class DeepSpeedEngine:
             tokenizer,
         )
 
-    def restore(self, path: Path) -> checkpoint.TrainingState:
+    def restore(self, path: Path, weights_only: bool = False) -> checkpoint.TrainingState:
         """Load a checkpoint of any layout and engine. Host memory must hold the moments of all
         parameters of this rank."""
         values: dict[str, dict[str, Tensor]] = {}
 
         def wanted(num_updates: int) -> dict[str, TensorPart]:
             parts: dict[str, TensorPart] = {}
+            kinds = checkpoint.MOMENTS if num_updates and not weights_only else ()
             for name, parameter in self.model.named_parameters():
                 shape = getattr(parameter, "ds_shape", parameter.shape)
                 values[name] = {"": parameter.detach() if self.stage < 3 else torch.empty(shape)}
-                values[name] |= {
-                    moment: torch.empty(shape)
-                    for moment in (checkpoint.MOMENTS if num_updates else ())
-                }
+                values[name] |= {moment: torch.empty(shape) for moment in kinds}
                 parts |= {
                     f"{moment}.{name}" if moment else name: self._part(name, tensor)
                     for moment, tensor in values[name].items()
@@ -182,7 +181,7 @@ class DeepSpeedEngine:
         state, num_updates = checkpoint.restore_parts(path, wanted)
         zero = self._engine.optimizer
         self.optimizer.state.clear()
-        if num_updates:
+        if num_updates and not weights_only:
             for flat in (
                 zero.single_partition_of_fp32_groups
                 if self.stage < 3

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 
 from emotrain.config import Config
+from emotrain.config.finetune import PARTS
 from emotrain.distributed.mesh import experts_of_rank
 from emotrain.errors import MissingFileError, UserError
 from emotrain.model.transformer import Transformer
@@ -294,6 +295,15 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
         f"parallel.reduce_dtype={parallel.reduce_dtype}: under DeepSpeed gradients are summed in "
         f"fp32; remove it, or start without --deepspeed",
     )
+    setup = config.finetune
+    for key, is_used in (
+        (f"finetune.train={setup.train}", setup.parts != frozenset(PARTS)),
+        (f"finetune.experts={setup.experts}", bool(setup.experts)),
+    ):
+        _require(
+            not is_used,
+            f"{key}: under DeepSpeed all parameters are trained; start without --deepspeed",
+        )
     _require(
         parallel.placement == "contiguous",
         f"parallel.placement={parallel.placement}: under DeepSpeed experts stay where they are; "

@@ -6,10 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from emotrain.model.losses import LossSums, language_model_sums
 from emotrain.model.router import RoutingReport, RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
+from emotrain.training.engine_protocol import Update
 from emotrain.training.optimizer import build_optimizer
 
 
@@ -61,59 +60,6 @@ def record_phases(recorder: Recorder | None) -> None:
     """From now on `recorder` opens and closes every phase; None records no more."""
     global _recorder
     _recorder = recorder
-
-
-@dataclass(frozen=True)
-class Update:
-    """What became of the gradient of a step."""
-
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    applied: bool
-    """Whether the parameters were updated: not by a gradient that is not finite."""
-
-
-class Engine(Protocol):
-    """What a step needs of a model and its optimizer, whoever spreads them over processes.
-
-    A step calls `start_step`; `forward` and `backward` for every micro-batch, either by turns or
-    all forward passes first; then `finish_step`.
-    """
-
-    model: Transformer
-    optimizer: torch.optim.Optimizer | None
-
-    def set_learning_rate(self, rate: float) -> None:
-        """Set the learning rate of the coming updates."""
-
-    def start_step(self) -> None:
-        """Begin a step without a gradient."""
-
-    def forward(
-        self, batch: PackedBatch, request: RoutingRequest, z_weight: float
-    ) -> tuple[LossSums, RoutingReport]:
-        """Loss sums and routing of one micro-batch; `z_weight` is that of the z-loss on the
-        language-model logits."""
-
-    def backward(self, loss: Tensor, is_last: bool) -> None:
-        """Add a micro-batch's gradient to that of the step; after the last one it is the sum over
-        ranks."""
-
-    def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
-        """Clip the gradient of the step to a global norm of `max_norm` (0: leave it) and, where it
-        is finite, update the parameters."""
-
-    def save(
-        self,
-        writer: checkpoint.CheckpointWriter,
-        config: Config,
-        state: checkpoint.TrainingState,
-        tokenizer: Path | None,
-    ) -> None:
-        """Begin a checkpoint that any layout and any engine go on from."""
-
-    def restore(self, path: Path) -> checkpoint.TrainingState:
-        """Load a checkpoint of any layout and engine; returns where it stands."""
 
 
 class NativeEngine:
@@ -169,7 +115,8 @@ class NativeEngine:
 
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
         with part(Phase.CLIPPING):
-            norm = float(clip_gradients(list(self.model.parameters()), max_norm, ranks))
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            norm = float(clip_gradients(trained, max_norm, ranks))
         if self.optimizer is None or not math.isfinite(norm):
             return Update(norm, applied=False)
         with part(Phase.OPTIMIZER):
@@ -186,9 +133,9 @@ class NativeEngine:
         assert self.optimizer is not None
         writer.save(self.model, self.optimizer, config, state, tokenizer)
 
-    def restore(self, path: Path) -> checkpoint.TrainingState:
+    def restore(self, path: Path, weights_only: bool = False) -> checkpoint.TrainingState:
         assert self.optimizer is not None
-        return checkpoint.restore(path, self.model, self.optimizer)
+        return checkpoint.restore(path, self.model, self.optimizer, weights_only)
 
 
 def spreading(loss: Tensor) -> Tensor:

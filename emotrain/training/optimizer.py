@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,14 +12,19 @@ from torch import nn
 from emotrain.config import OptimizerConfig
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters. Only the input embedding is exempt from weight decay: norms,
-    routers, experts and head decay."""
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, without_decay: Container[nn.Parameter] = ()
+) -> torch.optim.AdamW:
+    """AdamW over all parameters that are trained. Only the input embedding is exempt from weight
+    decay: norms, routers, experts and head decay, but those that are decayed elsewhere."""
     # A fused update takes the parameters of one mesh at a time, so that expert parallelism's have a
     # group of their own.
     groups: dict[Any, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        decay = 0.0 if name == "embedding.weight" else config.weight_decay
+        if not parameter.requires_grad:
+            continue
+        exempt = name == "embedding.weight" or parameter in without_decay
+        decay = 0.0 if exempt else config.weight_decay
         group = groups.setdefault(
             (decay, getattr(parameter, "device_mesh", None)), {"params": [], "weight_decay": decay}
         )
@@ -34,9 +40,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ad
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Learning rate of the update number `step`, counted from 1 (spec 5)."""
-    if step < config.warmup_steps:
-        return config.lr * step / config.warmup_steps
-    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+    warmup = math.ceil(config.warmup_share * num_steps) or config.warmup_steps
+    if step < warmup:
+        return config.lr * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     shape = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.final_ratio + (1 - config.final_ratio) * shape)
 

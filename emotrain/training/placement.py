@@ -39,7 +39,7 @@ from emotrain.modular.placement import (
     traffic_of,
 )
 from emotrain.training.checkpoint_folders import TrainingState
-from emotrain.training.engine import Engine
+from emotrain.training.engine_protocol import Engine
 
 MIN_FALL = 0.02
 """Of the rows of a token, that the cost must fall by before a bank moves: less is chance."""

@@ -8,11 +8,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
+from emotrain.data.domain_loader import DomainLoader
 from emotrain.data.loader import Loader
 from emotrain.data.source import DataSource
 from emotrain.distributed.faults import collective_errors, report_not_finite
@@ -20,7 +22,8 @@ from emotrain.distributed.joining import join
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
 from emotrain.training import checkpoint
-from emotrain.training.engine import Engine, NativeEngine, Phase, part
+from emotrain.training.engine import Phase, part
+from emotrain.training.engine_protocol import Engine
 from emotrain.training.metrics import RunLog
 from emotrain.training.numerics import kernels_of_torch
 from emotrain.training.placement import reconsider
@@ -36,6 +39,7 @@ from emotrain.training.start import (
     starting_state,
 )
 from emotrain.training.step import StepResult, train_step
+from emotrain.training.tuned_engine import build_engine
 
 log = logging.getLogger("emotrain")
 
@@ -43,7 +47,7 @@ log = logging.getLogger("emotrain")
 def train(
     config: Config,
     ranks: Ranks | None = None,
-    build_engine: Callable[[Config, Ranks, bool], Engine] = NativeEngine.build,
+    build_engine: Callable[[Config, Ranks, bool], Engine] = build_engine,
 ) -> dict[str, Any]:
     """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary
     of the run.
@@ -181,7 +185,8 @@ def _batches(
 
 
 def _build_loader(config: Config) -> DataSource:
-    loader: DataSource = Loader(
+    kind = partial(DomainLoader, config.data.domain) if config.data.domain else Loader
+    loader: DataSource = kind(
         config.data.path,
         config.data.sequence_length,
         config.training.seed,

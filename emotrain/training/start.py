@@ -28,9 +28,11 @@ from emotrain.training.checkpoint_folders import (
     identity,
     list_checkpoints,
     newest,
+    read_config,
+    read_state,
     set_aside_after,
 )
-from emotrain.training.engine import Engine
+from emotrain.training.engine_protocol import Engine
 from emotrain.training.optimizer import anneal_learning_rate, learning_rate
 
 log = logging.getLogger("emotrain")
@@ -48,6 +50,8 @@ class Source:
     """Whether the run leaves the checkpoint's own run here (`training.resume=PATH`)."""
     anneals_here: bool = False
     """Whether the run begins to anneal here."""
+    weights_only: bool = False
+    """Whether the run takes the weights and begins anew with them (`finetune.start=PATH`)."""
 
 
 def compile_kernels(config: Config, ranks: Ranks) -> None:
@@ -180,6 +184,8 @@ def _find_source(config: Config) -> Source | None:
         return Source(last)
     if config.anneal.checkpoint:
         return Source(find(config.anneal.checkpoint), anneals_here=True)
+    if config.finetune.start:
+        return Source(find(config.finetune.start), weights_only=True)
     return None
 
 
@@ -193,8 +199,12 @@ def starting_state(
             data, another batch or another seed.
     """
     setup = config.training
-    if source is None:
+    if source is None or source.weights_only:
+        if source is not None:
+            engine.restore(source.path, weights_only=True)
+            log.info("beginning with the weights of %s", source.path)
         return TrainingState(0, 0, loader.fingerprint, setup.seed, setup.global_batch, 0.0)
+    _check_trained(config, source.path)
     state = _restored(engine, source.path)
     state = _with_data(config, loader, source.path, state)
     if source.anneals_here:
@@ -256,6 +266,17 @@ def leave_later_ones(config: Config, source: Source | None, state: TrainingState
     for path in set_aside_after(Path(config.training.run_dir), state.step):
         log.warning(
             "the run goes back to step %d: %s is kept, and no longer part of it", state.step, path
+        )
+
+
+def _check_trained(config: Config, path: Path) -> None:
+    """Refuse to go on with the moments of other parameters than those that are trained."""
+    then = read_config(path).finetune
+    if read_state(path)[1] and then.parts != config.finetune.parts:
+        raise UserError(
+            f"{path} was written with finetune.train={then.train}, here it is "
+            f"{config.finetune.train}: some parameters have no optimizer state; give the same, or "
+            f"begin anew with the weights alone: finetune.start={path}"
         )
 
 

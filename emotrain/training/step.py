@@ -13,7 +13,8 @@ from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
 from emotrain.model.router import RoutingReport, training_request
-from emotrain.training.engine import Engine, Phase, part
+from emotrain.training.engine import Phase, part
+from emotrain.training.engine_protocol import Engine
 
 
 @dataclass(frozen=True)

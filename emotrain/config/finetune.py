@@ -1,0 +1,38 @@
+"""Settings of a run that tunes a trained model: where it begins, and what it changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emotrain.config.kinds import PathText
+
+TRUNK = ("attention", "norms", "embedding", "head")
+PARTS = ("routed", "shared", "router", *TRUNK)
+"""Every parameter is of one of them."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """Tuning of a trained model. What is not trained stays as it is, to the bit, and has no
+    gradient and no optimizer state. All of it works for a model that starts anew, too."""
+
+    start: PathText = ""
+    """Checkpoint whose weights the run begins with, at step 0, with a new optimizer and data read
+    from their start. (`training.resume` goes on with the optimizer and the step of a checkpoint.)
+    Once the run has checkpoints of its own, it goes on from those."""
+    train: str = "all"
+    """What is trained: `all`, or names with commas of `routed` (experts), `shared` (experts),
+    `router`, `trunk` (the rest), `attention`, `norms`, `embedding` and `head`."""
+    experts: PathText = ""
+    """Routed experts that are trained, and their rows of the router, where `train` has those: a
+    FILE of `emotrain select`, numbers that hold for every layer (`3,7`), or `last:2` of every
+    layer. Empty: all of them."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """The names of `train` that are of PARTS, `all` and `trunk` written out. Others, which
+        `rules` refuses, are among them."""
+        names: set[str] = set()
+        for name in self.train.replace(" ", "").split(","):
+            names |= {"all": set(PARTS), "trunk": set(TRUNK)}.get(name, {name})
+        return frozenset(names)
