@@ -88,10 +88,10 @@ void gather(const float* x_TD, const int64_t* token_r, const Chunk& chunk, int64
 }
 
 // Adds rows to those of their tokens. A token's first row is stored instead: y need not be zero, nor be read for it.
-void scatter_add(const float* panels, const int64_t* token_r, const Chunk& chunk, int64_t D, std::vector<bool>& seen_T, float* y_TD) {
+void scatter_add(const float* panels, const int64_t* token_r, const Chunk& chunk, int64_t D, uint8_t* seen_T, float* y_TD) {
   for (int64_t r = 0; r < chunk.rows; ++r) {
     const bool seen = seen_T[token_r[r]];
-    seen_T[token_r[r]] = true;
+    seen_T[token_r[r]] = 1;
     for (int64_t p = 0; p < D / PANEL; ++p) {
       const float* __restrict from = panels + (p * chunk.padded + r) * PANEL;
       float* __restrict to = y_TD + token_r[r] * D + p * PANEL;
@@ -103,8 +103,8 @@ void scatter_add(const float* panels, const int64_t* token_r, const Chunk& chunk
   }
 }
 
-void clear_unseen(const std::vector<bool>& seen_T, int64_t D, float* y_TD) {
-  for (size_t t = 0; t < seen_T.size(); ++t)
+void clear_unseen(const uint8_t* seen_T, int64_t T, int64_t D, float* y_TD) {
+  for (int64_t t = 0; t < T; ++t)
     if (!seen_T[t]) std::memset(y_TD + t * D, 0, sizeof(float) * D);
 }
 
@@ -228,10 +228,10 @@ int64_t scratch_size(int64_t D, int64_t H, int64_t rows) { return rows * (2 * D 
 
 int64_t tile_rows() { return TILE; }
 
-// Writes y, and `hidden` in the layout of the chunks for `backward`.
+// Writes y, and `hidden` in the layout of the chunks for `backward`. seen_T says to which tokens earlier calls have added.
 void forward(const float* x_TD, const float* weights_S, const int64_t* token_R, const int64_t* slot_R, const float* gate_up_NFD,
              const float* down_NHD, const Chunk* chunks, int64_t num_chunks, int64_t T, int64_t D, int64_t H, int64_t chunk_rows,
-             float* hidden, float* y_TD, float* scratch, int64_t threads) {
+             float* hidden, float* y_TD, uint8_t* seen_T, float* scratch, int64_t threads) {
   auto compute = [=](const Chunk& chunk, float* own) {
     float *x_rD = own, *act_rH = x_rD + chunk_rows * D, *y_rD = act_rH + chunk_rows * H, *weights = y_rD + chunk_rows * D;
     float* hidden_rF = hidden + chunk.hidden_row * 2 * H;
@@ -242,12 +242,11 @@ void forward(const float* x_TD, const float* weights_S, const int64_t* token_R, 
     copy_weights(down_NHD + chunk.expert * H * D, H, D, weights);
     multiply(chunk.padded, D, H, act_rH, weights, y_rD);
   };
-  std::vector<bool> seen_T(T);
-  auto add_rows = [=, &seen_T](const Chunk& chunk, const float* own) {
+  auto add_rows = [=](const Chunk& chunk, const float* own) {
     scatter_add(own + chunk_rows * (D + H), token_R + chunk.first, chunk, D, seen_T, y_TD);
   };
   for_chunks(chunks, num_chunks, scratch, scratch_size(D, H, chunk_rows), threads, compute, add_rows);
-  clear_unseen(seen_T, D, y_TD);
+  clear_unseen(seen_T, T, D, y_TD);
 }
 
 // grad_weights must be zero, and the gradients of weights of experts without a chunk: those are not written.
@@ -274,8 +273,9 @@ void backward(const float* x_TD, const float* weights_S, const int64_t* token_R,
     copy_weights(gate_up_NFD + gate_up, 2 * H, D, weights);
     multiply(chunk.padded, D, 2 * H, grad_hidden_rF, weights, grad_rD);  // grad_rD has been used, and now holds the gradient of x
   };
-  std::vector<bool> seen_T(T);
-  auto add_rows = [=, &seen_T](const Chunk& chunk, const float* own) {
+  std::vector<uint8_t> seen(T);
+  uint8_t* seen_T = seen.data();
+  auto add_rows = [=](const Chunk& chunk, const float* own) {
     scatter_add(own, token_R + chunk.first, chunk, D, seen_T, grad_x_TD);
     if (!chunk.starts_expert) {
       add(own + own_gate_up, 2 * H * D, grad_gate_up_NFD + chunk.expert * 2 * H * D);
@@ -283,7 +283,7 @@ void backward(const float* x_TD, const float* weights_S, const int64_t* token_R,
     }
   };
   for_chunks(chunks, num_chunks, scratch, scratch_size(D, H, chunk_rows), threads, compute, add_rows);
-  clear_unseen(seen_T, D, grad_x_TD);
+  clear_unseen(seen_T, T, D, grad_x_TD);
 }
 
 }  // extern "C"

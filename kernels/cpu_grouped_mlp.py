@@ -91,12 +91,11 @@ class _FusedMLP(torch.autograd.Function):
             for tensor in (x_TD, weights_TK, token_R, slot_R, gate_up_NFD, down_NHD)
         ]
         lengths = ends_N.diff(prepend=ends_N.new_zeros(1)).tolist()
-        chunks, rows = _chunks(lengths)
+        chunks, rows = cut(lengths)
         sizes = (len(chunks), *x_TD.shape, down_NHD.shape[1], rows)
         hidden = x_TD.new_empty(sum(chunk[4] for chunk in chunks), gate_up_NFD.shape[1])
-        y_TD = torch.empty(x_TD.shape)
-        chunks_P6 = torch.tensor(chunks, dtype=torch.int64)
-        _call("forward", *operands, chunks_P6, *sizes, hidden, y_TD, *_scratch(sizes))
+        y_TD, seen_T = torch.empty(x_TD.shape), torch.zeros(x_TD.shape[0], dtype=torch.uint8)
+        chunks_P6 = run_chunks(operands, chunks, rows, hidden, y_TD, seen_T)
         ctx.save_for_backward(*operands, chunks_P6, hidden)
         ctx.sizes, ctx.idle = (
             sizes,
@@ -130,6 +129,31 @@ class _FusedMLP(torch.autograd.Function):
         return grad_x_TD, grad_weights_TK, grad_gate_up_NFD, grad_down_NHD, None, None, None
 
 
+def run_chunks(
+    operands: list[Tensor],
+    chunks: list[tuple[int, ...]],
+    rows: int,
+    hidden: Tensor,
+    y_TD: Tensor,
+    seen_T: Tensor,
+) -> Tensor:
+    """Run experts forward, all of a call or, call after call in the order of the experts, some of
+    them. Returns the chunks as the kernel reads them.
+
+    Args:
+        operands: contiguous x_TD, weights_TK, token_R, slot_R, gate_up_NFD and down_NHD; a chunk
+            says which rows of the last two it uses.
+        chunks, rows: see `cut`.
+        hidden: what is before the activation, of all chunks.
+        y_TD: output; rows of tokens without an expert so far are zero.
+        seen_T: uint8, zeros before the first call: tokens that an expert has added to.
+    """
+    sizes = (len(chunks), *y_TD.shape, operands[5].shape[1], rows)
+    chunks_P6 = torch.tensor(chunks, dtype=torch.int64)
+    _call("forward", *operands, chunks_P6, *sizes, hidden, y_TD, seen_T, *_scratch(sizes))
+    return chunks_P6
+
+
 def _library() -> ctypes.CDLL:
     """The kernel, which `supports` has found before."""
     found = library()
@@ -137,7 +161,7 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def _chunks(lengths: list[int]) -> tuple[list[tuple[int, ...]], int]:
+def cut(lengths: list[int]) -> tuple[list[tuple[int, ...]], int]:
     """The kernel's `struct Chunk` of each chunk, and the most rows of any, whole tiles all.
 
     An expert's rows are cut into the fewest chunks of at most CHUNK_ROWS, of nearly equal size. The

@@ -52,12 +52,7 @@ def grouped_mlp(
         from emotrain.kernels.megablocks_adapter import grouped_mlp_megablocks
 
         return grouped_mlp_megablocks(x_TD, weights_TK, slots, gate_up_NFD, down_NHD)
-    work = weights_TK.numel() * down_NHD[0].numel()
-    if (
-        may_compile
-        and work >= cpu_grouped_mlp.WORTH_COMPILING
-        and cpu_grouped_mlp.can_run(x_TD, weights_TK, gate_up_NFD, down_NHD)
-    ):
+    if may_compile and is_compiled(x_TD, weights_TK, gate_up_NFD, down_NHD):
         return cpu_grouped_mlp.grouped_mlp_cpu(
             x_TD, weights_TK, slots.token_R, slots.slot_R, slots.ends_N, gate_up_NFD, down_NHD
         )
@@ -68,6 +63,14 @@ def grouped_mlp(
         return grouped_mm_mlp(x_TD, weights_R, slots, gate_up_NFD, down_NHD)
     return _LoopedMLP.apply(
         x_TD, weights_R, gate_up_NFD, down_NHD, slots.token_R[: slots.num_rows], slots.ends_N
+    )
+
+
+def is_compiled(x_TD: Tensor, weights_TK: Tensor, gate_up_NFD: Tensor, down_NHD: Tensor) -> bool:
+    """Whether `auto` takes the compiled kernel: a large call that it can compute."""
+    work = weights_TK.numel() * down_NHD[0].numel()
+    return work >= cpu_grouped_mlp.WORTH_COMPILING and cpu_grouped_mlp.can_run(
+        x_TD, weights_TK, gate_up_NFD, down_NHD
     )
 
 
@@ -84,18 +87,9 @@ class _LoopedMLP(torch.autograd.Function):
         lengths = ends_N.diff(prepend=ends_N.new_zeros(1)).tolist()
         hidden_RF = x_TD.new_empty(token_R.shape[0], gate_up_NFD.shape[1])
         y_TD = torch.zeros_like(x_TD)
-        for token_r, weight_r1, hidden_rF, gate_up_FD, down_HD in zip(
-            *_rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF),
-            gate_up_NFD.unbind(),
-            down_NHD.unbind(),
-            strict=True,
-        ):
-            if token_r.shape[0] == 0:
-                continue
-            torch.mm(x_TD.index_select(0, token_r), gate_up_FD.t(), out=hidden_rF)
-            gate_rH, up_rH = hidden_rF.chunk(2, dim=1)
-            act_rH = F.silu(gate_rH).mul_(up_rH).mul_(weight_r1)
-            y_TD.index_add_(0, token_r, act_rH @ down_HD)
+        rows = rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF)
+        for of_expert in zip(*rows, gate_up_NFD.unbind(), down_NHD.unbind(), strict=True):
+            add_expert(y_TD, x_TD, *of_expert)
         ctx.save_for_backward(x_TD, weights_R, gate_up_NFD, down_NHD, token_R, hidden_RF)
         ctx.lengths = lengths
         return y_TD
@@ -110,7 +104,7 @@ class _LoopedMLP(torch.autograd.Function):
         grad_gate_up_NFD = _like(gate_up_NFD, needs_gate_up)
         grad_down_NHD = _like(down_NHD, needs_down)
         scratch_rF = hidden_RF.new_empty(max(ctx.lengths), hidden_RF.shape[1])
-        rows = _rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF)
+        rows = rows_by_expert(ctx.lengths, token_R, weights_R[:, None], grad_weights_R, hidden_RF)
         banks = [b.unbind() for b in (gate_up_NFD, down_NHD, grad_gate_up_NFD, grad_down_NHD)]
         for token_r, weight_r1, grad_weight_r, hidden_rF, *bank in zip(*rows, *banks, strict=True):
             gate_up_FD, down_HD, grad_gate_up_FD, grad_down_HD = bank
@@ -150,7 +144,18 @@ def _like(bank: Tensor, needed: bool) -> Tensor:
     return torch.empty_like(bank) if needed else bank.new_empty(()).expand(bank.shape)
 
 
-def _rows_by_expert(lengths: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def add_expert(y_TD, x_TD, token_r, weight_r1, hidden_rF, gate_up_FD, down_HD) -> None:
+    """Add one expert's weighted outputs to the rows of its tokens. `hidden_rF` gets what is before
+    the activation."""
+    if token_r.shape[0] == 0:
+        return
+    torch.mm(x_TD.index_select(0, token_r), gate_up_FD.t(), out=hidden_rF)
+    gate_rH, up_rH = hidden_rF.chunk(2, dim=1)
+    act_rH = F.silu(gate_rH).mul_(up_rH).mul_(weight_r1)
+    y_TD.index_add_(0, token_r, act_rH @ down_HD)
+
+
+def rows_by_expert(lengths: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """The rows of each expert as views, of every tensor; rows of empty slots, at the end, are
     left out."""
     return [tensor[: sum(lengths)].split(lengths) for tensor in tensors]

@@ -97,7 +97,7 @@ def find_tensors(folder: Path) -> dict[str, FolderTensor]:
                 f"{folder}: neither {WEIGHTS} nor {INDEX} is here; give the folder of a Hugging "
                 f"Face checkpoint"
             )
-        return _tensors_of_file(folder / WEIGHTS)
+        return tensors_of_file(folder / WEIGHTS)
     weight_map = _weight_map(folder)
     if (folder / WEIGHTS).is_file() and WEIGHTS not in weight_map.values():
         # A save in one file and a later one in shards leave both; either can be the older one.
@@ -105,7 +105,7 @@ def find_tensors(folder: Path) -> dict[str, FolderTensor]:
             f"{folder}: has both {WEIGHTS} and {INDEX}, which does not name it; a checkpoint is "
             f"one file or shards, remove the one that is left from another save"
         )
-    shards = {shard: _tensors_of_file(folder / shard) for shard in sorted(set(weight_map.values()))}
+    shards = {shard: tensors_of_file(folder / shard) for shard in sorted(set(weight_map.values()))}
     absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
     unlisted = [
         name
@@ -142,7 +142,12 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _tensors_of_file(file: Path) -> dict[str, FolderTensor]:
+def tensors_of_file(file: Path) -> dict[str, FolderTensor]:
+    """The tensors of one file.
+
+    Raises:
+        UserError: not readable as safetensors. MissingFileError: no such file.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():

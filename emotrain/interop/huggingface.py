@@ -4,7 +4,7 @@ against each other before anything is read."""
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ class HuggingFaceFolder:
             yield from self.tensors[link.tensor].blocks(link.row, link.rows)
 
 
-@torch.no_grad()
 def load_huggingface(
     folder: str | Path, dtype: torch.dtype = torch.float32
 ) -> tuple[ModelConfig, Transformer]:
@@ -86,15 +85,23 @@ def load_huggingface(
     with torch.device("meta"):
         model = Transformer(read.config.model)
     model = model.to(dtype).to_empty(device="cpu")
+    fill(dict(model.named_parameters()), read)
+    return read.config.model, model
+
+
+@torch.no_grad()
+def fill(parameters: Mapping[str, Tensor], read: HuggingFaceFolder) -> None:
+    """Give parameters the values of a folder; those of the model that are not here are not read."""
     for link in read.links:
-        box: Tensor = model.get_parameter(link.parameter)
+        if link.parameter not in parameters:
+            continue
+        box = parameters[link.parameter]
         for axis, (start, size) in enumerate(zip(link.offsets, link.sizes, strict=True)):
             box = box.narrow(axis, start, size)
         row = 0
         for values in read.values(link):
             box.view(link.shape)[row : row + len(values)] = values
             row += len(values)
-    return read.config.model, model
 
 
 def _check_tensors(

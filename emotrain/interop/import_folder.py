@@ -79,7 +79,7 @@ def import_folder(folder: str | Path, out: str | Path, bar: ProgressBar | None =
     tokenizer = read.path / TOKENIZER
     vocab_size = read.config.model.vocab_size
     padded = check_tokenizer(tokenizer, vocab_size) if tokenizer.is_file() else None
-    config = _config(read)
+    config = run_config(read)
     parameters = parameters_of(read.links)
     specs = _specs(config, parameters)
     num_bytes = sum(spec.num_bytes for spec in specs)
@@ -134,8 +134,8 @@ def in_files(specs: list[TensorSpec]) -> Iterator[list[TensorSpec]]:
     yield of_file
 
 
-def _config(read: HuggingFaceFolder) -> Config:
-    """The configuration of a run that goes on from the model."""
+def run_config(read: HuggingFaceFolder) -> Config:
+    """The configuration of a run that goes on from the model of a folder."""
     settings = config_to_dict(Config(model=read.config.model))
     length = read.published.get("max_position_embeddings")
     if type(length) is int and 0 < length <= LARGEST_SIZE:

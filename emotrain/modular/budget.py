@@ -65,6 +65,18 @@ def read_keep(text: str, config: ModelConfig) -> Budget:
     return Budget(text, counts)
 
 
+def read_size(text: str) -> int:
+    """Bytes of a size: `4GB`, `500MiB`, `1.5gb`, or a bare number.
+
+    Raises:
+        UserError: none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"--memory {text}: give a size such as 4GB or 500MiB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
 def read_memory(text: str, config: ModelConfig, bytes_a_value: int = 4) -> Budget:
     """The most experts a layer, as many in each, of which an extracted checkpoint takes at most
     this much: `4GB`, `500MiB`.
@@ -74,10 +86,7 @@ def read_memory(text: str, config: ModelConfig, bytes_a_value: int = 4) -> Budge
     Raises:
         UserError: not a size, or less than the smallest subset takes.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|)", text, re.IGNORECASE)
-    if match is None:
-        raise UserError(f"--memory {text}: give a size such as 4GB or 500MiB")
-    limit = float(match[1]) * UNITS[match[2].upper()]
+    limit = read_size(text)
     least, most = _bounds(config)
     counts, needed = least, parameters_kept(config, least) * bytes_a_value
     one_expert = _expert_parameters(config) * bytes_a_value
