@@ -215,6 +215,7 @@ ROOMS = (
     ("interop", "Hugging Face folders, read and written"),
     ("evaluation", "loss of expert subsets; the report"),
     ("subsets", "experts chosen and taken out"),
+    ("generation", "KV cache, sampling, continuous batching"),
     ("planning", "dry run, cost model, search of layouts"),
     ("commands", "the subcommands of emotrain"),
 )

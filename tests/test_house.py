@@ -202,6 +202,7 @@ ROOMS = (
     "interop",
     "evaluation",
     "subsets",
+    "generation",
     "planning",
     "commands",
 )

@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "loss of each domain with all experts and with its best subsets",
     "select": "choose the experts that some text needs, as one small file",
     "extract": "write a checkpoint with only the experts of a subset",
+    "generate": "continue a prompt, with all experts or a few",
     "report": "write a run's curves and subsets as one HTML page",
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",

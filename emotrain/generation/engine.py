@@ -1,0 +1,416 @@
+"""Continuous batching: sequences come and go at any step, and each step runs all that are there.
+
+    engine = Engine(model, EngineLimits(), tokenizer)
+    generation = engine.submit(GenerationRequest(tokens))
+    while engine.busy:
+        for delta in engine.step():
+            print(delta.text, end="")
+
+A step reads one new token of every sequence that is being generated and pieces of the prompts of
+those that are not yet. Each sequence is a document of its own, with its own experts. One thread at
+a time may use an engine.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from emotrain.errors import UserError
+from emotrain.generation.cache import PAGE, KVCache, pages_of
+from emotrain.generation.forward import CachedModel
+from emotrain.generation.ragged import Part, RaggedBatch
+from emotrain.generation.request import GenerationRequest
+from emotrain.generation.sampling import TokenLogprob, choose_tokens, log_probabilities
+from emotrain.generation.seats import Seats
+from emotrain.generation.text import Detokenizer, StopScanner
+from emotrain.model.transformer import Transformer
+
+STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
+"""Why a generation ended: a stop text or the end of the document; `max_tokens`; by `cancel`; what
+it needed could not be read."""
+
+
+class TextCoder(Protocol):
+    """What an engine needs of a tokenizer: `emotrain.data.tokenizer.TextTokenizer` is one."""
+
+    eos_id: int
+    vocab_size: int
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine holds at once."""
+
+    sequences: int = 32
+    """Most sequences that run; others wait."""
+    cache_tokens: int = 32768
+    """Most tokens of all running sequences, prompts and what they may grow by."""
+    sequence_tokens: int = 4096
+    """Most tokens of one sequence."""
+    step_tokens: int = 512
+    """Most tokens of a step, so that a long prompt does not hold up the others: it is read in
+    pieces. The prompt of a sequence with a pool is read whole, because all of it chooses the
+    pool."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("sequences", 1),
+            ("cache_tokens", PAGE),
+            ("sequence_tokens", 1),
+            ("step_tokens", 2),
+        ):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} cannot be; give {least} or more")
+
+
+@dataclass
+class Generation:
+    """A sequence from its submission on. Read it at any time; the engine alone writes it."""
+
+    id: int
+    request: GenerationRequest
+    tokens: list[int] = field(default_factory=list)
+    """Generated so far, an end-of-document token included."""
+    text: str = ""
+    """Theirs as far as it is certain, without a stop text."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of `tokens`, where asked for."""
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """Of the prompt's tokens, where asked for; None for the first, which nothing predicts."""
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    """What ended it, where `finish_reason` is `error`."""
+    experts_kept: list[list[int]] | None = None
+    """Numbers of the routed experts of each layer that it may use, at the end those it used last;
+    None where it may use all."""
+    pool_renewals: int = 0
+    """How often its pool was chosen anew."""
+    switch_rate: float | None = None
+    """Share of a pool's experts that were not in the one before, mean over layers and renewals;
+    None before the first."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What a step added to a generation."""
+
+    generation: Generation
+    tokens: tuple[int, ...]
+    text: str
+    """May be empty: characters that are not whole, or that may begin a stop text, wait."""
+    finish_reason: str | None
+
+
+class _Running:
+    """A generation in the engine."""
+
+    def __init__(self, generation: Generation, tokenizer: TextCoder | None):
+        self.generation = generation
+        request = generation.request
+        self.known = list(request.tokens)
+        """The prompt, and what was generated."""
+        self.read = 0
+        """Tokens whose keys and values are in the cache."""
+        self.seat = -1
+        self.pages: list[int] = []
+        self.most_tokens = len(self.known) + request.sampling.max_tokens
+        self.switched = 0.0
+        self.stops = StopScanner(request.sampling.stop)
+        self.detokenizer = None
+        if tokenizer is not None:
+            self.detokenizer = Detokenizer(tokenizer.decode, self.known)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that the model has not read."""
+        return len(self.known) - self.read
+
+
+class Engine:
+    """A model that generates for many sequences at once."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        limits: EngineLimits | None = None,
+        tokenizer: TextCoder | None = None,
+    ):
+        """
+        Args:
+            model: on any device; its weights stay as they are.
+            tokenizer: for texts, stop texts and the end of a document; without one, generations are
+                tokens alone and end by their number.
+        """
+        self.model, self.limits = model, limits or EngineLimits()
+        self.tokenizer = tokenizer
+        weight = model.embedding.weight
+        self.cache = KVCache(model.config, self.limits.cache_tokens, weight.device, weight.dtype)
+        seats = Seats(model.config, self.limits.sequences, weight.device)
+        self._cached = CachedModel(model, self.cache, seats, self.limits.sequence_tokens)
+        self._seats = seats
+        self._free_seats = list(reversed(range(self.limits.sequences)))
+        self._waiting: deque[_Running] = deque()
+        self._running: list[_Running] = []
+        self._ids = iter(range(1 << 62))
+        vocab_size = model.config.vocab_size
+        self.num_tokens = min(vocab_size, tokenizer.vocab_size) if tokenizer else vocab_size
+        """Ids that are tokens: an embedding may have more rows."""
+
+    # ---- what users call
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Take a request; it runs in the next steps.
+
+        Raises:
+            UserError: a prompt without tokens, of unknown ones or too long ones, or what cannot be.
+        """
+        self._check(request)
+        generation = Generation(next(self._ids), request)
+        self._waiting.append(_Running(generation, self.tokenizer))
+        return generation
+
+    def cancel(self, generation: Generation) -> bool:
+        """End a generation and free what it holds; False where it has ended already."""
+        for queue in (self._waiting, self._running):
+            for sequence in queue:
+                if sequence.generation is generation:
+                    queue.remove(sequence)
+                    self._leave(sequence, CANCELLED)
+                    return True
+        return False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @torch.inference_mode()
+    def step(self) -> list[Delta]:
+        """Read the next tokens of the running sequences, and choose one for each that has been read
+        to its end. A sequence whose experts cannot be read ends with an error, and the others go
+        on."""
+        self._admit()
+        batch = list(self._next_parts())
+        if not batch:
+            return []
+        try:
+            return self._run(batch)
+        except (OSError, UserError):
+            # Alone, each shows whether it was the one.
+            return [delta for one in batch for delta in self._run_alone(one)]
+
+    # ---- who runs
+
+    def _check(self, request: GenerationRequest) -> None:
+        tokens, sampling = request.tokens, request.sampling
+        if not len(tokens):
+            raise UserError("the prompt has no tokens; give a text")
+        if min(tokens) < 0 or max(tokens) >= self.model.config.vocab_size:
+            raise UserError(
+                f"the prompt has token ids {min(tokens)} to {max(tokens)}, the model has 0 to "
+                f"{self.model.config.vocab_size - 1}; encode it with the model's own tokenizer"
+            )
+        most = min(self.limits.sequence_tokens, self.cache.limit_pages * PAGE)
+        if len(tokens) + sampling.max_tokens > most:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens and max_tokens={sampling.max_tokens}, "
+                f"together more than the {most} of a sequence; shorten one of them"
+            )
+        if sampling.stop and self.tokenizer is None:
+            raise UserError("stop texts need a tokenizer; put the model's tokenizer.json beside it")
+        config = self.model.config
+        counts = [config.routed_in_layer(layer) for layer in range(config.num_layers)]
+        if request.subset is not None and (
+            [len(mask_N) for mask_N in request.subset] != counts
+            or not all(bool(mask_N.any()) for mask_N in request.subset if len(mask_N))
+        ):
+            raise UserError(
+                f"a subset names experts of each layer, at least one of {counts}; select it of "
+                f"this model"
+            )
+        if request.pool is not None and len(request.pool.sizes) != len(counts):
+            raise UserError(
+                f"the pool has {len(request.pool.sizes)} sizes for {len(counts)} layers; give one "
+                f"a layer"
+            )
+
+    def _admit(self) -> None:
+        """First come, first served: a long sequence that waits for room lets none overtake."""
+        while self._waiting and self._free_seats:
+            sequence = self._waiting[0]
+            if not self.cache.promise(sequence.most_tokens):
+                return
+            self._waiting.popleft()
+            sequence.seat = self._free_seats.pop()
+            request = sequence.generation.request
+            sizes = request.pool.sizes if request.pool is not None else None
+            self._seats.take(sequence.seat, request.subset, sizes)
+            self._running.append(sequence)
+
+    def _next_parts(self) -> Iterator[tuple[_Running, Part]]:
+        """What the running sequences bring to this step, single tokens first."""
+        room = self.limits.step_tokens
+        reading = []
+        for sequence in self._running:
+            if sequence.pending == 1:
+                room -= 1
+                yield sequence, self._part(sequence, 1)
+            else:
+                reading.append(sequence)
+        for sequence in reading:
+            # A piece of one token would have to stand among the single ones.
+            if room < 2:
+                return
+            whole = sequence.seat in self._seats.choosing
+            count = sequence.pending if whole else min(sequence.pending, room)
+            room -= count
+            yield sequence, self._part(sequence, count)
+
+    def _part(self, sequence: _Running, count: int) -> Part:
+        read = sequence.read
+        self.cache.extend(sequence.pages, read + count)
+        return Part(
+            sequence.known[read : read + count],
+            read,
+            sequence.seat,
+            sequence.pages,
+            sequence.generation.request.sampling.prompt_logprobs
+            and read < len(sequence.generation.request.tokens),
+        )
+
+    def _leave(self, sequence: _Running, reason: str) -> None:
+        sequence.generation.finish_reason = reason
+        if sequence.seat < 0:
+            return
+        if sequence.seat in self._seats.restricted:
+            sequence.generation.experts_kept = self._seats.kept(sequence.seat)
+        self.cache.release(sequence.pages, sequence.most_tokens)
+        self._seats.leave(sequence.seat)
+        self._free_seats.append(sequence.seat)
+        sequence.seat = -1
+
+    # ---- a step
+
+    def _run_alone(self, one: tuple[_Running, Part]) -> list[Delta]:
+        try:
+            return self._run([one])
+        except (OSError, UserError) as error:
+            sequence, _ = one
+            self._running.remove(sequence)
+            sequence.generation.error = error
+            self._leave(sequence, ERROR)
+            return [Delta(sequence.generation, (), "", ERROR)]
+
+    def _run(self, batch: list[tuple[_Running, Part]]) -> list[Delta]:
+        parts = [part for _, part in batch]
+        seats = [part.seat for part in parts]
+        ragged = RaggedBatch.of(parts, self._cached.device, self._cached.dtype)
+        step = self._seats.step(seats, [len(part.tokens) for part in parts], ragged.seats_T)
+        logits_XV = self._cached.logits(self._cached.hidden(ragged, step))
+        self._seats.commit(seats)
+        ready: list[_Running] = []
+        rows, first = [], 0
+        for sequence, part in batch:
+            outputs = len(part.tokens) if part.all_outputs else 1
+            if part.all_outputs:
+                self._prompt_logprobs(sequence, part, logits_XV[first : first + outputs])
+            sequence.read += len(part.tokens)
+            first += outputs
+            if not sequence.pending:
+                ready.append(sequence)
+                rows.append(first - 1)
+        if not ready:
+            return []
+        if len(rows) < logits_XV.shape[0]:
+            logits_XV = logits_XV[rows]
+        return self._go_on(ready, logits_XV)
+
+    def _go_on(self, ready: list[_Running], logits_BV: Tensor) -> list[Delta]:
+        """Choose the next token of sequences that have been read to their end."""
+        sampling = [one.generation.request.sampling for one in ready]
+        chosen = choose_tokens(
+            logits_BV[:, : self.num_tokens], sampling, [len(one.known) for one in ready]
+        )
+        deltas = []
+        for row, (sequence, token, of_sequence) in enumerate(
+            zip(ready, chosen, sampling, strict=True)
+        ):
+            if of_sequence.max_tokens == 0:
+                deltas.append(self._end(sequence, (), "", LENGTH))
+                continue
+            if of_sequence.logprobs is not None:
+                sequence.generation.logprobs += log_probabilities(
+                    logits_BV[row : row + 1], [token], of_sequence.logprobs, self.num_tokens
+                )
+            deltas.append(self._append(sequence, token))
+        return deltas
+
+    def _append(self, sequence: _Running, token: int) -> Delta:
+        generation = sequence.generation
+        sampling, pool = generation.request.sampling, generation.request.pool
+        sequence.known.append(token)
+        generation.tokens.append(token)
+        text, reason = "", None
+        if self.tokenizer is not None and token == self.tokenizer.eos_id:
+            reason = None if sampling.ignore_end else STOP
+        if sequence.detokenizer is not None:
+            text = sequence.stops.add(sequence.detokenizer.add(token))
+            if sequence.stops.stopped:
+                reason = STOP
+        count = len(generation.tokens)
+        if reason is None and count == sampling.max_tokens:
+            reason = LENGTH
+        if reason is not None:
+            return self._end(sequence, (token,), text, reason)
+        if pool is not None and pool.renew_every and count % pool.renew_every == 0:
+            sequence.switched += self._seats.renew(sequence.seat)
+            generation.pool_renewals += 1
+            generation.switch_rate = sequence.switched / generation.pool_renewals
+        generation.text += text
+        return Delta(generation, (token,), text, None)
+
+    def _end(self, sequence: _Running, tokens: tuple[int, ...], text: str, reason: str) -> Delta:
+        if sequence.detokenizer is not None and not sequence.stops.stopped:
+            text += sequence.stops.add(sequence.detokenizer.end())
+            if sequence.stops.stopped:
+                reason = STOP
+            text += sequence.stops.end()
+        sequence.generation.text += text
+        self._running.remove(sequence)
+        self._leave(sequence, reason)
+        return Delta(sequence.generation, tokens, text, reason)
+
+    def _prompt_logprobs(self, sequence: _Running, part: Part, logits_tV: Tensor) -> None:
+        """Of the prompt's tokens that these logits predict."""
+        generation = sequence.generation
+        prompt = generation.request.tokens
+        if part.start == 0:
+            generation.prompt_logprobs.append(None)
+        predicted = list(prompt[part.start + 1 : part.start + 1 + len(part.tokens)])
+        if predicted:
+            generation.prompt_logprobs += log_probabilities(
+                logits_tV[: len(predicted)],
+                predicted,
+                generation.request.sampling.logprobs or 0,
+                self.num_tokens,
+            )
+
+
+def cache_tokens_needed(lengths: Sequence[int]) -> int:
+    """Tokens of a cache in which sequences of these lengths run at once."""
+    return sum(pages_of(length) for length in lengths) * PAGE

@@ -1,0 +1,62 @@
+"""A checkpoint as an engine: its model, its tokenizer, and subsets of its experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from emotrain.config import Config
+from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
+from emotrain.errors import MissingFileError, UserError
+from emotrain.evaluation.sweep import choose_device
+from emotrain.generation.request import masks_of
+from emotrain.model.transformer import Transformer
+from emotrain.modular.artefact import read_subset
+from emotrain.subsets.selection import require_same_model
+from emotrain.training.checkpoint import find, load_model
+
+
+def load_generator(
+    checkpoint: str | Path, device: str = "auto"
+) -> tuple[Path, Config, Transformer, TextTokenizer]:
+    """Folder, configuration, model and tokenizer of a checkpoint.
+
+    Raises:
+        UserError: no usable checkpoint, or one without the tokenizer of its model.
+    """
+    folder = find(checkpoint)
+    tokenizer = tokenizer_of(folder)
+    config, model = load_model(folder, choose_device(device))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model "
+            f"{config.model.vocab_size}; put the tokenizer of its training there"
+        )
+    return folder, config, model, tokenizer
+
+
+def tokenizer_of(folder: Path) -> TextTokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise MissingFileError(
+            f"{folder}: has no tokenizer.json, without which it reads no text and writes none; put "
+            f"that of its training there"
+        )
+    return load_tokenizer(file)
+
+
+def load_subset(file: str | Path, folder: Path, config: Config) -> list[Tensor]:
+    """For each layer bool [N]: the experts of a subset of this checkpoint.
+
+    Raises:
+        UserError: not a subset, or one of another checkpoint.
+    """
+    subset = read_subset(file)
+    require_same_model(subset, folder, config)
+    return masks_of(subset)
+
+
+def encode(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """Token ids of a text that goes on: without an end-of-document token."""
+    return tokenizer.encode_batch([text])[0][:-1].tolist()

@@ -1,0 +1,142 @@
+"""Which experts each sequence of a step may use, one seat a sequence.
+
+A seat has a subset (all experts, or those of a subset) and inside of it a pool: everything, or the
+experts that the text so far gives the most routing probability. A pool is chosen when the prompt is
+read, layer by layer, as in training, and chosen anew when `renew` is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from emotrain.config import ModelConfig
+from emotrain.model.router import select_pool
+
+
+class Seats:
+    """Masks and scores of every seat, for each layer [B, N]: B seats."""
+
+    def __init__(self, config: ModelConfig, num_seats: int, device: torch.device | str = "cpu"):
+        counts = [config.routed_in_layer(layer) for layer in range(config.num_layers)]
+
+        def table() -> list[Tensor]:
+            return [torch.zeros(num_seats, count, device=device) for count in counts]
+
+        self.subset, self.pool, self.scores = table(), table(), table()
+        """0 for experts that may be used, -inf for others: of the subset alone, and of the pool
+        inside of it. Then the routing probabilities of the text so far, summed."""
+        self.restricted: set[int] = set()
+        """Seats that may not use all experts."""
+        self.sizes: dict[int, tuple[int, ...]] = {}
+        """Seats with a pool, and its size in each layer."""
+        self.choosing: set[int] = set()
+        """Seats whose pool is chosen in the next step."""
+        self._fresh: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def take(
+        self, seat: int, subset: Sequence[Tensor] | None, sizes: tuple[int, ...] | None
+    ) -> None:
+        """Give a seat to a sequence.
+
+        Args:
+            subset: for each layer bool [N], the experts that may be used; None for all.
+            sizes: of the pool in each layer; None for no pool.
+        """
+        for layer, (own, pool, scores) in enumerate(
+            zip(self.subset, self.pool, self.scores, strict=True)
+        ):
+            own[seat] = 0
+            if subset is not None:
+                own[seat].masked_fill_(~subset[layer].to(own.device), -torch.inf)
+            pool[seat] = own[seat]
+            scores[seat] = 0
+        self.leave(seat)
+        if subset is not None or sizes is not None:
+            self.restricted.add(seat)
+        if sizes is not None:
+            self.sizes[seat] = sizes
+            self.choosing.add(seat)
+
+    def leave(self, seat: int) -> None:
+        self.restricted.discard(seat)
+        self.choosing.discard(seat)
+        self.sizes.pop(seat, None)
+
+    def renew(self, seat: int) -> float:
+        """Choose a pool anew from the text so far; returns the share of its experts that are new,
+        mean over layers with routed experts."""
+        seats_X = torch.tensor([seat])
+        switched = []
+        for layer, pool in enumerate(self.pool):
+            if pool.shape[1] == 0:
+                continue
+            before_N = pool[seat] == 0
+            self._choose(layer, seats_X.to(pool.device), self.scores[layer][seat][None])
+            now_N = pool[seat] == 0
+            switched.append(float((now_N & ~before_N).sum() / now_N.sum()))
+        return sum(switched) / max(len(switched), 1)
+
+    def kept(self, seat: int) -> list[list[int]]:
+        """Numbers of the routed experts that the seat may use, a list a layer."""
+        return [(pool[seat] == 0).nonzero()[:, 0].tolist() for pool in self.pool]
+
+    def restrict(self, layer: int, logits_TN: Tensor, step: StepSeats) -> Tensor:
+        """Router logits with -inf at experts that a token's sequence may not use; scores of
+        sequences with a pool grow."""
+        seats_T = step.seats_T
+        if step.scored_X is not None:
+            scored_X = seats_T[step.scored_X]
+            free_XN = torch.softmax(logits_TN[step.scored_X] + self.subset[layer][scored_X], dim=1)
+            fresh = torch.zeros_like(self.scores[layer]).index_add_(0, scored_X, free_XN)
+            self._fresh.append((self.scores[layer], fresh, scored_X))
+            if step.choosing_X is not None:
+                self._choose(layer, step.choosing_X, fresh[step.choosing_X])
+        if not step.restricted:
+            return logits_TN
+        return logits_TN + self.pool[layer][seats_T]
+
+    def _choose(self, layer: int, seats_X: Tensor, scores_XN: Tensor) -> None:
+        size_X = scores_XN.new_tensor(
+            [self.sizes[seat][layer] for seat in seats_X.tolist()], dtype=torch.int64
+        )
+        chosen_XN = select_pool(scores_XN, size_X)
+        subset_XN = self.subset[layer][seats_X]
+        self.pool[layer][seats_X] = subset_XN.masked_fill(~chosen_XN, -torch.inf)
+
+    def step(self, seats: Sequence[int], counts: Sequence[int], seats_T: Tensor) -> StepSeats:
+        """What a step needs to know, of sequences at these seats with so many new tokens each."""
+        self._fresh.clear()
+        if not self.restricted.intersection(seats):
+            return StepSeats(seats_T, False, None, None)
+        scored_X = choosing_X = None
+        if self.sizes.keys() & set(seats):
+            has_pool = torch.tensor([seat in self.sizes for seat in seats])
+            scored_T = has_pool.repeat_interleave(torch.tensor(counts))
+            scored_X = scored_T.nonzero()[:, 0].to(seats_T.device)
+            if chosen := [seat for seat in seats if seat in self.choosing]:
+                choosing_X = torch.tensor(chosen, device=seats_T.device)
+        return StepSeats(seats_T, True, scored_X, choosing_X)
+
+    def commit(self, seats: Sequence[int]) -> None:
+        """The step has run: its scores count. A step that failed leaves the old ones."""
+        for scores, fresh, _ in self._fresh:
+            scores += fresh
+        self._fresh.clear()
+        self.choosing.difference_update(seats)
+
+
+class StepSeats:
+    """The seats of a step's tokens, and who of them is restricted, scored, about to choose."""
+
+    def __init__(
+        self,
+        seats_T: Tensor,
+        restricted: bool,
+        scored_X: Tensor | None,
+        choosing_X: Tensor | None,
+    ):
+        self.seats_T, self.restricted = seats_T, restricted
+        self.scored_X, self.choosing_X = scored_X, choosing_X
