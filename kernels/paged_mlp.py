@@ -67,7 +67,9 @@ class PagedMLP:
             token_R = slots.token_R[: slots.num_rows]
             weights_R = weights_TK.reshape(-1)[slots.slot_R[: slots.num_rows]].to(x_TD.dtype)
             hidden_RF = x_TD.new_empty(token_R.shape[0], gate_up_XFD.shape[1])
-            self._by_expert = rows_by_expert(lengths, token_R, weights_R[:, None], hidden_RF)
+            in_use = [lengths[expert] for expert in self.experts]
+            rows = rows_by_expert(in_use, token_R, weights_R[:, None], hidden_RF)
+            self._rows_of = dict(zip(self.experts, zip(*rows, strict=True), strict=True))
 
     def add(self, slot_of: Mapping[int, int]) -> None:
         """Run experts that are in memory.
@@ -84,6 +86,5 @@ class PagedMLP:
             )
             return
         for expert, slot in slot_of.items():
-            rows = (of_all[expert] for of_all in self._by_expert)
             weights = (bank_XYD[slot].to(self._x_TD.dtype) for bank_XYD in self._banks)
-            add_expert(self.y_TD, self._x_TD, *rows, *weights)
+            add_expert(self.y_TD, self._x_TD, *self._rows_of[expert], *weights)

@@ -242,3 +242,20 @@ def test_placement_trains_both_models_and_prints_rows_and_load(
     given = ["--checkpoints", str(tmp_path / "emo"), str(tmp_path / "standard")]
     assert placement.main([*folders, *sizes, "--json", *given]) == 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_lazy_experts_prints_memory_speed_and_the_cost_of_a_cold_expert():
+    result = measure(
+        "lazy_experts.py",
+        *["--layers", "2", "--experts", "8", "--chosen", "2", "--width", "16", "--hidden", "8"],
+        *["--documents", "2", "--prompt", "16", "--share", "0.25"],
+    )
+    assert result["equal_logits"] is True
+    assert result["resident_expert_memory_over_full"] == 0.25
+    assert result["cold_experts_per_step"] == 4
+    for key in (
+        "decode_tokens_per_second_over_full",
+        "prompt_tokens_per_second_over_full",
+        "cold_expert_read_gb_per_second",
+    ):
+        assert result[key] > 0, key

@@ -30,7 +30,7 @@ from torch import Tensor
 from emotrain.errors import RunError, UserError
 
 
-class ExpertReadError(RunError):
+class ExpertReadError(RunError, OSError):
     """An expert that a step needs cannot be read. The step has failed for the tokens that need it;
     the store is sound, and experts in memory go on."""
 
