@@ -64,6 +64,7 @@ benchmarks: $(DATA)/dataset.json  ## router, step and expert timings, also again
 	$(BIN)/python benchmarks/router.py
 	$(BIN)/python benchmarks/step.py --peer hf
 	$(BIN)/python benchmarks/experts.py
+	$(BIN)/python benchmarks/lazy_experts.py
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/contention.py --data $(DATA)
 

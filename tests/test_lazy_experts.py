@@ -18,9 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from emotrain.cli import main
 from emotrain.config import Config
 from emotrain.errors import UserError
 from emotrain.files import sha256_of
+from emotrain.generation.engine import Engine, EngineLimits
+from emotrain.generation.request import GenerationRequest
+from emotrain.generation.sampling import Sampling
 from emotrain.interop.export_folder import export_checkpoint
 from emotrain.interop.huggingface import load_huggingface
 from emotrain.kernels import cpu_grouped_mlp
@@ -35,12 +39,18 @@ from emotrain.training.optimizer import build_optimizer
 LAYERS, EXPERTS = 2, 8
 
 
-def checkpoint_of(folder: Path, **overrides) -> tuple[Path, Transformer]:
-    """A checkpoint of a random tiny model, and the model."""
+def checkpoint_of(
+    folder: Path, tokenizer: Path | None = None, **overrides
+) -> tuple[Path, Transformer]:
+    """A checkpoint of a random tiny model with an optimizer that has made a step, and the model."""
     config: Config = tiny_config(model__init_std=0.3, **overrides)
     model = Transformer(config.model).initialize(0)
     state = TrainingState(0, 0, "", 0, 4, 0.0)
-    return save(folder, model, build_optimizer(model, config.optimizer), config, state), model
+    optimizer = build_optimizer(model, config.optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return save(folder, model, optimizer, config, state, tokenizer), model
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +425,70 @@ def test_damage_before_the_start_is_found_at_the_start(tiny, tmp_path):
     (path / "model-00000.safetensors").unlink()
     with pytest.raises(UserError, match="is missing"):
         load_lazy(path)
+
+
+# ---- the command
+
+
+@pytest.fixture(scope="module")
+def speaking(tiny_data, tmp_path_factory) -> Path:
+    """A checkpoint with a tokenizer, for texts of up to 64 tokens."""
+    return checkpoint_of(
+        tmp_path_factory.mktemp("speaking"),
+        tiny_data / "tokenizer.json",
+        model__vocab_size=320,
+        data__sequence_length=64,
+    )[0]
+
+
+def test_generate_in_little_memory_writes_the_same_text(speaking, capsys):
+    def generated(*words: str) -> dict:
+        command = ["generate", str(speaking), "bread salt", "anchor", "--max-tokens", "12"]
+        assert main([*command, *words, "--json"]) == 0
+        out = capsys.readouterr()
+        told.append(out.err)
+        return json.loads(out.out.splitlines()[-1])
+
+    told: list[str] = []
+    lazy = load_lazy(speaking)
+    one = lazy.store.expert_bytes
+    for words in ([], ["--experts", "auto:3", "--pool", "sticky:4"]):
+        full = generated(*words)
+        few = generated(*words, "--memory", str(lazy.trunk_bytes + 5 * one))
+        assert few["generations"] == full["generations"]
+        assert full["experts_in_memory"] is None and "evicted" not in told[-2]
+        held = few["experts_in_memory"]
+        assert held["resident_bytes"] == 5 * one and held["evictions"] == held["misses"] - 5 > 0
+        assert f"{held['misses']} times read, {held['evictions']} evicted" in told[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--memory", "1KB"], "1,000 bytes do not hold the trunk"),
+        (["--memory", "much"], "--memory much: give a size such as 4GB or 500MiB"),
+        (["--memory", "1GB", "--device", "cuda"], "--memory keeps experts for the CPU"),
+    ],
+)
+def test_memory_that_cannot_be_is_one_line(words, fault, speaking, capsys):
+    assert main(["generate", str(speaking), "bread", *words]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert fault in line
+
+
+def test_a_file_cut_short_under_a_generation_ends_it_and_no_other(speaking, tmp_path):
+    path = copied(speaking, tmp_path)
+    lazy = load_lazy(path)
+    kept = [torch.arange(EXPERTS) < 3] * LAYERS
+    engine = Engine(lazy.model, EngineLimits(4, 512, 64, 32))
+    sampling = Sampling(max_tokens=6)
+    before = engine.submit(GenerationRequest([1, 2, 3], sampling, kept))
+    while engine.busy:
+        engine.step()
+    cut_short(path / "model-00000.safetensors")
+    good, bad = (engine.submit(GenerationRequest([1, 2, 3], sampling, it)) for it in (kept, None))
+    while engine.busy:
+        engine.step()
+    assert bad.finish_reason == "error" and isinstance(bad.error, ExpertReadError)
+    assert good.finish_reason == "length" and good.tokens == before.tokens
+    assert engine.cache.pages_in_use == 0 and engine.cache.promised_pages == 0

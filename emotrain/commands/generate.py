@@ -12,6 +12,7 @@ from emotrain.errors import UserError
 
 if TYPE_CHECKING:
     from emotrain.generation.engine import Engine, Generation
+    from emotrain.modular.expert_store import ExpertStore
 
 DESCRIPTION = """\
 Continue a prompt. The text appears as it is generated; what was done is told on stderr. Several
@@ -22,11 +23,15 @@ examples:
   emotrain generate runs/quickstart "Once upon" --temperature 0.8 --top-p 0.95 --seed 7
   emotrain generate runs/quickstart "fn main() {" --subset rust.json
   emotrain generate runs/quickstart "fn main() {" --experts auto:8 --pool sticky:32
+  emotrain generate runs/quickstart "fn main() {" --subset rust.json --memory 24MB
 
 `--experts auto:8` keeps the 8 experts of each layer, shared ones counted, that the prompt itself
 gives the most routing probability: no other text is needed. `--pool sticky:32` chooses them anew
 after every 32 tokens, from all the text so far, and `switch rate` says which share of them changed;
 without --experts the pool is as large as in training.
+
+With `--memory` experts are read when the text first needs them, and those that were not used for
+longest make room. The text is the same to the last token.
 
 Greedy (--temperature 0) gives the same text every time, and so does a seed. A prompt of - is read
 from stdin."""
@@ -85,6 +90,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most tokens of prompt and text together (default: as in training)",
     )
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="memory that the weights may take, for example 2GB: experts are read when they are "
+        "needed (default: load all of them)",
+    )
     add_device(parser)
     add_json(parser)
 
@@ -94,8 +105,11 @@ def run(args: argparse.Namespace) -> int:
     from emotrain.generation.loading import encode, load_generator, load_subset
     from emotrain.generation.request import GenerationRequest, read_pool
     from emotrain.generation.sampling import Sampling
+    from emotrain.modular.budget import read_size
+    from emotrain.modular.lazy_experts import store_of
 
-    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device)
+    memory = read_size(args.memory) if args.memory else None
+    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
     subset = load_subset(args.subset, folder, config) if args.subset else None
     pool = read_pool(args.experts, args.pool, config.model)
     context = args.context or config.data.sequence_length
@@ -122,8 +136,12 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     for generation in found:
         print(_summary(generation, seconds), file=sys.stderr)
+    store = store_of(model)
+    if store is not None:
+        print(_experts(store), file=sys.stderr)
     if args.json:
-        finish(args, _result(found, seconds), "")
+        in_memory = store and {"resident_bytes": store.resident_bytes, **vars(store.counters)}
+        finish(args, {**_result(found, seconds), "experts_in_memory": in_memory}, "")
     return 0
 
 
@@ -158,6 +176,14 @@ def _summary(generation: Generation, seconds: float) -> str:
             f"{generation.switch_rate:.3f}"
         )
     return "; ".join(words)
+
+
+def _experts(store: ExpertStore) -> str:
+    counters = store.counters
+    return (
+        f"experts take {store.resident_bytes / 1e6:,.1f} MB: {counters.hits} times found there, "
+        f"{counters.misses} times read, {counters.evictions} evicted"
+    )
 
 
 def _result(found: list[Generation], seconds: float) -> dict[str, Any]:

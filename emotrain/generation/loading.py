@@ -13,21 +13,32 @@ from emotrain.evaluation.sweep import choose_device
 from emotrain.generation.request import masks_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
+from emotrain.subsets.lazy_model import load_lazy
 from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import find, load_model
 
 
 def load_generator(
-    checkpoint: str | Path, device: str = "auto"
+    checkpoint: str | Path, device: str = "auto", memory: int | None = None
 ) -> tuple[Path, Config, Transformer, TextTokenizer]:
     """Folder, configuration, model and tokenizer of a checkpoint.
 
+    Args:
+        memory: bytes that the weights may take, with experts that are read when they are needed
+            (`load_lazy`, on the CPU); None loads them all.
     Raises:
-        UserError: no usable checkpoint, or one without the tokenizer of its model.
+        UserError: no usable checkpoint, or one without the tokenizer of its model; or less memory
+            than it needs.
     """
     folder = find(checkpoint)
     tokenizer = tokenizer_of(folder)
-    config, model = load_model(folder, choose_device(device))
+    if memory is None:
+        config, model = load_model(folder, choose_device(device))
+    elif device == "cuda":
+        raise UserError("--memory keeps experts for the CPU; give --device cpu, or no --memory")
+    else:
+        lazy = load_lazy(folder, memory)
+        config, model = lazy.config, lazy.model
     if tokenizer.vocab_size > config.model.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model "

@@ -9,6 +9,7 @@ from emotrain.config import ModelConfig
 from emotrain.kernels import SortedSlots
 from emotrain.kernels.paged_mlp import PagedMLP
 from emotrain.model.moe import RoutedExperts
+from emotrain.model.transformer import Transformer
 from emotrain.modular.expert_store import ExpertReadError, ExpertStore
 
 
@@ -44,3 +45,9 @@ class LazyExperts(RoutedExperts):
                 error.tokens = tuple(slots.token_R[first:end].tolist())
                 raise
         return call.y_TD
+
+
+def store_of(model: Transformer) -> ExpertStore | None:
+    """The store that a model's experts are in; None where they are loaded."""
+    banks = (bank for bank in model.expert_banks() if isinstance(bank, LazyExperts))
+    return next((bank.store for bank in banks), None)

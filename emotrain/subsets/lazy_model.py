@@ -25,7 +25,7 @@ from emotrain.modular.lazy_experts import LazyExperts
 from emotrain.training.checkpoint import verified_model
 from emotrain.training.checkpoint_folders import find, read_config, read_entries
 from emotrain.training.tensor_files import load_parts
-from emotrain.training.tensor_index import StoredTensors, TensorPart
+from emotrain.training.tensor_index import StoredTensors, TensorPart, stem_of
 
 BANK = ".moe.experts."
 """In the name of each parameter of a bank of routed experts, after its first layer."""
@@ -157,7 +157,7 @@ def _pieces_of_checkpoint(stored: StoredTensors, files: dict[str, WeightFile]) -
     headers = {name: tensors_of_file(file.path) for name, file in files.items()}
     metadata: Any = stored.metadata.state_dict_metadata
     for name, tensor in metadata.items():
-        if BANK not in name:
+        if BANK not in name or stem_of(name) != "model":
             continue
         layer, matrix = _place_of(name)
         for box in tensor.chunks:
