@@ -304,18 +304,21 @@ class Case:
         }
         return with_training(config(parallel, self.model, self.rows), **training)
 
+    def train_as(
+        self, ranks: Ranks, steps: int, dtype: torch.dtype = torch.float64, **training: Any
+    ) -> list[Step]:
+        """The record of one of its ranks."""
+        settings = self.settings(**training)
+        return train(settings, self.size, ranks, steps, dtype, self.documents, placed=self.placed)
+
     def train(
         self, steps: int, dtype: torch.dtype = torch.float64, **training: Any
     ) -> list[list[Step]]:
         """The record of every rank."""
-        return train_on(
-            self.world_size,
-            self.settings(**training),
-            self.size,
-            steps=steps,
-            dtype=dtype,
-            documents=self.documents,
-            placed=self.placed,
+        if self.world_size == 1:
+            return [self.train_as(Ranks(), steps, dtype, **training)]
+        return run_ranks(
+            lambda ranks: self.train_as(ranks, steps, dtype, **training), self.world_size
         )
 
     def __str__(self) -> str:

@@ -3,8 +3,14 @@ stop or hang ranks start their own (test_faults.py, test_checkpoint_kills.py).""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +70,47 @@ def _rank(
     torch.save(result, folder / f"rank{rank}.pt")
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def run_script(script: Path, *arguments: str, timeout_s: float = 240.0) -> Any:
+    """Run a script as a command of its own -> `subprocess.CompletedProcess`.
+
+    The process is a fork of this one, where torch is loaded: a new one takes seconds of processor
+    time for that. What a script does before it imports torch needs a new one (`run_command`).
+    """
+    with tempfile.TemporaryDirectory() as name:
+        out, err = Path(name, "out"), Path(name, "err")
+        process = multiprocessing.get_context("fork").Process(
+            target=_script, args=(script, arguments, out, err)
+        )
+        process.start()
+        process.join(timeout_s)
+        if process.is_alive():
+            process.kill()
+            pytest.fail(f"{script.name} was still running after {timeout_s:g} s")
+        return subprocess.CompletedProcess(
+            [script, *arguments], process.exitcode, out.read_text(), err.read_text()
+        )
+
+
+def _script(script: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.parent))
+    code: Any = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not by way of pytest, whose process this was.
+    os._exit(code or 0)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_script
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY_STEP = [
     "model.d_model=16",
@@ -28,22 +30,7 @@ TINY_STEP = [
 
 def measure(script: str, *arguments: str) -> dict:
     """The JSON object on the last line of a benchmark's output."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            BENCHMARKS / script,
-            "--json",
-            "--threads",
-            "1",
-            "--repeats",
-            "1",
-            *arguments,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_script(BENCHMARKS / script, "--json", "--threads", "1", "--repeats", "1", *arguments)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["machine"]["threads"] == 1
@@ -150,22 +137,9 @@ def test_random_documents_fill_the_rows(monkeypatch, documents):
 def test_dispatch_prints_the_bytes_of_the_exchange():
     """At the published number of experts and choices the ratio is a matter of counting, and
     holds at any size."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            BENCHMARKS / "dispatch.py",
-            "--json",
-            "--tokens",
-            "256",
-            "--width",
-            "512",
-            "--pools",
-            "16",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
+    done = run_script(
+        BENCHMARKS / "dispatch.py",
+        *("--json", "--tokens", "256", "--width", "512", "--pools", "16"),
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields, replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,8 +49,7 @@ RECOMPUTE = ("none", "selective", "full")
 PLAIN = [
     Case(*layout, micro, recompute)
     for layout in layouts(1, 2, 4)
-    for micro in (1, 2)
-    for recompute in RECOMPUTE
+    for micro, recompute in ((1, "none"), (2, "selective"), (2, "full"))
 ]
 
 COMBINED = [
@@ -112,27 +112,34 @@ def assert_same(got: list[Step], wanted: list[Step], parameters: float = 1e-12) 
             torch.testing.assert_close(vars(step)[key], values, rtol=1e-9, atol=atol)
 
 
-@lru_cache(maxsize=1)
-def plain_records(
-    layout: tuple[int, int, int],
-    recompute: tuple[str, ...] = RECOMPUTE,
-    dtype: torch.dtype = torch.float64,
+@lru_cache(maxsize=4)
+def train_together(
+    cases: tuple[Case, ...], steps: int, dtype: torch.dtype = torch.float64, **training: str
 ) -> dict[Case, list[list[Step]]]:
-    """What every rank records in each of the `PLAIN` cases of a layout. The same processes run them
-    one after the other: to start takes them longer than to train."""
-    cases = [case for case in PLAIN if case.layout == layout and case.recompute in recompute]
+    """What every rank records in each of some cases of one number of processes. The same processes
+    train them one after the other: to start takes them longer than to train."""
 
     def train_all(ranks: Ranks) -> list[list[Step]]:
-        return [train(case.settings(), case.size, ranks, 5, dtype) for case in cases]
+        return [case.train_as(ranks, steps, dtype, **training) for case in cases]
 
-    by_rank = [train_all(Ranks())] if layout[0] == 1 else run_ranks(train_all, layout[0])
+    size = cases[0].world_size
+    by_rank = [train_all(Ranks())] if size == 1 else run_ranks(train_all, size)
     return {case: [records[i] for records in by_rank] for i, case in enumerate(cases)}
+
+
+def records_of(
+    case: Case, cases: list[Case], steps: int, *, of: str = "world_size", **options: Any
+) -> list[list[Step]]:
+    """What every rank records in a case, trained together with those of `cases` that have the same
+    processes, or the same of another attribute."""
+    same = [other for other in cases if getattr(other, of) == getattr(case, of)]
+    return train_together(tuple(same if case in same else [case]), steps, **options)[case]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 def test_no_layout_changes_training(case: Case) -> None:
-    for record in plain_records(case.layout)[case]:
-        assert_same(record, one_process("published", "mixed", ROWS, 5))
+    for record in records_of(case, PLAIN, 3, of="layout"):
+        assert_same(record, one_process("published", "mixed", ROWS, 3))
 
 
 @with_long(COMBINED, [case for case in every_case() if case not in PLAIN])
@@ -140,7 +147,7 @@ def test_no_layout_changes_training_whatever_the_model_and_the_documents(case: C
     # Where a document is one token, attention has no gradient: AdamW multiplies what rounding
     # leaves of it by lr / eps = 1e6.
     atol = 1e-10 if case.documents == "length one" else 1e-12
-    for record in case.train(steps=3):
+    for record in records_of(case, COMBINED, 3):
         assert_same(record, one_process(case.model, case.documents, case.rows, 3), atol)
 
 
@@ -234,32 +241,35 @@ def assert_near(got: list[Step], wanted: list[Step], limit: Distance) -> None:
     )
 
 
-@with_long(
-    [case for case in PLAIN if case.recompute == "none"],
-    [case for case in COMBINED if case.documents != "length one"],
-)
+IN_FP32 = [Case(*layout, 2) for layout in layouts(1, 2, 4)]
+
+
+@with_long(IN_FP32, [case for case in COMBINED if case.documents != "length one"])
 def test_no_layout_changes_training_in_fp32(case: Case) -> None:
-    records = case.train(5, torch.float32) if case not in PLAIN else None
-    for record in records or plain_records(case.layout, ("none",), torch.float32)[case]:
+    for record in records_of(case, IN_FP32, 5, dtype=torch.float32):
         wanted = one_process(case.model, case.documents, case.rows, 5, torch.float32)
         assert_near(record, wanted, FP32)
 
 
+IN_BF16 = [
+    Case(1, 1, 1, 2),
+    Case(2, 1, 1),
+    Case(2, 1, 2, 2),
+    Case(2, 2, 1, 2, "full"),
+    Case(3, 1, 3, 1, "selective", reshard=False),
+    Case(4, 1, 1, 2),
+    Case(4, 2, 2, reshard=False),
+]
+
+
 @with_long(
-    [
-        Case(1, 1, 1, 2),
-        Case(2, 1, 1),
-        Case(2, 1, 2, 2),
-        Case(2, 2, 1, 2, "full"),
-        Case(3, 1, 3, 1, "selective", reshard=False),
-        Case(4, 1, 1, 2),
-        Case(4, 2, 2, reshard=False),
-    ],
+    IN_BF16,
     [replace(case, micro_batches=micro) for case in COMBINED for micro in (1, 2)],
 )
 def test_no_layout_changes_a_step_in_bf16(case: Case) -> None:
     """Norm gains are not 1: one that is rounded in one layout alone is ten times as far off."""
-    for record in case.train(1, torch.float32, precision="bfloat16"):
+    options = {"dtype": torch.float32, "precision": "bfloat16"}
+    for record in records_of(case, IN_BF16, 1, **options):
         wanted = one_process(case.model, case.documents, case.rows, 1, torch.float32, "bfloat16")
         assert_near(record, wanted, BF16)
 

@@ -31,7 +31,7 @@ from emotrain.planning.hardware import GPUS, RATES, Cluster, Reserve, find_gpu
 from emotrain.planning.meter import Meter
 from emotrain.planning.parts import PARTS, Memory, Part
 from emotrain.planning.plan import make_plan, step_times
-from emotrain.planning.search import advice, extrapolated, search, with_settings
+from emotrain.planning.search import LAYERS, advice, extrapolated, search, with_settings
 from emotrain.planning.stand_ins import Routing, held_experts, synthetic_batch
 from emotrain.training.engine import NativeEngine, Phase
 from emotrain.training.step import train_step
@@ -361,7 +361,7 @@ def test_a_machine_without_triton_plans_the_same() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"parallel__ep": 4},
+        pytest.param({"parallel__ep": 4}, marks=pytest.mark.long),
         {
             "losses__balance_schedule": "running",
             "parallel__ep": 4,
@@ -375,7 +375,8 @@ def test_a_small_step_extrapolates(overrides: dict[str, Any]) -> None:
     # The counts of 64 experts fill whole blocks of the CUDA allocator: what is rounded up is not
     # linear.
     overrides |= {"model__experts__routed": 64, "model__experts__hidden": 8}
-    settings = config(model__num_layers=6, training__global_batch=32, **overrides)
+    # The least that is not itself one of the steps that are extrapolated from.
+    settings = config(model__num_layers=LAYERS + 2, training__global_batch=32, **overrides)
     cluster = Cluster(H100, 1, 8)
     whole, quick = dry_run(settings, 8), extrapolated(settings, cluster, Routing())
     assert quick.flops_by_part() == whole.flops_by_part()
@@ -421,6 +422,34 @@ def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None
     assert peak("joint", 16, 64) - peak("joint", 2, 64) == 14 * of_one
 
 
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_memory_is_that_of_a_real_step(recompute: str) -> None:
+    """Of one process, whose tensors come and go in the same order every time."""
+    settings = config(
+        model__experts__backend="torch",
+        model__experts__routed=8,
+        model__router__pool__max=8,
+        model__d_model=128,
+        model__experts__hidden=128,
+        data__sequence_length=256,
+        losses__balance_schedule="joint",
+        parallel__recompute=recompute,
+        training__global_batch=4,
+        training__micro_batch=2,
+        training__precision="float32",
+    )
+    engine = NativeEngine.build(settings, Ranks(), fresh=True)
+    batches = [tiny_batch(((100, 156), (256,)), vocab=512) for _ in range(2)]
+    train_step(engine, batches, settings, 1, Ranks())
+    engine.start_step()
+    meter = Meter()
+    follow_state(meter, engine, batches)
+    with meter:
+        train_step(engine, batches, settings, 2, Ranks())
+    assert dry_run(settings, 1, "cpu").peak_bytes == pytest.approx(meter.peak_bytes, rel=0.05)
+
+
+@pytest.mark.long
 def test_memory_is_that_of_real_training() -> None:
     """1 and 2 processes, FSDP2 and expert parallelism, with and without recomputation; more and
     larger ones in the benchmark."""
@@ -523,6 +552,7 @@ def test_what_is_recommended_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make_plan(best, small, routing).fits
 
 
+@pytest.mark.long
 def test_the_search_ranks_layouts_that_fit() -> None:
     """The smallest search that has several layouts; the whole one is the benchmark's."""
     settings = config(training__global_batch=2, training__micro_batch=1)
