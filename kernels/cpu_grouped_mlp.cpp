@@ -11,26 +11,18 @@
 // Letters: D width, H hidden width, F = 2 H (gate columns, then up columns), P columns of a panel.
 
 #include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <thread>
 #include <vector>
 
 #include <omp.h>
 
+#include "cpu_vectors.h"
+
 namespace {
 
 // A tile is TILE x PANEL sums in registers: 16 of 32 with AVX-512, 8 of 16 with AVX2, 16 of 32 with NEON.
-#if defined(__AVX512F__)
-constexpr int LANES = 16, TILE = 8;
-#elif defined(__AVX__)
-constexpr int LANES = 8, TILE = 4;
-#else
-constexpr int LANES = 4, TILE = 8;
-#endif
+constexpr int TILE = LANES == 8 ? 4 : 8;
 constexpr int PANEL = 2 * LANES;
-typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t Indices __attribute__((vector_size(4 * LANES)));
 
 struct Chunk {
@@ -141,25 +133,6 @@ void copy_weights_transposed(const float* weights, int64_t rows, int64_t columns
 
 void add(const float* __restrict from, int64_t count, float* __restrict to) {
   for (int64_t i = 0; i < count; ++i) to[i] += from[i];
-}
-
-// exp as 2^n e^r with |r| <= ln(2) / 2; e^r by its Taylor series, whose next term is below 1e-8. Written so that loops vectorise.
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first with few bits
-  float series = 1.0f / 5040;
-  series = series * r + 1.0f / 720;
-  series = series * r + 1.0f / 120;
-  series = series * r + 1.0f / 24;
-  series = series * r + 1.0f / 6;
-  series = series * r + 1.0f / 2;
-  series = series * r * r + r + 1.0f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return series * power;
 }
 
 // act = weight * silu(gate) * up

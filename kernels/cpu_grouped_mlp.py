@@ -12,34 +12,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from emotrain.errors import MissingFileError
+from emotrain.kernels.cpu_library import compiled
 
 log = logging.getLogger("emotrain")
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fopenmp",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fPIC",
-    "-shared",
-)
-
 WIDTH_MULTIPLE = 32
 """D and H must be multiples of the widest panel."""
 CHUNK_ROWS = 512
@@ -202,7 +186,7 @@ def _call(function: str, *arguments: Tensor | int) -> None:
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, and one line in the log, where it cannot be compiled or loaded."""
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
+        loaded = ctypes.CDLL(str(compiled(SOURCE)))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or str(error)
         log.warning(
@@ -213,50 +197,3 @@ def library() -> ctypes.CDLL | None:
     loaded.scratch_size.restype = loaded.tile_rows.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None
     return loaded
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and CPU, compiled unless it is in the cache.
-
-    Processes that start at once each compile under a name of their own and rename: whoever is last
-    replaces equal by equal.
-    """
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise MissingFileError("g++ is not installed")
-    version = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
-    key = hashlib.sha256(
-        "\0".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, version, _cpu()]).encode()
-    ).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "emotrain"
-    target = folder / f"{SOURCE.stem}-{key}.so"
-    if not target.exists():
-        log.info("compiling the experts' kernel for this CPU (once)")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            made = Path(own) / target.name
-            subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=300,
-            )
-            made.replace(target)
-    return target
-
-
-def _cpu() -> str:
-    """What `-march=native` depends on: a cache may be shared by machines that differ."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return "\n".join(
-        [
-            platform.machine(),
-            *dict.fromkeys(
-                line for line in lines if line.startswith(("model name", "flags", "Features"))
-            ),
-        ]
-    )

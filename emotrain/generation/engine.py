@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from emotrain.errors import UserError
+from emotrain.errors import RunError, UserError
 from emotrain.generation.cache import PAGE, KVCache, pages_of
 from emotrain.generation.forward import CachedModel
 from emotrain.generation.ragged import Part, RaggedBatch
@@ -34,6 +34,9 @@ from emotrain.model.transformer import Transformer
 STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
 """Why a generation ended: a stop text or the end of the document; `max_tokens`; by `cancel`; what
 it needed could not be read."""
+
+FEW = 64
+"""Most tokens of a piece that the kernel for few tokens reads."""
 
 
 class TextCoder(Protocol):
@@ -56,16 +59,16 @@ class EngineLimits:
     sequence_tokens: int = 4096
     """Most tokens of one sequence."""
     step_tokens: int = 512
-    """Most tokens of a step, so that a long prompt does not hold up the others: it is read in
-    pieces. The prompt of a sequence with a pool is read whole, because all of it chooses the
-    pool."""
+    """Tokens after which a prompt is cut, and after which a step takes no further piece, so that a
+    long prompt does not hold up the others. The prompt of a sequence with a pool is read whole,
+    because all of it chooses the pool."""
 
     def __post_init__(self) -> None:
         for name, least in (
             ("sequences", 1),
             ("cache_tokens", PAGE),
             ("sequence_tokens", 1),
-            ("step_tokens", 2),
+            ("step_tokens", 1),
         ):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} cannot be; give {least} or more")
@@ -205,14 +208,15 @@ class Engine:
         to its end. A sequence whose experts cannot be read ends with an error, and the others go
         on."""
         self._admit()
-        batch = list(self._next_parts())
-        if not batch:
-            return []
-        try:
-            return self._run(batch)
-        except (OSError, UserError):
-            # Alone, each shows whether it was the one.
-            return [delta for one in batch for delta in self._run_alone(one)]
+        deltas: list[Delta] = []
+        for batch in self._batches(list(self._next_parts())):
+            try:
+                deltas += self._run(batch)
+            except (OSError, RunError, UserError):
+                # Alone, each shows whether it was the one.
+                for one in batch:
+                    deltas += self._run_alone(one)
+        return deltas
 
     # ---- who runs
 
@@ -273,13 +277,28 @@ class Engine:
             else:
                 reading.append(sequence)
         for sequence in reading:
-            # A piece of one token would have to stand among the single ones.
-            if room < 2:
+            if room <= 0:
                 return
-            whole = sequence.seat in self._seats.choosing
-            count = sequence.pending if whole else min(sequence.pending, room)
+            # Where a prompt is cut depends on nothing else: its pieces are the same in every batch.
+            count = min(sequence.pending, self.limits.step_tokens)
+            if sequence.seat in self._seats.choosing:
+                count = sequence.pending
             room -= count
             yield sequence, self._part(sequence, count)
+
+    def _batches(self, work: list[tuple[_Running, Part]]) -> Iterator[list[tuple[_Running, Part]]]:
+        """What runs together. Where the kernel makes a token the same in every batch, few tokens
+        are together and a long piece is alone, in torch: no sequence has a part in another's
+        rounding."""
+        if not self._cached.has_rows:
+            few, long = work, []
+        else:
+            few = [one for one in work if len(one[1].tokens) <= FEW]
+            long = [one for one in work if len(one[1].tokens) > FEW]
+        if few:
+            yield few
+        for one in long:
+            yield [one]
 
     def _part(self, sequence: _Running, count: int) -> Part:
         read = sequence.read
@@ -309,7 +328,7 @@ class Engine:
     def _run_alone(self, one: tuple[_Running, Part]) -> list[Delta]:
         try:
             return self._run([one])
-        except (OSError, UserError) as error:
+        except (OSError, RunError, UserError) as error:
             sequence, _ = one
             self._running.remove(sequence)
             sequence.generation.error = error
@@ -321,10 +340,11 @@ class Engine:
         seats = [part.seat for part in parts]
         ragged = RaggedBatch.of(parts, self._cached.device, self._cached.dtype)
         step = self._seats.step(seats, [len(part.tokens) for part in parts], ragged.seats_T)
-        logits_XV = self._cached.logits(self._cached.hidden(ragged, step))
+        rows = self._cached.has_rows and len(parts[-1].tokens) <= FEW
+        logits_XV = self._cached.logits(self._cached.hidden(ragged, step, rows), rows)
         self._seats.commit(seats)
         ready: list[_Running] = []
-        rows, first = [], 0
+        last, first = [], 0
         for sequence, part in batch:
             outputs = len(part.tokens) if part.all_outputs else 1
             if part.all_outputs:
@@ -333,11 +353,11 @@ class Engine:
             first += outputs
             if not sequence.pending:
                 ready.append(sequence)
-                rows.append(first - 1)
+                last.append(first - 1)
         if not ready:
             return []
-        if len(rows) < logits_XV.shape[0]:
-            logits_XV = logits_XV[rows]
+        if len(last) < logits_XV.shape[0]:
+            logits_XV = logits_XV[last]
         return self._go_on(ready, logits_XV)
 
     def _go_on(self, ready: list[_Running], logits_BV: Tensor) -> list[Delta]:

@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from emotrain.generation.cache import PAGE, KVCache
 from emotrain.generation.ragged import Piece, RaggedBatch
 from emotrain.generation.seats import Seats, StepSeats
-from emotrain.kernels import rotate_heads, sort_slots
+from emotrain.kernels import cpu_rows, rotate_heads, sort_slots
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.rowwise import wide_linear
 from emotrain.model.attention import rotary_table
 from emotrain.model.moe import MoELayer
-from emotrain.model.router import route
+from emotrain.model.router import DocumentPoolRouter, route
 from emotrain.model.transformer import Block, Transformer
+from emotrain.modular.lazy_experts import LazyExperts
 
 
 class CachedModel:
@@ -34,19 +35,71 @@ class CachedModel:
         self.cos, self.sin = rotary_table(
             max_length, config.head_dim, config.rope_theta, weight.device
         )
+        self._attend_rows = cpu_rows.Attend(
+            config.num_heads, config.kv_heads, config.head_dim, PAGE, config.norm_eps
+        )
+        self.has_rows = config.experts.backend == "auto" and cpu_rows.can_run(*_weights(model))
+        """Whether `hidden` of few tokens runs in the kernel of cpu_rows: a token is then the same
+        to the bit in every batch."""
 
-    def hidden(self, batch: RaggedBatch, step: StepSeats) -> Tensor:
+    def hidden(self, batch: RaggedBatch, step: StepSeats, rows: bool = False) -> Tensor:
         """Normed final hidden states [X, D] of the tokens that the batch wants. Keys and values of
-        all its tokens are in the cache afterwards."""
+        all its tokens are in the cache afterwards.
+
+        Args:
+            rows: use the kernel for few tokens, where the model has it.
+        """
         x_TD = self.model.embedding(batch.tokens_T)
-        cos, sin = self.cos[batch.positions_T], self.sin[batch.positions_T]
-        for layer, block in enumerate(self.model.blocks):
-            x_TD = x_TD + self._attend(layer, block, x_TD, (cos, sin), batch)
-            x_TD = x_TD + self._experts(layer, block.moe, block.moe_norm(x_TD), step)
+        if rows:
+            self._through_rows(x_TD, batch, step)
+        else:
+            angles = self.cos[batch.positions_T], self.sin[batch.positions_T]
+            for layer, block in enumerate(self.model.blocks):
+                x_TD = x_TD + self._attend(layer, block, x_TD, angles, batch)
+                x_TD = x_TD + self._experts(layer, block.moe, block.moe_norm(x_TD), step)
         return self.model.norm(x_TD if batch.outputs_X is None else x_TD[batch.outputs_X])
 
-    def logits(self, hidden_XD: Tensor) -> Tensor:
+    def logits(self, hidden_XD: Tensor, rows: bool = False) -> Tensor:
+        """[X, V]."""
+        if rows:
+            return cpu_rows.linear(hidden_XD, self.model.head.weight)
         return self.model.head(hidden_XD)
+
+    # ---- few tokens
+
+    def _through_rows(self, x_TD: Tensor, batch: RaggedBatch, step: StepSeats) -> None:
+        """All blocks, in place."""
+        angles, tokens = (
+            (self.cos, self.sin),
+            (batch.positions_T, batch.rows_T, batch.sequences_T),
+        )
+        for layer, block in enumerate(self.model.blocks):
+            moe, attention = block.moe, block.attention
+            weights = (
+                block.attention_norm.weight,
+                attention.qkv.weight,
+                attention.out.weight,
+                block.moe_norm.weight,
+                None if moe.router is None else moe.router.weight_ED,
+            )
+            normed_TD, logits_TE = self._attend_rows(
+                x_TD, weights, angles, self.cache.layers[layer], tokens, batch.pages_BX
+            )
+            if moe.router is not None and moe.experts is not None:
+                routed = self._route(layer, moe.router, logits_TE, step)
+                if isinstance(moe.experts, LazyExperts):
+                    moe.experts.add_rows(x_TD, normed_TD, *routed)
+                else:
+                    banks = moe.experts.gate_up_NFD, moe.experts.down_NHD
+                    cpu_rows.add_experts(x_TD, normed_TD, *routed, *banks)
+            if moe.shared is not None:
+                shared = None
+                if moe.router is not None:
+                    shared = moe.router.shared_weights(logits_TE)
+                banks = moe.shared.gate_up_MFD, moe.shared.down_MHD
+                cpu_rows.add_experts(x_TD, normed_TD, shared, None, *banks)
+
+    # ---- many tokens
 
     def _attend(
         self,
@@ -59,15 +112,13 @@ class CachedModel:
         attention = block.attention
         heads = attention.num_heads
         qkv_TF = attention.qkv(block.attention_norm(x_TD))
-        rotate_heads(
-            qkv_TF[None], *angles, heads, attention.kv_heads, attention.backend
-        )  # in place
+        # In place.
+        rotate_heads(qkv_TF[None], *angles, heads, attention.kv_heads, attention.backend)
         qkv_TAC = qkv_TF.unflatten(1, (-1, attention.head_dim))
         q_TAC, kv_TAC = qkv_TAC[:, :heads], qkv_TAC[:, heads:]
         store = self.cache.layers[layer]
         store.view(-1, *store.shape[2:]).index_copy_(0, batch.rows_T, kv_TAC)
-        y_TF = attend_cached(q_TAC, kv_TAC, store, batch)
-        return attention.out(y_TF)
+        return attention.out(attend_cached(q_TAC, kv_TAC, store, batch))
 
     def _experts(self, layer: int, moe: MoELayer, x_TD: Tensor, step: StepSeats) -> Tensor:
         router, experts, shared = moe.router, moe.experts, moe.shared
@@ -75,16 +126,36 @@ class CachedModel:
             assert shared is not None, "a dense layer has shared experts"
             return shared(x_TD)
         logits_TE = wide_linear(x_TD, router.weight_ED.to(x_TD.dtype))
+        weights_TK, experts_TK = self._route(layer, router, logits_TE, step)
         num_routed = router.num_routed
-        logits_TN = self.seats.restrict(layer, logits_TE[:, :num_routed], step)
-        _, weights_TK, experts_TK = route(
-            logits_TN, router.num_chosen, router.config.gating, router.config.normalize_weights
-        )
         backend = choose_backend(experts.backend, x_TD, num_routed)
         y_TD = experts(x_TD, weights_TK, sort_slots(experts_TK, num_routed, backend=backend))
         if shared is None:
             return y_TD
         return y_TD + shared(x_TD, router.shared_weights(logits_TE))
+
+    # ---- both
+
+    def _route(
+        self, layer: int, router: DocumentPoolRouter, logits_TE: Tensor, step: StepSeats
+    ) -> tuple[Tensor, Tensor]:
+        """Weights and routed experts of each token, [T, K], inside of what its sequence may use."""
+        logits_TN = self.seats.restrict(layer, logits_TE[:, : router.num_routed], step)
+        config = router.config
+        _, weights_TK, experts_TK = route(
+            logits_TN, router.num_chosen, config.gating, config.normalize_weights
+        )
+        return weights_TK, experts_TK
+
+
+def _weights(model: Transformer) -> list[Tensor]:
+    """All weights: the kernel reads them where they lie."""
+    banks = [bank for bank in model.expert_banks() if isinstance(bank, LazyExperts)]
+    stores = [part for bank in banks for part in (bank.store.gate_up_XFD, bank.store.down_XHD)]
+    return [*model.parameters(), *stores]
+
+
+# ---- attention in torch
 
 
 def attend_cached(q_TAC: Tensor, kv_TAC: Tensor, store: Tensor, batch: RaggedBatch) -> Tensor:
@@ -96,7 +167,7 @@ def attend_cached(q_TAC: Tensor, kv_TAC: Tensor, store: Tensor, batch: RaggedBat
         store: the layer's pages, which hold them already.
     """
     parts = []
-    if batch.pages_BX is not None:
+    if batch.singles:
         parts.append(_attend_singles(q_TAC[: batch.singles], store, batch))
     for piece in batch.pieces:
         span = slice(piece.first, piece.first + piece.count)
@@ -107,9 +178,7 @@ def attend_cached(q_TAC: Tensor, kv_TAC: Tensor, store: Tensor, batch: RaggedBat
 def _attend_singles(q_BAC: Tensor, store: Tensor, batch: RaggedBatch) -> Tensor:
     """One token of each sequence. Query heads that share a key head are its queries: with one
     token, all of them see the same keys."""
-    pages_BX = batch.pages_BX
-    assert pages_BX is not None
-    k_BAYC, v_BAYC = _read(store, pages_BX, batch.length)
+    k_BAYC, v_BAYC = _read(store, batch.pages_BX[: batch.singles], batch.length)
     kv_heads = k_BAYC.shape[1]
     y_BAXC = F.scaled_dot_product_attention(
         q_BAC.unflatten(1, (kv_heads, -1)), k_BAYC, v_BAYC, attn_mask=batch.mask_B11Y
@@ -120,11 +189,11 @@ def _attend_singles(q_BAC: Tensor, store: Tensor, batch: RaggedBatch) -> Tensor:
 def _attend_piece(q_tAC: Tensor, kv_tAC: Tensor, store: Tensor, piece: Piece) -> Tensor:
     """Several tokens of one sequence, with those before them."""
     mask_tY = None
-    if piece.pages_X is None:
+    before = piece.length - piece.count
+    if not before:
         k_1AYC, v_1AYC = (part.transpose(0, 1)[None] for part in kv_tAC.chunk(2, dim=1))
     else:
-        k_1AYC, v_1AYC = _read(store, piece.pages_X[None], piece.length)
-        before = piece.length - piece.count
+        k_1AYC, v_1AYC = _read(store, piece.pages_1X, piece.length)
         mask_tY = torch.ones(
             piece.count, piece.length, dtype=torch.bool, device=q_tAC.device
         ).tril_(before)

@@ -1,7 +1,7 @@
 """The new tokens of several sequences, one after the other, without padding: a step of generation.
 
 A sequence brings one token (it is being generated) or a piece of its prompt. Those with one token
-come first: their attention is one call for all of them.
+come first: in torch their attention is one call for all of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ class Part:
     all_outputs: bool = False
     """Whether hidden states of all new tokens are wanted, and not of the last alone."""
 
+    @property
+    def length(self) -> int:
+        """Tokens of the sequence up to the last new one."""
+        return self.start + len(self.tokens)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -39,29 +44,33 @@ class Piece:
     first: int
     """Where they start among the tokens of the step."""
     count: int
-    pages_X: Tensor | None
-    """int64 pages of the whole sequence; None where no token came before these."""
+    pages_1X: Tensor
+    """int64 pages of the sequence."""
     length: int
     """Tokens of the sequence up to the last of these."""
 
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """T new tokens of several sequences."""
+    """T new tokens of B sequences."""
 
     tokens_T: Tensor
+    """int64, as all that follow."""
     positions_T: Tensor
     seats_T: Tensor
     rows_T: Tensor
-    """int64: the token's row of the cache, page * PAGE + place."""
+    """The token's row of the cache, page * PAGE + place."""
+    sequences_T: Tensor
+    """The token's row of `pages_BX`."""
+    pages_BX: Tensor
+    """Pages of each sequence; 0 where one has fewer than another."""
     singles: int
-    """Sequences with one token, B of them; they come first."""
-    pages_BX: Tensor | None
-    """int64 pages of those sequences; 0 where one has fewer than another."""
+    """Sequences with one token; they come first."""
     length: int
     """Tokens of the longest of them."""
     mask_B11Y: Tensor | None
-    """0 for tokens of the sequence, -inf beyond its end; None where all are of one length."""
+    """For those: 0 for tokens of the sequence, -inf beyond its end; None where all are of one
+    length."""
     pieces: tuple[Piece, ...]
     outputs_X: Tensor | None
     """int64: the tokens whose hidden states are wanted; None for all."""
@@ -70,73 +79,65 @@ class RaggedBatch:
     def of(
         cls, parts: Sequence[Part], device: torch.device | str, dtype: torch.dtype
     ) -> RaggedBatch:
-        """Parts of one token come first, in `parts` already."""
+        """Parts of one token come first, in `parts` already. `dtype` is that of attention."""
         singles = sum(len(part.tokens) == 1 for part in parts)
         assert all(len(part.tokens) == 1 for part in parts[:singles]), "single tokens come first"
-        columns: list[np.ndarray] = []
-        if singles:
-            columns.append(
-                np.array(
-                    [
-                        (
-                            part.tokens[0],
-                            part.start,
-                            part.seat,
-                            part.pages[part.start // PAGE] * PAGE + part.start % PAGE,
-                        )
-                        for part in parts[:singles]
-                    ]
-                ).T
-            )
-        columns += [_columns(part) for part in parts[singles:]]
-        table = torch.from_numpy(np.concatenate(columns, axis=1)).to(device)
-        tokens_T, positions_T, seats_T, rows_T = table.unbind()
-        pages_BX, length, mask = _singles(parts[:singles], device, dtype)
+        of_singles = [
+            (part.tokens[0], part.start, part.seat, _row(part, part.start), index)
+            for index, part in enumerate(parts[:singles])
+        ]
+        columns = [_columns(part, index) for index, part in enumerate(parts) if index >= singles]
+        if of_singles:
+            columns.insert(0, np.array(of_singles).T)
+        table = columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
+        tokens_T, positions_T, seats_T, rows_T, sequences_T = (
+            torch.from_numpy(np.ascontiguousarray(table)).to(device).unbind()
+        )
+        most = max(-(-part.length // PAGE) for part in parts)
+        pages_BX = torch.tensor(
+            [[*part.pages[:most], *[0] * (most - len(part.pages))] for part in parts], device=device
+        )
         first, pieces = singles, []
-        for part in parts[singles:]:
+        for index, part in enumerate(parts[singles:], singles):
             count = len(part.tokens)
-            pages_X = torch.tensor(list(part.pages), device=device) if part.start else None
-            pieces.append(Piece(first, count, pages_X, part.start + count))
+            pieces.append(Piece(first, count, pages_BX[index : index + 1], part.length))
             first += count
+        lengths = [part.length for part in parts[:singles]]
         return cls(
             tokens_T,
             positions_T,
             seats_T,
             rows_T,
-            singles,
+            sequences_T,
             pages_BX,
-            length,
-            mask,
+            singles,
+            max(lengths, default=0),
+            _mask(lengths, device, dtype),
             tuple(pieces),
             _outputs(parts, device),
         )
 
 
-def _columns(part: Part) -> np.ndarray:
-    """Tokens, positions, seats and rows of a part, [4, t]."""
-    position_t = np.arange(part.start, part.start + len(part.tokens))
+def _row(part: Part, position: int) -> int:
+    return part.pages[position // PAGE] * PAGE + position % PAGE
+
+
+def _columns(part: Part, index: int) -> np.ndarray:
+    """Token, position, seat, row and sequence of each token of a part, [5, t]."""
+    position_t = np.arange(part.start, part.length)
     row_t = np.asarray(part.pages)[position_t // PAGE] * PAGE + position_t % PAGE
-    return np.stack([np.asarray(part.tokens), position_t, np.full_like(row_t, part.seat), row_t])
+    seat_t, index_t = np.full_like(row_t, part.seat), np.full_like(row_t, index)
+    return np.stack([np.asarray(part.tokens), position_t, seat_t, row_t, index_t])
 
 
-def _singles(
-    parts: Sequence[Part], device: torch.device | str, dtype: torch.dtype
-) -> tuple[Tensor | None, int, Tensor | None]:
-    """Pages, longest length and mask of sequences with one new token."""
-    if not parts:
-        return None, 0, None
-    lengths = [part.start + 1 for part in parts]
-    longest = max(lengths)
-    used = -(-longest // PAGE)
-    pages = [[*part.pages[:used], *[0] * (used - len(part.pages))] for part in parts]
-    pages_BX = torch.tensor(pages, device=device)
-    if min(lengths) == longest:
-        return pages_BX, longest, None
-    beyond_BY = (
-        torch.arange(longest, device=device) >= torch.tensor(lengths, device=device)[:, None]
-    )
+def _mask(lengths: list[int], device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
+    """What sequences of these lengths do not see of the longest."""
+    if not lengths or min(lengths) == max(lengths):
+        return None
+    places_Y = torch.arange(max(lengths), device=device)
+    beyond_BY = places_Y >= torch.tensor(lengths, device=device)[:, None]
     mask_BY = torch.zeros(beyond_BY.shape, device=device, dtype=dtype)
-    return pages_BX, longest, mask_BY.masked_fill_(beyond_BY, -torch.inf)[:, None, None]
+    return mask_BY.masked_fill_(beyond_BY, -torch.inf)[:, None, None]
 
 
 def _outputs(parts: Sequence[Part], device: torch.device | str) -> Tensor | None:
