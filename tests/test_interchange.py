@@ -30,6 +30,7 @@ from emotrain.interop import export_folder, folder_tensors, import_folder
 from emotrain.interop.export_folder import export_checkpoint
 from emotrain.interop.huggingface import load_huggingface
 from emotrain.interop.layouts import LAYOUTS, links, parameters_of, shape_of, tensors_of
+from emotrain.interop.model_code import AUTO_MAP
 from emotrain.model.transformer import Transformer
 from emotrain.progress import ProgressBar
 from emotrain.training import checkpoint
@@ -318,16 +319,21 @@ def test_the_commands_of_the_page_run_as_they_are_written(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An imported checkpoint is verified, inspected, evaluated, trained from and exported."""
-    (block,) = re.findall(r"```\n(.*?)```", PAGE, re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    blocks = [block for language, block in fenced if not language]
+    assert len(blocks) == 2
+    write(tmp_path / "Emo_1b14b_1T")
     monkeypatch.chdir(tmp_path)
     train(config_from_dict(tiny_settings(tiny_data, tmp_path / "runs/quickstart", steps=1)))
     (tmp_path / "data").mkdir()
     (tmp_path / "data/sample").symlink_to(tiny_data)
-    lines = [line.split()[1:] for line in block.strip().splitlines()]
+    lines = [line.split()[1:] for block in blocks for line in block.strip().splitlines()]
     known = {"import", "verify", "inspect", "evaluate", "train", "export"}
     assert {line[0] for line in lines} == known
     for line in lines:
         assert main([*line, *SMALLER.get(line[0], [])]) == 0, line
+    swapped = json.loads((tmp_path / "Emo_1b14b_1T/config.json").read_text())
+    assert swapped["auto_map"] == AUTO_MAP
     state = checkpoint.load_state(checkpoint.find(tmp_path / "runs/further"))
     assert state.step == 2 and state.global_batch == 16 and state.origins
     exported = json.loads((tmp_path / "further/config.json").read_text())
@@ -359,7 +365,7 @@ def test_what_lies_beside_the_weights_comes_back(
         assert (tmp_path / "back" / name).read_bytes() == (folder / name).read_bytes()
     exported = json.loads((tmp_path / "back/config.json").read_text())
     assert {name: exported[name] for name in special} == special
-    assert "auto_map" not in exported and not (tmp_path / "back/elsewhere.py").exists()
+    assert exported["auto_map"] == AUTO_MAP and not (tmp_path / "back/elsewhere.py").exists()
 
 
 # ---- whole or not there

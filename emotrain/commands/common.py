@@ -24,11 +24,14 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/quicksta
     )
 
 
-def add_checkpoint(parser: argparse.ArgumentParser, which: str = "") -> None:
+def add_checkpoint(
+    parser: argparse.ArgumentParser, which: str = "", optional: bool = False
+) -> None:
     """CHECKPOINT; `which` says which one, where not any will do."""
     parser.add_argument(
         "checkpoint",
         metavar="CHECKPOINT",
+        nargs="?" if optional else None,
         help=f"{which}a run folder (its newest checkpoint) or RUN_DIR/checkpoints/step-…",
     )
 

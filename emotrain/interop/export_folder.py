@@ -23,6 +23,7 @@ from emotrain.interop.folder_tensors import BLOCK_BYTES, INDEX, WEIGHTS
 from emotrain.interop.huggingface import CONFIG
 from emotrain.interop.import_folder import in_files
 from emotrain.interop.layouts import Layout, Link, links, shape_of, tensors_of
+from emotrain.interop.model_code import AUTO_MAP, write_code
 from emotrain.interop.side_files import read_kept, write_side_files
 from emotrain.progress import ProgressBar
 from emotrain.staging import Staging
@@ -75,7 +76,7 @@ def export_checkpoint(
     folder, bar = find(checkpoint), bar or ProgressBar(shown=False)
     config = read_config(folder)
     name = str(DTYPES[dtype]).removeprefix("torch.")
-    published = write_config(config, layout, name, read_kept(folder))
+    published = write_config(config, layout, name, read_kept(folder)) | {"auto_map": AUTO_MAP}
     of_tensors = tensors_of(list(links(config.model, layout)))
     specs = [
         TensorSpec(name, DTYPES[dtype], shape_of(of_tensor))
@@ -101,6 +102,7 @@ def export_checkpoint(
             (staging.folder / INDEX).write_text(json_text(index, indent=2), "utf-8")
         (staging.folder / CONFIG).write_text(json_text(published, indent=2), "utf-8")
         write_side_files(staging.folder, folder, published)
+        write_code(staging.folder)
         staging.commit()
     return Exported(
         folder=str(out),
