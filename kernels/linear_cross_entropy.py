@@ -3,6 +3,8 @@ as a whole."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,9 @@ GPU_BLOCK_BYTES = 1 << 30
 vocabulary blocks of 4 to 5 thousand tokens, whose logits stay in bfloat16."""
 GPU_BLOCK_MULTIPLE = 128
 """Tokens of a block are a multiple of this: of the rows of a GEMM's tile."""
+
+
+OfBlock = Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor, Tensor | None]]
 
 
 class HeadGradient:
@@ -51,6 +56,7 @@ def linear_cross_entropy(
     z_weight: float,
     backend: str = "auto",
     head_gradient: HeadGradient | None = None,
+    of_block: OfBlock | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens of cross entropy and squared log-normaliser of `hidden @ head.T` (spec 5).
 
@@ -67,27 +73,28 @@ def linear_cross_entropy(
         backend: see `choose_backend`, also for errors.
         head_gradient: shared with the other micro-batches of a step, see there; by default the
             gradient of the head is of this call alone.
+        of_block: another loss, in place of `_in_torch` (the arguments and results are the same).
     Returns:
         (loss, cross_entropy, z): scalars. loss = cross_entropy + z_weight * z carries the gradient;
         the others do not.
     """
-    in_triton = choose_backend(backend, hidden_TD) == "triton"
+    if of_block is None:
+        of_block = _in_triton if choose_backend(backend, hidden_TD) == "triton" else _in_torch
     return _LinearCrossEntropy.apply(
-        hidden_TD, head_VD, targets_T, z_weight, in_triton, head_gradient
+        hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, targets_T, z_weight, in_triton, head_gradient):
+    def forward(ctx, hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient):
         hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[:2]
-        of_block = _in_triton if in_triton else _in_torch
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         cross_entropy = hidden_TD.new_zeros((), dtype=dtype)
         z = torch.zeros_like(cross_entropy)
         grad_hidden_TD = torch.empty_like(hidden_TD) if hidden_needs_grad else None
         own_gradient = HeadGradient() if head_gradient is None else head_gradient
-        itemsize = (hidden_TD if in_triton else cross_entropy).itemsize
+        itemsize = (hidden_TD if of_block is _in_triton else cross_entropy).itemsize
         on_gpu = hidden_TD.is_cuda or hidden_TD.is_meta
         block = block_tokens(hidden_TD.shape[0], head_VD.shape[0] * itemsize, on_gpu)
         for start in range(0, hidden_TD.shape[0], block):

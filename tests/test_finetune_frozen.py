@@ -160,6 +160,7 @@ def test_going_on_with_moments_of_other_parameters_is_refused(start, tiny_data, 
         ({"experts": "last:0"}, "layer 0 has routed experts 0 to 6"),
         ({"experts": "last:8"}, "layer 0 has routed experts 0 to 6"),
         ({"experts": "nowhere.json"}, "nowhere.json: no such subset"),
+        ({"teacher_weight": 1.5}, "finetune.teacher_weight=1.5 is a share"),
         ({"start": "nowhere"}, "nowhere: no checkpoint here"),
     ],
 )

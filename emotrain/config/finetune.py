@@ -1,10 +1,11 @@
-"""Settings of a run that tunes a trained model: where it begins, and what it changes."""
+"""Settings of a run that tunes a trained model: where it begins, what it changes, whom it
+imitates."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from emotrain.config.kinds import PathText
+from emotrain.config.kinds import NonNegativeFloat, PathText
 
 TRUNK = ("attention", "norms", "embedding", "head")
 PARTS = ("routed", "shared", "router", *TRUNK)
@@ -27,6 +28,15 @@ class FinetuneConfig:
     """Routed experts that are trained, and their rows of the router, where `train` has those: a
     FILE of `emotrain select`, numbers that hold for every layer (`3,7`), or `last:2` of every
     layer. Empty: all of them."""
+    teacher: PathText = ""
+    """Checkpoint whose predictions are learned, by the divergence of the model's from them at every
+    position that has a target. It runs without pools. Empty: none."""
+    teacher_weight: NonNegativeFloat = 1.0
+    """Share of that divergence in the language-model loss; the cross entropy of the labels has the
+    rest."""
+    temperature: float = 1.0
+    """What both models' logits are divided by in the divergence. It is multiplied by the square, so
+    that gradients keep their size."""
 
     @property
     def parts(self) -> frozenset[str]:

@@ -208,8 +208,11 @@ def _check_finetune(config: Config) -> None:
             f"finetune.start={setup.start} and {key}={value} both say where the run begins; remove "
             f"one of them",
         )
-    share = config.optimizer.warmup_share
-    _require(share <= 1, f"optimizer.warmup_share={share} is a share; make it at most 1")
+    for name, share in (
+        ("finetune.teacher_weight", setup.teacher_weight),
+        ("optimizer.warmup_share", config.optimizer.warmup_share),
+    ):
+        _require(share <= 1, f"{name}={share} is a share; make it at most 1")
 
 
 def _require(holds: bool, message: str) -> None:

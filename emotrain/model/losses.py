@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.kernels import HeadGradient, linear_cross_entropy
+from emotrain.kernels import HeadGradient, OfBlock, linear_cross_entropy
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import Head, ModelOutput
 
@@ -40,6 +40,7 @@ def language_model_sums(
     z_weight: float,
     backend: str = "auto",
     head_gradient: HeadGradient | None = None,
+    of_block: OfBlock | None = None,
 ) -> LossSums:
     """Language-model loss sums of a micro-batch (spec 5).
 
@@ -47,6 +48,7 @@ def language_model_sums(
         backend: what runs the cross entropy (`linear_cross_entropy`).
         head_gradient: shared by the micro-batches of a step, whose losses are all divided by the
             same count.
+        of_block: another loss than cross entropy (`linear_cross_entropy`).
     """
     targets_T = batch.targets_BS.reshape(-1)
 
@@ -55,7 +57,7 @@ def language_model_sums(
             dtype = torch.get_autocast_dtype(hidden_TD.device.type)
             hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
         return linear_cross_entropy(
-            hidden_TD, weight_VD, targets_T, z_weight, backend, head_gradient
+            hidden_TD, weight_VD, targets_T, z_weight, backend, head_gradient, of_block
         )
 
     lm, cross_entropy, z = head(output.hidden_TD, loss)

@@ -299,10 +299,11 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
     for key, is_used in (
         (f"finetune.train={setup.train}", setup.parts != frozenset(PARTS)),
         (f"finetune.experts={setup.experts}", bool(setup.experts)),
+        (f"finetune.teacher={setup.teacher}", bool(setup.teacher)),
     ):
         _require(
             not is_used,
-            f"{key}: under DeepSpeed all parameters are trained; start without --deepspeed",
+            f"{key}: under DeepSpeed all parameters learn from labels; start without --deepspeed",
         )
     _require(
         parallel.placement == "contiguous",
