@@ -61,9 +61,7 @@ def check_frozen(before: Path, after: Path, train: set[str], experts: list[int] 
 
 CHOICES = {
     "router": ({"train": "router"}, {"router"}, None),
-    "shared and norms": ({"train": "shared, norms"}, {"shared", "norms"}, None),
-    "trunk": ({"train": "trunk"}, {"attention", "norms", "embedding", "head"}, None),
-    "three experts": ({"train": "routed", "experts": "1,3,6"}, {"routed"}, [1, 3, 6]),
+    "shared and trunk": ({"train": "shared, trunk"}, set(PARTS) - {"routed", "router"}, None),
     "one and its router": (
         {"train": "routed,router", "experts": "last:1"},
         {"routed", "router"},

@@ -55,14 +55,14 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tiny_data, tmp_path, monkeypatch
 def test_whatever_answers_as_a_data_source_can_be_trained_on(tiny_data, tmp_path, monkeypatch):
     """Training asks nothing that `DataSource` does not name."""
     train(tiny_settings(tiny_data, tmp_path / "loader"))
-    build = run_module._build_loader
+    build = run_module.build_loader
     names = [name for name in vars(DataSource) if not name.startswith("_")]
 
     def narrow(config):
         loader = build(config)
         return SimpleNamespace(**{name: getattr(loader, name) for name in names})
 
-    monkeypatch.setattr(run_module, "_build_loader", narrow)
+    monkeypatch.setattr(run_module, "build_loader", narrow)
     train(tiny_settings(tiny_data, tmp_path / "narrow"))
     assert losses(tmp_path / "narrow") == losses(tmp_path / "loader")
 

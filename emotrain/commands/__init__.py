@@ -13,6 +13,8 @@ COMMANDS = {
     "select": "choose the experts that some text needs, as one small file",
     "extract": "write a checkpoint with only the experts of a subset",
     "generate": "continue a prompt, with all experts or a few",
+    "finetune": "tune a model or some of it on documents, on answers, or to a teacher",
+    "reinsert": "put a tuned subset back into the model that it was taken from",
     "report": "write a run's curves and subsets as one HTML page",
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",

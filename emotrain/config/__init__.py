@@ -8,7 +8,14 @@ that cannot work are refused before anything starts.
 """
 
 from emotrain.config.finetune import FinetuneConfig
-from emotrain.config.reading import config_from_dict, config_to_dict, load_config, save_config
+from emotrain.config.reading import (
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    read_settings,
+    save_config,
+    with_settings,
+)
 from emotrain.config.rules import check, warnings_of
 from emotrain.config.schema import (
     AnnealConfig,
@@ -50,7 +57,9 @@ __all__ = [
     "config_to_dict",
     "flatten",
     "load_config",
+    "read_settings",
     "save_config",
     "setting_types",
     "warnings_of",
+    "with_settings",
 ]

@@ -64,6 +64,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return config_from_dict({str(name): value for name, value in settings.items()}, f"{path}: ")
 
 
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a YAML file and the files its `base:` names say, without what they leave open; see
+    `load_config` for errors."""
+    from omegaconf import OmegaConf
+
+    with _one_line(f"{path}"):
+        settings = OmegaConf.to_container(_read_file(Path(path), ()), resolve=True)
+    assert isinstance(settings, dict)
+    return {str(name): value for name, value in settings.items()}
+
+
+def with_settings(
+    config: Config, settings: dict[str, Any], overrides: Sequence[str] = ()
+) -> Config:
+    """A configuration with some settings in place of its own, and `key=value` over those; see
+    `load_config` for errors."""
+    from omegaconf import OmegaConf
+
+    base, over = (_without_interpolation(each) for each in (config_to_dict(config), settings))
+    merged = OmegaConf.merge(base, over, *map(_read_override, overrides))
+    with _one_line("settings"):
+        resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    assert isinstance(resolved, dict)
+    return config_from_dict({str(name): value for name, value in resolved.items()})
+
+
 def config_from_dict(settings: dict[str, Any], source: str = "") -> Config:
     """Build and check a Config from nested dictionaries; see `load_config` for errors.
 

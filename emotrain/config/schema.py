@@ -198,7 +198,10 @@ class DataConfig:
     """Where the tokens come from."""
 
     path: PathText = ""
-    """Folder written by `emotrain prepare`."""
+    """Folder written by `emotrain prepare`, or a JSONL file of prompts and answers, whose loss is
+    on answers alone: `prompt` and `answer`, or `question`, `choices` and `answer`."""
+    tokenizer: PathText = ""
+    """The tokenizer.json for such a file."""
     domain: str = ""
     """Train on the documents of this domain alone; empty means all."""
     sequence_length: int = 4096

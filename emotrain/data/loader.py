@@ -196,7 +196,7 @@ class Loader:
             ValueError: the global batch is not whole micro-batches on every rank, or a number is
                 out of range.
         """
-        blocks = self._micro_batches(step_index, global_batch, micro_batch, rank, world_size)
+        blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
         return [self.batch(positions) for positions in blocks]
 
     def prefetch(
@@ -216,7 +216,7 @@ class Loader:
         thread ends; an exception on the thread is raised where its step would have come. Arguments
         are checked at once; see `step`.
         """
-        self._micro_batches(start_step, global_batch, micro_batch, rank, world_size)
+        self.micro_batches(start_step, global_batch, micro_batch, rank, world_size)
         if num_steps < 0 or depth < 1:
             raise UserError(
                 f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at "
@@ -233,10 +233,10 @@ class Loader:
         return self.dataset.document_domains(ids)
 
     @staticmethod
-    def _micro_batches(
+    def micro_batches(
         step_index: int, global_batch: int, micro_batch: int, rank: int, world_size: int
     ) -> list[range]:
-        """The positions of each micro-batch of a rank."""
+        """The positions of each micro-batch of a rank; see `step`."""
         if step_index < 0 or micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise UserError(
                 f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps "

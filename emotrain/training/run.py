@@ -8,20 +8,18 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
-from emotrain.data.domain_loader import DomainLoader
-from emotrain.data.loader import Loader
 from emotrain.data.source import DataSource
 from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.joining import join
 from emotrain.distributed.ranks import Ranks
-from emotrain.errors import DivergedError, RunError, UserError
+from emotrain.errors import DivergedError, RunError
 from emotrain.training import checkpoint
+from emotrain.training.data_source import build_loader
 from emotrain.training.engine import Phase, part
 from emotrain.training.engine_protocol import Engine
 from emotrain.training.metrics import RunLog
@@ -70,7 +68,7 @@ def train(
         watch = collective_errors(ranks, setup.collective_timeout_s, lambda: under_way.step)
         stack.enter_context(watch)
         stack.enter_context(locked(run_dir, ranks))
-        loader = _build_loader(config)
+        loader = build_loader(config)
         source = find_source(config, ranks)
         engine = build_engine(config, ranks, source is None)
         compile_kernels(config, ranks)
@@ -182,33 +180,6 @@ def _batches(
         ranks.rank,
         ranks.world_size,
     )
-
-
-def _build_loader(config: Config) -> DataSource:
-    kind = partial(DomainLoader, config.data.domain) if config.data.domain else Loader
-    loader: DataSource = kind(
-        config.data.path,
-        config.data.sequence_length,
-        config.training.seed,
-        cross_document_targets=config.data.cross_document_targets,
-        repetition_filter=config.data.repetition_filter,
-        verify_checksums=config.data.verify_checksums,
-    )
-    left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
-    if left_out > 0.05:
-        log.warning(
-            "data.sequence_length=%d leaves out %.0f %% of the tokens of %s: what is left at the "
-            "end of each shard fills no sequence; take a shorter one, or larger shards",
-            loader.sequence_length,
-            100 * left_out,
-            config.data.path,
-        )
-    if loader.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the "
-            f"{loader.vocab_size} tokens of {config.data.path}; raise it to at least that"
-        )
-    return loader
 
 
 def _next_state(

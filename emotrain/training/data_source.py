@@ -1,0 +1,62 @@
+"""The data of a run, as its configuration names them."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from emotrain.config import Config
+from emotrain.data.answers import AnswerLoader, is_answers
+from emotrain.data.domain_loader import DomainLoader
+from emotrain.data.loader import Loader
+from emotrain.data.source import DataSource
+from emotrain.errors import UserError
+
+log = logging.getLogger("emotrain")
+
+
+def build_loader(config: Config) -> DataSource:
+    """Sequences of a prepared data set, of one of its domains, or of a file of prompts and answers.
+
+    Raises:
+        UserError: data that cannot be used, or tokens that the model does not have.
+    """
+    source = _source(config)
+    if source.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={config.model.vocab_size} is smaller than the "
+            f"{source.vocab_size} tokens of {config.data.path}; raise it to at least that"
+        )
+    return source
+
+
+def _source(config: Config) -> DataSource:
+    setup = config.data
+    if is_answers(setup.path):
+        if setup.domain:
+            raise UserError(
+                f"data.domain={setup.domain}: {setup.path} is a file of prompts and answers, which "
+                f"has no domains; remove data.domain"
+            )
+        return AnswerLoader(
+            setup.path, setup.tokenizer, setup.sequence_length, config.training.seed
+        )
+    kind = partial(DomainLoader, setup.domain) if setup.domain else Loader
+    loader = kind(
+        setup.path,
+        setup.sequence_length,
+        config.training.seed,
+        cross_document_targets=setup.cross_document_targets,
+        repetition_filter=setup.repetition_filter,
+        verify_checksums=setup.verify_checksums,
+    )
+    left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
+    if left_out > 0.05:
+        log.warning(
+            "data.sequence_length=%d leaves out %.0f %% of the tokens of %s: what is left at the "
+            "end of each shard fills no sequence; take a shorter one, or larger shards",
+            loader.sequence_length,
+            100 * left_out,
+            setup.path,
+        )
+    return loader
