@@ -69,16 +69,20 @@ template <typename Use>
 inline void products(const float* const* x, int64_t T, const float* w, int64_t w_row, int64_t depth, int64_t from, int64_t to, Use use) {
   int64_t o = from;
   for (; o + 4 <= to; o += 4) {
-    float y[4][4];
-    int64_t t = 0;
-    for (; t + 4 <= T; t += 4) {
-      dots<4, 4>(x + t, w + o * w_row, w_row, depth, y);
-      for (int i = 0; i < 4; ++i)
+    for (int64_t t = 0; t < T; t += 4) {
+      const int64_t tokens = std::min<int64_t>(4, T - t);
+      const float* bank = w + o * w_row;
+      float y[4][4];
+      if (tokens == 4)
+        dots<4, 4>(x + t, bank, w_row, depth, y);
+      else if (tokens == 3)
+        dots<3, 4>(x + t, bank, w_row, depth, y);
+      else if (tokens == 2)
+        dots<2, 4>(x + t, bank, w_row, depth, y);
+      else
+        dots<1, 4>(x + t, bank, w_row, depth, y);
+      for (int64_t i = 0; i < tokens; ++i)
         for (int j = 0; j < 4; ++j) use(t + i, o + j, y[i][j]);
-    }
-    for (; t < T; ++t) {
-      dots<1, 4>(x + t, w + o * w_row, w_row, depth, y);
-      for (int j = 0; j < 4; ++j) use(t, o + j, y[0][j]);
     }
   }
   for (; o < to; ++o)
@@ -89,27 +93,34 @@ inline void products(const float* const* x, int64_t T, const float* w, int64_t w
     }
 }
 
-// y[d] += sum over h of by[h] * w[h * w_row + d], one after the other.
-inline void combine(const float* by, int64_t depth, const float* w, int64_t w_row, int64_t width, float* y) {
-  int64_t d = 0;
-  for (; d + 4 * LANES <= width; d += 4 * LANES) {
-    Vector sum[4];
-    std::memcpy(sum, y + d, sizeof sum);
-    for (int64_t h = 0; h < depth; ++h)
+// y[r][d] += sum over h of by[r][h] * w[h * w_row + d], one after the other.
+template <int ROWS, int VECTORS>
+inline void combine_columns(const float* const* by, int64_t depth, const float* w, int64_t w_row, int64_t d, float* const* y) {
+  Vector sum[ROWS][VECTORS];
+  for (int r = 0; r < ROWS; ++r) std::memcpy(sum[r], y[r] + d, sizeof sum[r]);
+  for (int64_t h = 0; h < depth; ++h) {
+    Vector right[VECTORS];
+    std::memcpy(right, w + h * w_row + d, sizeof right);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] += by[h] * *reinterpret_cast<const Vector*>(w + h * w_row + d + i * LANES);
-    std::memcpy(y + d, sum, sizeof sum);
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < VECTORS; ++i) sum[r][i] += by[r][h] * right[i];
   }
-  for (; d + LANES <= width; d += LANES) {
-    Vector sum = *reinterpret_cast<const Vector*>(y + d);
-    for (int64_t h = 0; h < depth; ++h) sum += by[h] * *reinterpret_cast<const Vector*>(w + h * w_row + d);
-    *reinterpret_cast<Vector*>(y + d) = sum;
-  }
-  for (; d < width; ++d) {
-    float sum = y[d];
-    for (int64_t h = 0; h < depth; ++h) sum = fused(by[h], w[h * w_row + d], sum);
-    y[d] = sum;
-  }
+  for (int r = 0; r < ROWS; ++r) std::memcpy(y[r] + d, sum[r], sizeof sum[r]);
+}
+
+template <int ROWS>
+inline void combine(const float* const* by, int64_t depth, const float* w, int64_t w_row, int64_t width, float* const* y) {
+  constexpr int VECTORS = ROWS > 2 ? 2 : 4;
+  int64_t d = 0;
+  for (; d + VECTORS * LANES <= width; d += VECTORS * LANES) combine_columns<ROWS, VECTORS>(by, depth, w, w_row, d, y);
+  for (; d + LANES <= width; d += LANES) combine_columns<ROWS, 1>(by, depth, w, w_row, d, y);
+  for (; d < width; ++d)
+    for (int r = 0; r < ROWS; ++r) {
+      float sum = y[r][d];
+      for (int64_t h = 0; h < depth; ++h) sum = fused(by[r][h], w[h * w_row + d], sum);
+      y[r][d] = sum;
+    }
 }
 
 // The part [from, to) of `count` items of one thread, whole groups of `grain` but at the end: whether an item is in a tile or a
@@ -178,7 +189,8 @@ void attend_head(const float* q, const float* store, const int64_t* pages, int64
   std::fill(y, y + s.C, 0.0f);
   for (int64_t p = 0; p * s.page < length; ++p) {
     const float* values = store + pages[p] * s.page * row + (s.kv_heads + kv_head) * s.C;
-    combine(score + p * s.page, std::min(s.page, length - p * s.page), values, row, s.C, y);
+    const float* weights = score + p * s.page;
+    combine<1>(&weights, std::min(s.page, length - p * s.page), values, row, s.C, &y);
   }
   for (int64_t c = 0; c < s.C; ++c) y[c] /= sum;
 }
@@ -240,6 +252,31 @@ void attend(float* x, const float* norm, const float* qkv_w, const float* out_w,
   }
 }
 
+// The K experts of highest probability of each token, best first, of equals the lowest number: `route` of the router, with
+// `mask` (0, or -inf for experts that a seat may not use; a row a seat) added to the logits. N marks an empty slot.
+void route(const float* logits, int64_t E, const float* mask, const int64_t* seat, float* weights, int64_t* chosen, int64_t T, int64_t N, int64_t K,
+           int64_t sigmoid, int64_t normalize) {
+  std::vector<float> p(N);
+  for (int64_t t = 0; t < T; ++t) {
+    const float infinite = std::numeric_limits<float>::infinity();
+    float most = -infinite, sum = 0;
+    for (int64_t n = 0; n < N; ++n) p[n] = logits[t * E + n] + (mask ? mask[seat[t] * N + n] : 0.0f), most = std::max(most, p[n]);
+    for (int64_t n = 0; n < N; ++n) {
+      p[n] = p[n] == -infinite ? 0.0f : sigmoid ? 1.0f / (1.0f + exponential(-p[n])) + 1e-7f : exponential(p[n] - most);
+      sum += p[n];
+    }
+    float together = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const int64_t best = std::max_element(p.begin(), p.end()) - p.begin();
+      const bool empty = p[best] <= 0;
+      chosen[t * K + k] = empty ? N : best;
+      together += weights[t * K + k] = empty ? 0.0f : sigmoid ? p[best] : p[best] / sum;
+      p[best] = 0;
+    }
+    for (int64_t k = 0; normalize && k < K; ++k) weights[t * K + k] /= together;
+  }
+}
+
 // y[t] += sum over the experts of token t, in the order of their numbers, of weight * SwiGLU of the expert. Weights of expert e
 // lie in row place[e] of the banks; -1 leaves it out, and without `place` it is row e. Without `chosen` every token uses all K
 // experts; without `weights` each has weight 1.
@@ -283,8 +320,20 @@ void experts(const float* x, const float* weights, const int64_t* chosen, const 
 #pragma omp barrier
     for (int64_t e = 0; e < N; ++e) {
       const float* bank = down + (place ? place[e] : e) * H * D + outer.from;
-      for (int64_t r = end[e]; r < end[e + 1]; ++r)
-        combine(hidden_rF + r * 2 * H, H, bank, D, outer.to - outer.from, y + token[r] * D + outer.from);
+      for (int64_t r = end[e]; r < end[e + 1]; r += 4) {
+        const int64_t count = std::min<int64_t>(4, end[e + 1] - r), width = outer.to - outer.from;
+        const float* by[4];
+        float* to[4];
+        for (int64_t i = 0; i < count; ++i) by[i] = hidden_rF + (r + i) * 2 * H, to[i] = y + token[r + i] * D + outer.from;
+        if (count == 4)
+          combine<4>(by, H, bank, D, width, to);
+        else if (count == 3)
+          combine<3>(by, H, bank, D, width, to);
+        else if (count == 2)
+          combine<2>(by, H, bank, D, width, to);
+        else
+          combine<1>(by, H, bank, D, width, to);
+      }
     }
   }
 }

@@ -2,8 +2,8 @@
 generation computes.
 
 In torch a layer is some forty small operations, whose overhead is most of the time of a token; here
-it is two calls. And a token is the same to the last bit in every batch: its sums have an order of
-their own, which a matrix product does not promise. The readable twin of `attend` and `experts` is
+it is four calls. And a token is the same to the last bit in every batch: its sums have an order of
+their own, which a matrix product does not promise. The readable twin of the whole is
 `emotrain.generation.forward`, which computes the same with the modules of the model. Compiled when
 first used; without g++ there is the twin alone. Forward only.
 """
@@ -31,6 +31,7 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "linear": [*[_POINTER] * 3, *[_INT] * 4],
     "attend": [*[_POINTER] * 17, ctypes.c_float, _INT],
+    "route": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 5],
     "experts": [*[_POINTER] * 7, *[_INT] * 6],
 }
 
@@ -141,6 +142,41 @@ class Attend:
             _threads(qkv.numel() * num_tokens),
         )
         return normed_TD, logits_TE
+
+
+def route(
+    logits_TE: Tensor,
+    sizes: tuple[int, int],
+    rules: tuple[bool, bool],
+    mask_BN: Tensor | None,
+    seats_T: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`emotrain.model.router.route` of the first N logits of each token -> weights and experts
+    [T, K]. Of equal experts the one of lower number is chosen.
+
+    Args:
+        sizes: N and K.
+        rules: whether gates are sigmoids (else softmax), and whether weights are normalised.
+        mask_BN: 0, or -inf where a seat may not use an expert; None: all may use all.
+        seats_T: int64, the row of the mask.
+    """
+    num_routed, num_chosen = sizes
+    num_tokens, num_experts = logits_TE.shape
+    weights_TK = logits_TE.new_empty(num_tokens, num_chosen)
+    experts_TK = torch.empty(num_tokens, num_chosen, dtype=torch.int64)
+    _library().route(
+        logits_TE.data_ptr(),
+        num_experts,
+        None if mask_BN is None else mask_BN.data_ptr(),
+        seats_T.data_ptr(),
+        weights_TK.data_ptr(),
+        experts_TK.data_ptr(),
+        num_tokens,
+        num_routed,
+        num_chosen,
+        *rules,
+    )
+    return weights_TK, experts_TK
 
 
 def add_experts(

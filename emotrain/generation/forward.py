@@ -86,7 +86,7 @@ class CachedModel:
                 x_TD, weights, angles, self.cache.layers[layer], tokens, batch.pages_BX
             )
             if moe.router is not None and moe.experts is not None:
-                routed = self._route(layer, moe.router, logits_TE, step)
+                routed = self._route_rows(layer, moe.router, logits_TE, step)
                 if isinstance(moe.experts, LazyExperts):
                     moe.experts.add_rows(x_TD, normed_TD, *routed)
                 else:
@@ -98,6 +98,20 @@ class CachedModel:
                     shared = moe.router.shared_weights(logits_TE)
                 banks = moe.shared.gate_up_MFD, moe.shared.down_MHD
                 cpu_rows.add_experts(x_TD, normed_TD, shared, None, *banks)
+
+    def _route_rows(
+        self, layer: int, router: DocumentPoolRouter, logits_TE: Tensor, step: StepSeats
+    ) -> tuple[Tensor, Tensor]:
+        """As `_route`."""
+        if step.scored_X is not None:
+            self.seats.score(layer, logits_TE[:, : router.num_routed], step)
+        return cpu_rows.route(
+            logits_TE,
+            (router.num_routed, router.num_chosen),
+            (router.config.gating == "sigmoid", router.config.normalize_weights),
+            self.seats.pool[layer] if step.restricted else None,
+            step.seats_T,
+        )
 
     # ---- many tokens
 
@@ -133,8 +147,6 @@ class CachedModel:
         if shared is None:
             return y_TD
         return y_TD + shared(x_TD, router.shared_weights(logits_TE))
-
-    # ---- both
 
     def _route(
         self, layer: int, router: DocumentPoolRouter, logits_TE: Tensor, step: StepSeats

@@ -34,7 +34,7 @@ class Seats:
         """Seats with a pool, and its size in each layer."""
         self.choosing: set[int] = set()
         """Seats whose pool is chosen in the next step."""
-        self._fresh: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._fresh: list[tuple[Tensor, Tensor]] = []
 
     def take(
         self, seat: int, subset: Sequence[Tensor] | None, sizes: tuple[int, ...] | None
@@ -86,17 +86,22 @@ class Seats:
     def restrict(self, layer: int, logits_TN: Tensor, step: StepSeats) -> Tensor:
         """Router logits with -inf at experts that a token's sequence may not use; scores of
         sequences with a pool grow."""
-        seats_T = step.seats_T
         if step.scored_X is not None:
-            scored_X = seats_T[step.scored_X]
-            free_XN = torch.softmax(logits_TN[step.scored_X] + self.subset[layer][scored_X], dim=1)
-            fresh = torch.zeros_like(self.scores[layer]).index_add_(0, scored_X, free_XN)
-            self._fresh.append((self.scores[layer], fresh, scored_X))
-            if step.choosing_X is not None:
-                self._choose(layer, step.choosing_X, fresh[step.choosing_X])
+            self.score(layer, logits_TN, step)
         if not step.restricted:
             return logits_TN
-        return logits_TN + self.pool[layer][seats_T]
+        return logits_TN + self.pool[layer][step.seats_T]
+
+    def score(self, layer: int, logits_TN: Tensor, step: StepSeats) -> None:
+        """Add the routing probabilities of tokens whose sequence has a pool, before the pool, and
+        choose pools that are due."""
+        assert step.scored_X is not None
+        scored_X = step.seats_T[step.scored_X]
+        free_XN = torch.softmax(logits_TN[step.scored_X] + self.subset[layer][scored_X], dim=1)
+        fresh = torch.zeros_like(self.scores[layer]).index_add_(0, scored_X, free_XN)
+        self._fresh.append((self.scores[layer], fresh))
+        if step.choosing_X is not None:
+            self._choose(layer, step.choosing_X, fresh[step.choosing_X])
 
     def _choose(self, layer: int, seats_X: Tensor, scores_XN: Tensor) -> None:
         size_X = scores_XN.new_tensor(
@@ -122,7 +127,7 @@ class Seats:
 
     def commit(self, seats: Sequence[int]) -> None:
         """The step has run: its scores count. A step that failed leaves the old ones."""
-        for scores, fresh, _ in self._fresh:
+        for scores, fresh in self._fresh:
             scores += fresh
         self._fresh.clear()
         self.choosing.difference_update(seats)
