@@ -45,6 +45,8 @@ class PackedBatch:
     by it."""
     has_padding: bool = False
     """Whether any token is padding (a host-side fact, so that the usual path needs no mask)."""
+    domain: str = ""
+    """Domain of all documents, whose exclusive experts they use; empty for none."""
 
     @property
     def num_documents(self) -> int:
@@ -72,6 +74,7 @@ class PackedBatch:
             move(self.document_BS),
             move(self.document_ids_G),
             self.has_padding,
+            self.domain,
         )
 
     @classmethod

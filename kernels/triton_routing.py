@@ -38,6 +38,7 @@ def decide_in_triton(
     kept_GN: Tensor | None = None,
     valid_T: Tensor | None = None,
     normalize: bool = False,
+    num_forced: int = 0,
 ) -> Decision:
     """`model.router.decide` for the rules of `TRITON_POOLS` and `TRITON_GATINGS`, on float32 logits
     with unit stride along the experts.
@@ -47,6 +48,7 @@ def decide_in_triton(
         pool_size_G: int64 pool size of each document; None draws no pool.
         kept_GN: bool, experts that each document may use at all, at least one each.
         valid_T: bool, False for padding, which is given no expert.
+        num_forced: how many of the last experts are in every drawn pool, beyond its size.
     """
     if logits_TN.dtype != torch.float32 or logits_TN.stride(1) != 1:
         raise UserError(
@@ -60,7 +62,7 @@ def decide_in_triton(
         )
     with torch.no_grad():
         scores_GN, pool_GN = _pools(
-            logits_TN, document_T, num_documents, pool_size_G, kept_GN, valid_T
+            logits_TN, document_T, num_documents, pool_size_G, kept_GN, valid_T, num_forced
         )
     probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = _Route.apply(
         logits_TN, document_T, pool_GN, valid_T, num_chosen
@@ -78,6 +80,7 @@ def _pools(
     pool_size_G: Tensor | None,
     kept_GN: Tensor | None,
     valid_T: Tensor | None,
+    num_forced: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Scores of every document, and its pool as bool [G, N] (None: all experts)."""
     num_tokens, num_routed = logits_TN.shape
@@ -128,6 +131,7 @@ def _pools(
         scores_GN,
         _or(pool_u8, scores_GN),
         num_routed,
+        num_routed - num_forced,
         HAS_SIZE=pool_size_G is not None,
         HAS_KEPT=kept_u8 is not None,
         TOKENS=SCORE_TOKENS,
@@ -295,7 +299,7 @@ def score_kernel(
 
 
 # Sizes are a row of those of all layers, which begins where it may.
-@triton.jit(do_not_specialize_on_alignment=["pool_size_G"])
+@triton.jit(do_not_specialize=["num_drawn"], do_not_specialize_on_alignment=["pool_size_G"])
 def pool_kernel(
     partial_PN,
     starts_G1,
@@ -304,6 +308,7 @@ def pool_kernel(
     scores_GN,
     pool_GN,
     N,
+    num_drawn,
     HAS_SIZE: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -327,13 +332,14 @@ def pool_kernel(
     tl.store(scores_GN + g * N + n, score, mask=n < N)
     if HAS_SIZE:
         # Rank: how many experts are better, or as good and of a lower index. NaN ranks first, as in
-        # torch.sort.
+        # torch.sort. Experts from num_drawn on have no rank: they are in every pool.
         score = tl.where(score == score, score, float("inf"))
-        score = tl.where(n < N, score, -1.0)
+        score = tl.where(n < num_drawn, score, -1.0)
         better = (score[None, :] > score[:, None]) | (
             (score[None, :] == score[:, None]) & (n[None, :] < n[:, None])
         )
         chosen = tl.sum(better.to(tl.int32), axis=1) < tl.load(pool_size_G + g)
+        chosen |= n >= num_drawn
         if HAS_KEPT:
             chosen &= tl.load(kept_GN + g * N + n, mask=n < N, other=0) != 0
         tl.store(pool_GN + g * N + n, chosen.to(tl.uint8), mask=n < N)

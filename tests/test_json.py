@@ -63,6 +63,7 @@ KEYS = {
     "finetune": "run_dir step last_step tokens metrics interrupted checkpoint_step start train",
     "reinsert": "out parts blend tensors changed_tensors changed_tensor_names changed_parameters "
     "domains",
+    "experts": "out exclusive experts_per_layer parameters sources_per_layer max_difference",
     "export": "folder checkpoint step layout dtype tensors parameters bytes files vocab_size",
     "kernels": "triton default_spills failures rows",
     "settings": "model.router.pool.kind model.router.pool.min",
@@ -110,6 +111,7 @@ def test_json_is_all_of_stdout_with_stable_keys(
             "--out",
             tmp_path / "back",
         ],
+        "experts": ["add", run_dir, "--domain", "kitchen", "--out", tmp_path / "larger"],
         "export": [run_dir, "--out", tmp_path / "exported", "--layout", "published"],
         "import": [tmp_path / "exported", "--out", tmp_path / "imported"],
         "kernels": [],

@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "loss of each domain with all experts and with its best subsets",
     "select": "choose the experts that some text needs, as one small file",
     "extract": "write a checkpoint with only the experts of a subset",
+    "experts": "add, remove and list experts that one domain has to itself",
     "generate": "continue a prompt, with all experts or a few",
     "finetune": "tune a model or some of it on documents, on answers, or to a teacher",
     "reinsert": "put a tuned subset back into the model that it was taken from",

@@ -78,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--subset", metavar="FILE", help="use only the experts of a file of `emotrain select`"
     )
     parser.add_argument(
+        "--domain", metavar="NAME", help="use the exclusive experts of this domain too"
+    )
+    parser.add_argument(
         "--experts", default="", metavar="auto:N", help="keep the N experts that the prompt chooses"
     )
     parser.add_argument(
@@ -102,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.generation.engine import Engine, EngineLimits, cache_tokens_needed
-    from emotrain.generation.loading import encode, load_generator, load_subset
+    from emotrain.generation.loading import encode, experts_of_domain, load_generator, load_subset
     from emotrain.generation.request import GenerationRequest, read_pool
     from emotrain.generation.sampling import Sampling
     from emotrain.modular.budget import read_size
@@ -110,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
 
     memory = read_size(args.memory) if args.memory else None
     folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
+    if args.subset and args.domain:
+        raise UserError("give --subset or --domain: a subset says by itself which experts it has")
     subset = load_subset(args.subset, folder, config) if args.subset else None
+    if args.domain:
+        subset = experts_of_domain(args.domain, config)
     pool = read_pool(args.experts, args.pool, config.model)
     context = args.context or config.data.sequence_length
     prompts = [encode(tokenizer, _text(prompt)) for prompt in args.prompts]

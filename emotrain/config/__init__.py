@@ -8,6 +8,7 @@ that cannot work are refused before anything starts.
 """
 
 from emotrain.config.finetune import FinetuneConfig
+from emotrain.config.kinds import Counts
 from emotrain.config.reading import (
     config_from_dict,
     config_to_dict,
@@ -40,6 +41,7 @@ __all__ = [
     "AnnealConfig",
     "AttentionConfig",
     "Config",
+    "Counts",
     "DataConfig",
     "ExpertsConfig",
     "FinetuneConfig",

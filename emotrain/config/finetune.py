@@ -26,8 +26,8 @@ class FinetuneConfig:
     `router`, `trunk` (the rest), `attention`, `norms`, `embedding` and `head`."""
     experts: PathText = ""
     """Routed experts that are trained, and their rows of the router, where `train` has those: a
-    FILE of `emotrain select`, numbers that hold for every layer (`3,7`), or `last:2` of every
-    layer. Empty: all of them."""
+    FILE of `emotrain select`, numbers that hold for every layer (`3,7`), `last:2` of every layer,
+    or `exclusive:rust`, those of a domain. Empty: all of them."""
     teacher: PathText = ""
     """Checkpoint whose predictions are learned, by the divergence of the model's from them at every
     position that has a target. It runs without pools. Empty: none."""

@@ -9,3 +9,5 @@ NonNegativeInt = Annotated[int, AT_LEAST_0]
 NonNegativeFloat = Annotated[float, AT_LEAST_0]
 PathText = Annotated[str, PATH]
 """A path; `~` is the home folder."""
+Counts = tuple[tuple[str, int], ...]
+"""Numbers by name, in order; a file writes `{name: 2}`."""

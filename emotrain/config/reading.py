@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from emotrain.config.kinds import PATH
+from emotrain.config.kinds import PATH, Counts
 from emotrain.config.old_names import translate, warn_of_old_names
 from emotrain.config.rules import check, pool_fault
 from emotrain.config.schema import Config, flatten, setting_types
@@ -118,7 +118,9 @@ def save_config(config: Config, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     settings = config_to_dict(config)
-    settings["model"]["experts"]["routed_per_layer"] = list(config.model.experts.routed_per_layer)
+    experts = settings["model"]["experts"]
+    experts["routed_per_layer"] = list(config.model.experts.routed_per_layer)
+    experts["exclusive"] = dict(config.model.experts.exclusive)
     text = OmegaConf.to_yaml(OmegaConf.create(_without_interpolation(settings)))
     Path(path).write_text(text, encoding="utf-8")
 
@@ -292,7 +294,9 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     is_list = plain == tuple[int, ...] and isinstance(value, (list, tuple))
     if is_list and all(type(count) is int and count >= 0 for count in value):
         return tuple(value)
-    if isinstance(value, dict):
+    if plain == Counts and (counts := _counts(value)) is not None:
+        return counts
+    if isinstance(value, dict) and plain != Counts:
         raise UserError(f"{key} is a value, not a group of settings; give it as {key}=VALUE")
     names = {
         bool: "true or false",
@@ -300,8 +304,20 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         int: "a whole number below 2^63",
         float: "a number",
         tuple[int, ...]: "a list of whole numbers",
+        Counts: "whole numbers by name, as in {name: 2}",
     }
     raise UserError(f"{key}={value!r} must be {names[plain]}{_quotes_hint(value)}")
+
+
+def _counts(value: Any) -> Counts | None:
+    """Numbers by name, from a mapping or from pairs; None where it is neither."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, (list, tuple)):
+        return None
+    for pair in pairs:
+        if not isinstance(pair, (list, tuple)) or [type(item) for item in pair] != [str, int]:
+            return None
+    return tuple((name, count) for name, count in pairs)
 
 
 def _quotes_hint(value: Any) -> str:

@@ -95,6 +95,7 @@ def _check_experts(model: ModelConfig) -> None:
         f"model.experts.sharing={experts.sharing} needs as many experts in every layer; give "
         f"model.experts.routed_per_layer equal entries or none",
     )
+    _check_exclusive(model)
     for layer, routed in enumerate(experts.routed_per_layer or (experts.routed,)):
         _require(
             (experts.top_k == 0) == (routed == 0),
@@ -106,6 +107,33 @@ def _check_experts(model: ModelConfig) -> None:
             f"model.experts.top_k={experts.top_k} is more than model.experts.routed={routed}; "
             f"raise model.experts.routed or lower top_k",
         )
+
+
+def _check_exclusive(model: ModelConfig) -> None:
+    experts = model.experts
+    names = [name for name, _ in experts.exclusive]
+    fewest = min(experts.routed_per_layer or (experts.routed,))
+    _require(
+        all(names) and len(set(names)) == len(names),
+        f"model.experts.exclusive={dict(experts.exclusive)} has a domain without a name or twice; "
+        f"give each one once",
+    )
+    _require(
+        all(count > 0 for _, count in experts.exclusive),
+        f"model.experts.exclusive={dict(experts.exclusive)} has a domain without experts; leave it "
+        f"out",
+    )
+    _require(
+        not names or experts.num_exclusive < fewest,
+        f"model.experts.exclusive={dict(experts.exclusive)} are {experts.num_exclusive} of the "
+        f"{fewest} routed experts of a layer, and leave none for other domains; raise "
+        f"model.experts.routed or lower them",
+    )
+    _require(
+        not names or experts.sharing == "none",
+        f"model.experts.exclusive needs layers with experts of their own, and "
+        f"model.experts.sharing={experts.sharing} shares them; set sharing=none",
+    )
 
 
 def pool_fault(model: ModelConfig) -> str:
@@ -120,7 +148,7 @@ def pool_fault(model: ModelConfig) -> str:
         if is_fixed or drawn.min <= drawn.max:
             return ""
         return f"{key}.min={pool.min} needs a {key}.max of at least that; 0 means {drawn.max} here"
-    routed_L = model.experts.routed_per_layer or (model.experts.routed,)
+    routed_L = tuple(map(model.common_in_layer, range(model.num_layers)))
     sizes = {"size": pool.size} if is_fixed else {"min": pool.min, "max": pool.max}
     for name, size in sizes.items():
         if size > min(routed_L):

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from emotrain.config.finetune import FinetuneConfig
-from emotrain.config.kinds import NonNegativeFloat, NonNegativeInt, PathText
+from emotrain.config.kinds import Counts, NonNegativeFloat, NonNegativeInt, PathText
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PoolConfig:
     """Smallest pool drawn by `uniform`, in routed experts."""
     max: NonNegativeInt = 0
     """Largest pool drawn by `uniform`, in routed experts; 0 means all routed experts of a layer (of
-    the largest layer, where layers differ)."""
+    the largest layer, where layers differ). Exclusive experts come on top of a pool's size."""
     size: int = 32
     """Pool size of `fixed`, in routed experts."""
     per: Literal["layer", "document"] = "layer"
@@ -79,9 +79,18 @@ class ExpertsConfig:
     and shared experts, stay a layer's own; load is balanced over a bank's layers together."""
     layers_per_bank: int = 2
     """Layers of a bank under `sharing=groups`; it divides `model.num_layers`."""
+    exclusive: Counts = ()
+    """Exclusive experts: `{rust: 2}` makes the last 2 of the `routed` experts of every layer those
+    of the domain `rust`. They are in the pool of each of its documents and in no other one's, and
+    are left out of the load balance. `emotrain experts` adds and removes them."""
     backend: Literal["auto", "torch", "triton", "megablocks"] = "auto"
     """Kernels of routing and experts: `torch`, `triton`, `megablocks` (its grouped GEMM, experts
     alone), or `auto`, the best one for the device."""
+
+    @property
+    def num_exclusive(self) -> int:
+        """Exclusive experts of a layer, of all domains."""
+        return sum(count for _, count in self.exclusive)
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,10 @@ class ModelConfig:
         of_layer = self.experts.routed_per_layer
         return of_layer[layer] if of_layer else self.experts.routed
 
+    def common_in_layer(self, layer: int) -> int:
+        """Routed experts of a layer that documents of every domain may use: the first ones."""
+        return self.routed_in_layer(layer) - self.experts.num_exclusive
+
     def experts_in_layer(self, layer: int) -> int:
         """E = N + M: routed and shared experts of a layer."""
         return self.routed_in_layer(layer) + self.experts.shared
@@ -145,7 +158,7 @@ class ModelConfig:
         """The document pool as it is drawn: `max` is a number of experts, also where the setting
         is 0, and a dense model has no pool."""
         pool = self.router.pool
-        most = max(self.experts.routed_per_layer or (self.experts.routed,))
+        most = max(map(self.common_in_layer, range(self.num_layers)))
         return replace(pool, max=pool.max or most) if most else replace(pool, kind="none")
 
     @property
@@ -203,7 +216,8 @@ class DataConfig:
     tokenizer: PathText = ""
     """The tokenizer.json for such a file."""
     domain: str = ""
-    """Train on the documents of this domain alone; empty means all."""
+    """Train on the documents of this domain alone, with its exclusive experts, where the model has
+    any; empty means all documents, with the experts that are common to them."""
     sequence_length: int = 4096
     """Tokens of one packed sequence."""
     cross_document_targets: bool = True

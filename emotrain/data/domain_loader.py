@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from emotrain.batch import PackedBatch
 from emotrain.data.loader import Loader
 from emotrain.errors import UserError
 
@@ -62,6 +64,10 @@ class DomainLoader(Loader):
         """As of `Loader`, and of the domain."""
         identity = f"{self.dataset.fingerprint(self.split)} {self.split} {self.sequence_length}"
         return hashlib.sha256(f"{identity} domain {self.domain}".encode()).hexdigest()[:16]
+
+    def batch(self, positions: Sequence[int] | np.ndarray) -> PackedBatch:
+        """As of `Loader`; the documents use the exclusive experts of their domain."""
+        return replace(super().batch(positions), domain=self.domain)
 
     def _rows(self, windows: np.ndarray) -> tuple[np.ndarray, list[list[int]], list[Sequence[int]]]:
         tokens_BS = np.empty((len(windows), self.sequence_length), dtype=np.int64)

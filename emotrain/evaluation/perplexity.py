@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,6 +62,32 @@ def pack(
         alone = (pack_documents([documents[i]], [i], row_length) for i in ids)
         return [part for batch in alone for part in _split_rows(batch, rows_per_batch)]
     return _split_rows(pack_documents(list(documents), list(ids), row_length), rows_per_batch)
+
+
+def pack_groups(
+    groups: Sequence[Sequence[np.ndarray]],
+    domains: Sequence[str],
+    row_length: int,
+    rows_per_batch: int,
+    document_mask: bool = True,
+) -> list[PackedBatch]:
+    """`pack` of the documents of all groups, numbered through them from 0. Only groups of one
+    domain are together in a batch.
+
+    Args:
+        domains: of each group, where the model has exclusive experts for it, else empty.
+    """
+    documents = [document for group in groups for document in group]
+    domain_of = [name for name, group in zip(domains, groups, strict=True) for _ in group]
+    batches: list[PackedBatch] = []
+    for name in sorted(set(domains)):
+        numbers = torch.tensor([i for i, of in enumerate(domain_of) if of == name])
+        chosen = [documents[i] for i in numbers]
+        for batch in pack(chosen, row_length, rows_per_batch, document_mask):
+            ids_G = batch.document_ids_G
+            ids_G = torch.where(ids_G < 0, ids_G, numbers[ids_G.clamp(min=0)])
+            batches.append(replace(batch, document_ids_G=ids_G, domain=name))
+    return batches
 
 
 def _split_rows(batch: PackedBatch, rows_per_batch: int) -> list[PackedBatch]:

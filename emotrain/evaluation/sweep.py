@@ -27,7 +27,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.errors import UserError
-from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack
+from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack_groups
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.results import (
@@ -47,9 +47,11 @@ from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import (
     Subsets,
+    counted_experts,
     cross_domain,
     experts_kept,
     greedy_select,
+    own_experts,
     random_select,
 )
 from emotrain.progress import Track, untracked
@@ -130,31 +132,34 @@ def sweep(
 ) -> SweepResult:
     """Select experts for all domains at once and measure every arm; see `evaluate`."""
     names = sorted(domains)
-    document_mask = model.config.attention.document_mask
-    calibration, calibration_group_U = _together([domains[name].calibration for name in names])
-    held_out, group_U = _together([domains[name].held_out for name in names])
-    calibration_batches = pack(calibration, row_length, rows_per_batch, document_mask)
-    batches = pack(held_out, row_length, rows_per_batch, document_mask)
+    exclusive = [name if name in dict(model.config.experts.exclusive) else "" for name in names]
+
+    def packed(documents: Sequence[Sequence[np.ndarray]]) -> tuple[list[PackedBatch], Tensor]:
+        mask = model.config.attention.document_mask
+        batches = pack_groups(documents, exclusive, row_length, rows_per_batch, mask)
+        return batches, _group_of_each(documents)
+
+    calibration_batches, calibration_group_U = packed([domains[n].calibration for n in names])
+    batches, group_U = packed([domains[name].held_out for name in names])
+    own = own_experts(model.config, exclusive)
     counts = {
         str(float(fraction)): experts_kept(model.config, fraction)
         for fraction in sorted(set(settings.keep), reverse=True)
     }
 
     def losses(subsets: Subsets | None, description: str) -> DocumentLosses:
+        subsets = None if subsets is None else _with_own(subsets, own)
         return document_losses(model, batches, group_U, subsets, track, description, precision)
 
     def select(keep: str) -> Subsets:
+        groups = calibration_group_U, len(names), counts[keep]
         with autocast(model.head.weight.device, precision):
-            return greedy_select(
-                model, calibration_batches, calibration_group_U, len(names), counts[keep], track
-            )
+            return greedy_select(model, calibration_batches, *groups, track, exclusive)
 
     full = losses(None, "full model")
     arms: ArmLosses = {}
     for keep, kept in counts.items():
-        if kept == tuple(
-            model.config.experts_in_layer(layer) for layer in range(model.config.num_layers)
-        ):
+        if kept == counted_experts(model.config):
             # Nothing is left out: every arm is the full model, by definition and bit for bit.
             arms[keep] = {
                 arm: full.loss_U if _has_arm(arm, settings, len(names)) else None for arm in ARMS
@@ -289,12 +294,15 @@ def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
     return sums_J.index_add_(0, group_U, values_U)
 
 
-def _together(documents: Sequence[Sequence[np.ndarray]]) -> tuple[list[np.ndarray], Tensor]:
-    """All groups' documents in one list, and the group of each."""
-    group_U = torch.repeat_interleave(
-        torch.arange(len(documents)), torch.tensor([len(group) for group in documents])
-    )
-    return [document for group in documents for document in group], group_U
+def _group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:
+    """int64 [U]: the group of each document of all groups."""
+    lengths = torch.tensor([len(group) for group in documents])
+    return torch.repeat_interleave(torch.arange(len(documents)), lengths)
+
+
+def _with_own(subsets: Subsets, own: Subsets) -> Subsets:
+    """Subsets with the exclusive experts of each domain, which are in all that it gets."""
+    return tuple(a_JN | b_JN.to(a_JN.device) for a_JN, b_JN in zip(subsets, own, strict=True))
 
 
 def _mean(runs: Sequence[Tensor]) -> Tensor | None:

@@ -13,6 +13,7 @@ from emotrain.evaluation.sweep import choose_device
 from emotrain.generation.request import masks_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
+from emotrain.modular.select import allowed_experts
 from emotrain.subsets.lazy_model import load_lazy
 from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import find, load_model
@@ -66,6 +67,21 @@ def load_subset(file: str | Path, folder: Path, config: Config) -> list[Tensor]:
     subset = read_subset(file)
     require_same_model(subset, folder, config)
     return masks_of(subset)
+
+
+def experts_of_domain(domain: str, config: Config) -> list[Tensor]:
+    """For each layer bool [N]: the experts of a domain that has exclusive ones.
+
+    Raises:
+        UserError: it has none.
+    """
+    exclusive = dict(config.model.experts.exclusive)
+    if domain not in exclusive:
+        raise UserError(
+            f"--domain {domain}: the model has exclusive experts for "
+            f"{', '.join(exclusive) or 'no domain'}; leave out --domain"
+        )
+    return allowed_experts(config.model, domain)
 
 
 def encode(tokenizer: TextTokenizer, text: str) -> list[int]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from emotrain.config import ModelConfig
 from emotrain.model.router import select_pool
+from emotrain.modular.select import allowed_experts
 
 
 class Seats:
@@ -28,6 +29,8 @@ class Seats:
         self.subset, self.pool, self.scores = table(), table(), table()
         """0 for experts that may be used, -inf for others: of the subset alone, and of the pool
         inside of it. Then the routing probabilities of the text so far, summed."""
+        self._all = allowed_experts(config) if config.experts.exclusive else None
+        """What a sequence of no exclusive domain may use, for each layer bool [N]; None for all."""
         self.restricted: set[int] = set()
         """Seats that may not use all experts."""
         self.sizes: dict[int, tuple[int, ...]] = {}
@@ -42,9 +45,11 @@ class Seats:
         """Give a seat to a sequence.
 
         Args:
-            subset: for each layer bool [N], the experts that may be used; None for all.
+            subset: for each layer bool [N], the experts that may be used; None for all but those
+                that are exclusive to a domain.
             sizes: of the pool in each layer; None for no pool.
         """
+        subset = self._all if subset is None else subset
         for layer, (own, pool, scores) in enumerate(
             zip(self.subset, self.pool, self.scores, strict=True)
         ):

@@ -319,6 +319,12 @@ def _refuse_unwritable(model: ModelConfig, layout: Layout) -> None:
             "model.experts.routed=0: the format has routed experts in every layer; a dense model "
             "cannot be exported"
         )
+    if experts.exclusive:
+        raise UserError(
+            f"model.experts.exclusive={dict(experts.exclusive)}: the format has no experts that "
+            f"some documents use and others do not; export a subset of one domain (emotrain select "
+            f"--domain, extract), or the model without them (emotrain experts remove)"
+        )
     if router.gating != "softmax":
         raise UserError(
             f"model.router.gating={router.gating}: the format knows softmax alone; the model "

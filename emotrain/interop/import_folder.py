@@ -90,7 +90,7 @@ def import_folder(folder: str | Path, out: str | Path, bar: ProgressBar | None =
         for number, of_file in enumerate(in_files(specs)):
             name = f"model-{number:05d}.safetensors"
             files.append(_write(staging.folder / name, of_file, read, parameters, bar))
-            index |= {spec.name: _index_entry(spec, name) for spec in of_file}
+            index |= {spec.name: index_entry(spec, name) for spec in of_file}
         for name, content in texts.items():
             (staging.folder / name).write_bytes(content)
         write_kept(staging.folder, read.published)
@@ -169,6 +169,7 @@ def _write(
     return write_safetensors(path, specs, contents, bar.advance)
 
 
-def _index_entry(spec: TensorSpec, file: str) -> dict[str, Any]:
+def index_entry(spec: TensorSpec, file: str) -> dict[str, Any]:
+    """What `tensors.json` says of an fp32 tensor that lies whole in a file."""
     part = {"file": file, "offsets": [0] * len(spec.shape), "shape": list(spec.shape)}
     return {"dtype": "F32", "shape": list(spec.shape), "parts": [part]}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
+from emotrain.config import Counts
 from emotrain.kernels import HeadGradient, OfBlock, linear_cross_entropy
 from emotrain.model.router import RoutingReport
 from emotrain.model.transformer import Head, ModelOutput
@@ -85,7 +86,10 @@ def load_balance_loss(
 
 
 def router_loss(
-    report: RoutingReport, counts: Sequence[Tensor], num_tokens: Tensor | float
+    report: RoutingReport,
+    counts: Sequence[Tensor],
+    num_tokens: Tensor | float,
+    exclusive: Counts = (),
 ) -> tuple[Tensor, Tensor]:
     """Balance loss, the mean over banks of experts, and z-loss, the mean over layers, of one
     micro-batch; both unweighted.
@@ -93,6 +97,7 @@ def router_loss(
     Args:
         counts: for each layer, the slots of each expert over the balance scope.
         num_tokens: tokens of the whole step.
+        exclusive: of the model; exclusive experts have no part in the balance.
     """
     if not report.layers:
         zero = report.num_tokens.new_zeros((), dtype=torch.float32)
@@ -100,10 +105,11 @@ def router_loss(
     banks: dict[int, list[int]] = {}
     for index, layer in enumerate(report.layers):
         banks.setdefault(layer.bank, []).append(index)
+    sums, last = [layer.probability_sum_N for layer in report.layers], sum(n for _, n in exclusive)
     balance = [
         load_balance_loss(
-            torch.stack([counts[i] for i in layers]),
-            torch.stack([report.layers[i].probability_sum_N for i in layers]),
+            torch.stack([counts[i][: len(counts[i]) - last] for i in layers]),
+            torch.stack([sums[i][: len(sums[i]) - last] for i in layers]),
             num_tokens,
         )
         for layers in banks.values()

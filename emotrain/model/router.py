@@ -23,7 +23,7 @@ from emotrain.errors import UserError
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision, decided
 from emotrain.kernels.rowwise import wide_linear
-from emotrain.model.subset import among_all
+from emotrain.model.subset import among_all, experts_of_domain, without_exclusive
 
 # ---- what is asked of a router
 
@@ -46,6 +46,8 @@ class LayerRequest:
     """Whether the statistics carry the experts that each token chose."""
     subset_n: Tensor | None = None
     """int64, ascending: the only experts there are, for every document."""
+    num_forced: int = 0
+    """How many of the last experts are in every drawn pool, beyond its size."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def decide(
         request.kept_GN,
         batch.valid_T,
         config.normalize_weights,
+        request.num_forced,
     )
 
 
@@ -172,7 +175,9 @@ def decide_in_torch(
             scores_GN = sum_by_document(
                 torch.softmax(free_TN, dim=1), document_T, batch.num_documents
             )
-            drawn_GN = decided(POOL_RULES[request.pool.kind](scores_GN, request))
+            common = logits_TN.shape[1] - request.num_forced
+            drawn_GN = decided(POOL_RULES[request.pool.kind](scores_GN[:, :common], request))
+            drawn_GN = nn.functional.pad(drawn_GN, (0, request.num_forced), value=True)
             pool_GN = drawn_GN if pool_GN is None else drawn_GN & pool_GN
     if pool_GN is not None:
         logits_TN = _mask(logits_TN, pool_GN, document_T)
@@ -291,7 +296,8 @@ class LayerStatistics:
     counts_N: Tensor
     """int64 slots that went to each routed expert."""
     probability_sum_N: Tensor
-    """Sum over tokens of the routing probabilities, which sum to 1 a token. With gradient."""
+    """Sum over tokens of the routing probabilities among the experts whose load is balanced, which
+    sum to 1 a token. With gradient."""
     z_sum: Tensor
     """Sum over tokens of logsumexp(logits)^2, with gradient."""
     entropy_sum: Tensor
@@ -344,6 +350,7 @@ class DocumentPoolRouter(nn.Module):
         self.bank = config.bank_of_layer(layer)
         self.num_routed = config.routed_in_layer(layer)
         self.num_chosen = config.chosen_in_layer(layer)
+        self.exclusive = config.experts.exclusive
         self.config = config.router
         self.backend = config.experts.backend
         # One row an expert of the layer, the shared ones last, as in the published checkpoints.
@@ -357,6 +364,9 @@ class DocumentPoolRouter(nn.Module):
         in fp32 or wider, on operands of the type of `x_TD` (spec 1.5)."""
         weight_ED: Tensor = self.weight_ED
         num_routed, subset_n = self.num_routed, request.subset_n
+        if self.exclusive and subset_n is None:
+            subset_n, num_forced = experts_of_domain(self.exclusive, num_routed, batch)
+            request = replace(request, num_forced=num_forced)
         if subset_n is not None:
             weight_ED = torch.cat([weight_ED[subset_n], weight_ED[num_routed:]])
             num_routed = len(subset_n)
@@ -393,6 +403,9 @@ class DocumentPoolRouter(nn.Module):
         counted_TN = _valid(counted_TN, valid_T)
         if valid_T is not None:
             z_T = torch.where(valid_T, z_T, 0)
+        balanced_TN = counted_TN
+        if self.exclusive:
+            balanced_TN = without_exclusive(counted_TN, self.exclusive)
         with torch.no_grad():
             entropy_sum = torch.special.entr(counted_TN).sum()
             scores_GN = decision.scores_GN.double()
@@ -405,7 +418,7 @@ class DocumentPoolRouter(nn.Module):
             )
         return LayerStatistics(
             decision.counts_N,
-            counted_TN.sum(dim=0),
+            balanced_TN.sum(dim=0),
             z_T.sum(),
             entropy_sum,
             effective_G,

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
 from emotrain.model.attention import TokenView
 from emotrain.model.router import LayerRequest, select_pool, sum_by_document
+from emotrain.model.subset import own_range
 from emotrain.model.transformer import Block, Transformer
 from emotrain.progress import Track, untracked
 
@@ -32,7 +33,7 @@ Subsets = tuple[Tensor, ...]
 
 def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
     """Experts that a layer keeps, for each layer, shared ones included: the fraction of its
-    experts, rounded.
+    experts, rounded. Exclusive experts do not count.
 
     Never fewer than the shared experts and one routed one. Layers without routed experts stay as
     they are.
@@ -45,10 +46,7 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
             f"keep={fraction:g} is not a share of the experts; give numbers above 0 and up to 1, "
             f"for example 0.25"
         )
-    shared, all_experts = (
-        config.experts.shared,
-        [config.experts_in_layer(layer) for layer in range(config.num_layers)],
-    )
+    shared, all_experts = config.experts.shared, counted_experts(config)
     if all(count == shared for count in all_experts):
         raise UserError(
             "the model is dense: it has no routed experts to choose from; use a model with "
@@ -60,6 +58,40 @@ def experts_kept(config: ModelConfig, fraction: float) -> tuple[int, ...]:
     )
 
 
+def counted_experts(config: ModelConfig) -> tuple[int, ...]:
+    """Experts of each layer that are common to all domains, shared ones included."""
+    shared = config.experts.shared
+    return tuple(config.common_in_layer(layer) + shared for layer in range(config.num_layers))
+
+
+def own_experts(config: ModelConfig, domains: Sequence[str]) -> Subsets:
+    """For each layer bool [J, N]: the exclusive experts of each group's domain. They are in every
+    subset of it."""
+    masks = []
+    for layer in range(config.num_layers):
+        own_JN = torch.zeros(len(domains), config.routed_in_layer(layer), dtype=torch.bool)
+        for group, domain in enumerate(domains):
+            own_JN[group, list(own_range(config.experts.exclusive, own_JN.shape[1], domain))] = True
+        masks.append(own_JN)
+    return tuple(masks)
+
+
+def allowed_experts(config: ModelConfig, domain: str = "") -> list[Tensor]:
+    """For each layer bool [N]: the experts that documents of a domain may use, the common ones and
+    its own; of any other document by default."""
+    masks = [mask_JN[0] for mask_JN in own_experts(config, [domain])]
+    for layer, mask_N in enumerate(masks):
+        mask_N[: config.common_in_layer(layer)] = True
+    return masks
+
+
+def best_experts(score_JN: Tensor, own_JN: Tensor, count: int) -> Tensor:
+    """The `count` best routed experts of each group, bool [J, N], its own exclusive ones first,
+    and at least one that is not."""
+    ranked_JN = score_JN.masked_fill(own_JN, torch.inf)
+    return select_pool(ranked_JN, (own_JN.sum(1) + 1).clamp(min=count))
+
+
 def greedy_select(
     model: Transformer,
     batches: Sequence[PackedBatch],
@@ -67,9 +99,10 @@ def greedy_select(
     num_groups: int,
     counts: Sequence[int],
     track: Track[Any] = untracked,
+    domains: Sequence[str] = (),
 ) -> Subsets:
     """The experts of `greedy_ranking`, without their scores."""
-    return greedy_ranking(model, batches, document_group_U, num_groups, counts, track)[0]
+    return greedy_ranking(model, batches, document_group_U, num_groups, counts, track, domains)[0]
 
 
 @torch.no_grad()
@@ -80,6 +113,7 @@ def greedy_ranking(
     num_groups: int,
     counts: Sequence[int],
     track: Track[Any] = untracked,
+    domains: Sequence[str] = (),
 ) -> tuple[Subsets, tuple[Tensor, ...]]:
     """The published selection: layer by layer, keep the experts that a group's tokens give the most
     routing probability -> the subsets, and for each layer these mean probabilities, float64 [J, N].
@@ -93,6 +127,7 @@ def greedy_ranking(
         document_group_U: int64, the group of each document.
         counts: for each layer, experts to keep, shared ones included (`experts_kept`).
         track: shows progress.
+        domains: of each group, whose exclusive experts stay; none by default.
     Raises:
         UserError: counts that the model cannot keep, or a group without tokens.
     """
@@ -103,6 +138,7 @@ def greedy_ranking(
         _Carried.of(model, batch.to(device), document_group_U)
         for batch in track(batches, "reading calibration documents")
     ]
+    own = own_experts(model.config, domains or [""] * num_groups)
     subsets: list[Tensor] = []
     scores: list[Tensor] = []
     for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
@@ -113,9 +149,7 @@ def greedy_ranking(
         chosen_JN = score_JN.bool()
         if num_routed:
             score_JN = _mean_routing(block, carried, num_groups)
-            chosen_JN = select_pool(
-                score_JN, torch.full((num_groups,), count - shared, device=device)
-            )
+            chosen_JN = best_experts(score_JN, own[layer].to(device), count - shared)
         subsets.append(chosen_JN)
         scores.append(score_JN)
         if layer + 1 < len(counts):
@@ -169,21 +203,20 @@ def _mean_routing(block: Block, carried: Sequence[_Carried], num_groups: int) ->
 def random_select(
     config: ModelConfig, num_groups: int, counts: Sequence[int], seed: int
 ) -> Subsets:
-    """Control: for each group and layer a subset drawn uniformly, on the CPU. Of one seed, the
-    smaller lies in the larger.
+    """Control: for each group and layer a subset of the common experts drawn uniformly, on the CPU.
+    Of one seed, the smaller lies in the larger.
 
     Raises:
         ValueError: counts that the model cannot keep.
     """
     check_counts(config, counts)
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        select_pool(
-            torch.rand(num_groups, config.routed_in_layer(layer), generator=generator),
-            torch.full((num_groups,), count - config.experts.shared),
-        )
-        for layer, count in enumerate(counts)
-    )
+    subsets = []
+    for layer, count in enumerate(counts):
+        drawn_JN = torch.rand(num_groups, config.common_in_layer(layer), generator=generator)
+        chosen_JN = select_pool(drawn_JN, torch.full((num_groups,), count - config.experts.shared))
+        subsets.append(nn.functional.pad(chosen_JN, (0, config.experts.num_exclusive)))
+    return tuple(subsets)
 
 
 def cross_domain(subsets: Subsets, shift: int = 1) -> Subsets:

@@ -90,7 +90,10 @@ def extract(
 def config_of(config: Config, subset: Subset) -> Config:
     """The configuration of the extracted model."""
     routed = tuple(len(subset.routed(layer)) for layer in range(len(subset.experts_per_layer)))
-    experts = replace(config.model.experts, routed=max(routed), routed_per_layer=routed)
+    # Exclusive experts that are kept are experts like any other: a subset is of one domain.
+    experts = replace(
+        config.model.experts, routed=max(routed), routed_per_layer=routed, exclusive=()
+    )
     if experts.top_k > experts.routed:
         experts = replace(experts, top_k=experts.routed)
     router = replace(config.model.router, pool=PoolConfig(kind="none"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,17 @@ from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
 from emotrain.evaluation.sweep import choose_device
 from emotrain.files import sha256_of
-from emotrain.model.router import select_pool
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Calibration, Subset, kept_of
 from emotrain.modular.budget import Budget, read_keep, read_memory, share_out
 from emotrain.modular.scores import CRITERIA, collect_scores
-from emotrain.modular.select import greedy_ranking, random_select
+from emotrain.modular.select import (
+    Subsets,
+    best_experts,
+    greedy_ranking,
+    own_experts,
+    random_select,
+)
 from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import CalibrationText, read_calibration
 from emotrain.subsets.fidelity import fidelity
@@ -103,6 +108,8 @@ def select(
         if settings.keep
         else read_memory(settings.memory, config.model)
     )
+    domain = settings.domain if settings.domain in dict(config.model.experts.exclusive) else ""
+    own = own_experts(config.model, [domain])
     text = read_calibration(
         calibration,
         settings.prompts,
@@ -116,12 +123,13 @@ def select(
     def packed(documents: Sequence[Any]) -> list[PackedBatch]:
         rows = micro_batch or config.training.micro_batch
         length = min(config.data.sequence_length, max(map(len, documents)))
-        return pack(documents, length, rows, config.model.attention.document_mask)
+        batches = pack(documents, length, rows, config.model.attention.document_mask)
+        return [replace(batch, domain=domain) for batch in batches]
 
     _, model = load_model(folder, target)
     model = model.to(PRECISIONS[settings.precision])
     kept, scores, passes = _choose(
-        model, packed(text.choose), len(text.choose), budget, settings, track
+        model, packed(text.choose), len(text.choose), budget, settings, own, track
     )
     measured = fidelity(model, packed(text.measure), kept, len(text.measure), text.held_back, track)
     return Subset(
@@ -151,6 +159,7 @@ def _choose(
     num_documents: int,
     budget: Budget,
     settings: SelectSettings,
+    own: Subsets,
     track: Track[Any],
 ) -> tuple[list[Tensor], list[Tensor], int]:
     """For each layer bool [N], the experts kept; their scores [N]; and the passes of the
@@ -163,19 +172,36 @@ def _choose(
         found = collect_scores(model, batches, group_U, 1, track)
         scores, passes = [layer[criterion][0] for layer in found], 1
     counts = budget.counts or share_out(budget.total, [s.numpy() for s in scores], config)
+    _check_exclusive(counts, own, config)
     if settings.method == "random":
-        masks = random_select(config, 1, counts, settings.seed)
-        return [mask_JN[0] for mask_JN in masks], [], passes
+        drawn = [count - int(mask_JN.sum()) for count, mask_JN in zip(counts, own, strict=True)]
+        masks = random_select(config, 1, drawn, settings.seed)
+        return [(a_JN | b_JN)[0] for a_JN, b_JN in zip(masks, own, strict=True)], [], passes
     if settings.method == "router":
-        masks, ranking = greedy_ranking(model, batches, group_U, 1, counts, track)
+        domains = [batches[0].domain]
+        masks, ranking = greedy_ranking(model, batches, group_U, 1, counts, track, domains)
         scores = [score_JN[0].cpu() for score_JN in ranking]
         return [mask_JN[0].cpu() for mask_JN in masks], scores, passes + 1
     shared = config.experts.shared
     kept = [
-        select_pool(score_N[None], torch.tensor([count - shared]))[0]
-        for score_N, count in zip(scores, counts, strict=True)
+        best_experts(score_N[None], own_JN, count - shared)[0]
+        for score_N, own_JN, count in zip(scores, own, counts, strict=True)
     ]
     return kept, scores, passes
+
+
+def _check_exclusive(counts: Sequence[int], own: Subsets, config: ModelConfig) -> None:
+    """Refuse counts that the exclusive experts of the text do not fit, or that reach for those of
+    other domains."""
+    for layer, (count, own_JN) in enumerate(zip(counts, own, strict=True)):
+        num_own, shared = int(own_JN.sum()), config.experts.shared
+        most = config.common_in_layer(layer) + num_own + shared
+        least = min(most, num_own + shared + 1)
+        if not least <= count <= most:
+            raise UserError(
+                f"layer {layer} cannot keep {count} experts for this text; keep {least} to {most}, "
+                f"which counts {shared} shared and {num_own} exclusive ones (--domain says whose)"
+            )
 
 
 def tokenizer_fingerprint(checkpoint: Path) -> str:

@@ -18,6 +18,7 @@ from emotrain.config import Config, ModelConfig
 from emotrain.distributed.ranks import local_part, offsets_of
 from emotrain.errors import UserError
 from emotrain.model.parts import layer_of, part_of
+from emotrain.model.subset import own_range
 from emotrain.modular.artefact import read_subset
 
 
@@ -88,6 +89,14 @@ def trained_experts(text: str, model: ModelConfig) -> list[tuple[int, ...]]:
     layers = [model.routed_in_layer(layer) for layer in range(model.num_layers)]
     if match := re.fullmatch(r"last:(\d+)", text):
         return [_checked(range(n - int(match[1]), n), n, text, i) for i, n in enumerate(layers)]
+    if text.startswith("exclusive:"):
+        domain, exclusive = text.removeprefix("exclusive:"), model.experts.exclusive
+        if domain not in dict(exclusive):
+            raise UserError(
+                f"finetune.experts={text}: the model has no exclusive experts for {domain!r}; it "
+                f"has them for {', '.join(dict(exclusive)) or 'no domain'} (emotrain experts add)"
+            )
+        return [tuple(own_range(exclusive, routed, domain)) for routed in layers]
     if re.fullmatch(r"\d+( *, *\d+)*", text):
         numbers = sorted({int(number) for number in text.split(",")})
         return [_checked(numbers, routed, text, i) for i, routed in enumerate(layers)]

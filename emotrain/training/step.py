@@ -83,7 +83,8 @@ def train_step(
         sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
     ) -> None:
         with part(Phase.LOSS):
-            balance, router_z = router_loss(report, loads, num_tokens)
+            exclusive = config.model.experts.exclusive
+            balance, router_z = router_loss(report, loads, num_tokens, exclusive)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         with part(Phase.BACKWARD):
             engine.backward(loss, is_last)
