@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "tune a model or some of it on documents, on answers, or to a teacher",
     "reinsert": "put a tuned subset back into the model that it was taken from",
     "report": "write a run's curves and subsets as one HTML page",
+    "locality": "measure how few experts serve a document: hit rates of caches and pins",
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",
     "verify": "check a checkpoint's files against its checksums",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from emotrain.evaluation.locality import LocalityResult
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
 """Okabe and Ito's colours, told apart with any colour vision."""
 LINES: dict[Arm, str] = {"selected": "-", "random": ":", "cross_domain": "--"}
@@ -108,6 +110,33 @@ def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) ->
                 axes.set_ylim(bottom=0)
 
     return _png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
+
+
+CACHES = (
+    ("lru_cold", "LRU, cold", "-"),
+    ("lru_mixed", "LRU, domains in turn", "--"),
+    ("static_domain", "pinned for the domain", "-."),
+    ("static", "pinned for all", ":"),
+)
+"""Arms of `emotrain locality` that are drawn, their names and lines."""
+
+
+def locality_figure(models: Sequence[tuple[str, LocalityResult]], dark: bool = False) -> bytes:
+    """Hit rate against the share of a layer's experts that are at hand, one panel a model."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+        for axes, (label, result) in zip(panels, models, strict=True):
+            shares = [point["share"] for point in result.curve]
+            for index, (arm, name, line) in enumerate(CACHES):
+                rates = [point[f"{arm}_hit_rate"] for point in result.curve]
+                axes.plot(shares, rates, line, color=COLORS[index], linewidth=1.6, label=name)
+            axes.plot(shares, shares, color="0.6", linewidth=0.8, label="at random")
+            axes.set(title=_shown(label), xlabel="share of a layer's experts at hand", ylim=(0, 1))
+            axes.legend(fontsize="small", frameon=False)
+        panels[0].set_ylabel("hit rate (share of routed slots)")
+
+    return _png(draw, (5 * len(models) + 0.5, 4), dark)
 
 
 def _points(losses: SubsetLosses, arm: Arm) -> list[tuple[float, float, float]]:

@@ -328,11 +328,11 @@ def precision_on(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if config.training.uses_bfloat16(device.type) else None
 
 
-def default_folder(checkpoint: Path) -> Path:
+def default_folder(checkpoint: Path, name: str = "evaluation") -> Path:
     """RUN_DIR/evaluation of a checkpoint in its run; beside a checkpoint that stands alone."""
     if checkpoint.parent.name == "checkpoints":
-        return checkpoint.parent.parent / "evaluation"
-    return checkpoint.with_name(f"{checkpoint.name}-evaluation")
+        return checkpoint.parent.parent / name
+    return checkpoint.with_name(f"{checkpoint.name}-{name}")
 
 
 def write_results(result: Evaluation, folder: Path) -> list[Path]:
