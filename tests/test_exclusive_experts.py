@@ -210,6 +210,32 @@ def test_they_alone_are_trained_and_other_domains_notice_nothing(
     assert half[0] < half[1] - 0.03
 
 
+def test_answers_are_of_the_domain_too(run, added, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": "bread and", "answer": "salt"}\n' * 3)
+    words = ["finetune", added, "--data", answers, "--domain", "kitchen", "--steps", 2]
+    words += [
+        "--experts",
+        "exclusive:kitchen",
+        "--out",
+        tmp_path / "run",
+        "training.global_batch=2",
+    ]
+    told = asked(capsys, *words, "training.micro_batch=2", "optimizer.lr=1e-2")
+    assert told["train"] == "routed,router"
+    for name, values in parameters(tmp_path / "run").items():
+        before = parameters(added)[name]
+        if ".experts." in name or ".router." in name:
+            (frozen, new), (stayed, begun) = experts_of(values, name), experts_of(before, name)
+            assert torch.equal(frozen, stayed) and not torch.equal(new, begun), name
+        else:
+            assert torch.equal(values, before), name
+    # A model without them has no use for the domain of a file that names none.
+    words = ["finetune", run, "--data", answers, "--domain", "kitchen", "--steps", 2]
+    assert main(list(map(str, [*words, "--out", tmp_path / "other"]))) == 2
+    assert "remove data.domain" in capsys.readouterr().err
+
+
 # ---- subsets and other programs
 
 

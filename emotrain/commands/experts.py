@@ -22,17 +22,17 @@ each document of their domain and in no other one's: for all other text the mode
 did before, to the last bit. Everything else of the checkpoint stays as it is."""
 EPILOG = """\
 examples:
-  emotrain experts add runs/quickstart --domain rust --count 2 --out runs/with-rust
-  emotrain experts list runs/with-rust
-  emotrain experts remove runs/with-rust --domain rust --out runs/without-rust
+  emotrain experts add runs/quickstart --domain rust --count 2 --out runs/larger
+  emotrain experts list runs/larger
+  emotrain experts remove runs/larger --domain rust --out runs/smaller
 
 New experts begin as --init says: `random`, as in a new model; `nearest`, copies of the experts that
 the domain's text uses most; `mean`, the mean of the K most used, or of all without text, with a
 little noise. Rows of the router go with them.
 
 Train them alone, on the domain's documents:
-  emotrain train CONFIG finetune.start=runs/with-rust data.domain=rust \\
-    finetune.train=routed,router finetune.experts=exclusive:rust
+  emotrain finetune runs/larger --data data/sample --domain rust --experts exclusive:rust \\
+      --steps 100 --out runs/rust-experts optimizer.lr=3e-3
 
 Every action has a --help of its own, and --json: the result as one JSON object, the last line of
 stdout."""

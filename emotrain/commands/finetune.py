@@ -45,14 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train",
         default="",
         metavar="PARTS",
-        help="what is trained (default: all; with --experts: routed)",
+        help="what is trained (default: all; with --experts: routed; with exclusive ones: "
+        "routed,router)",
     )
     parser.add_argument(
         "--experts",
         default="",
         metavar="SUBSET",
         help="of routed experts train these alone: a file of `emotrain select`, numbers like 3,7, "
-        "or last:2",
+        "last:2, or exclusive:NAME (see emotrain experts)",
     )
     parser.add_argument(
         "--teacher", default="", metavar="CHECKPOINT", help="model whose predictions are learned"

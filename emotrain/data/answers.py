@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,26 @@ class AnswerLoader:
         tokenizer: a `tokenizer.json`.
         sequence_length: most tokens of a sequence.
         seed: of the order.
+        domain: of all pairs, whose exclusive experts they use; empty for none.
     Raises:
         UserError: no such pairs, or one that cannot be read, with its line.
     """
 
-    def __init__(self, path: str | Path, tokenizer: str | Path, sequence_length: int, seed: int):
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: str | Path,
+        sequence_length: int,
+        seed: int,
+        domain: str = "",
+    ):
         if not str(tokenizer):
             raise UserError(
                 f"{path}: is a file of prompts and answers, which needs a tokenizer; give "
                 f"data.tokenizer=FILE, the tokenizer.json of the model's checkpoint"
             )
         self.path, self.tokenizer_file = Path(path), Path(tokenizer)
-        self.sequence_length, self.seed = sequence_length, seed
+        self.sequence_length, self.seed, self.domain = sequence_length, seed, domain
         encoder = load_tokenizer(self.tokenizer_file)
         self.vocab_size = encoder.vocab_size
         self._ids: list[np.ndarray] = []
@@ -119,7 +128,7 @@ class AnswerLoader:
         for row, number in enumerate(numbers):
             # The position before an answer predicts its first token.
             packed.targets_BS[row, : sizes[row] - self._answers[number] - 1] = IGNORE
-        return packed
+        return replace(packed, domain=self.domain)
 
     def prefetch(
         self,

@@ -44,7 +44,8 @@ class TuneSettings:
     """A folder of `emotrain prepare`, a JSONL file of prompts and answers, or documents."""
     domain: str = ""
     train: str = ""
-    """As `finetune.train`; empty: `routed` with `experts`, else all."""
+    """As `finetune.train`; empty: `routed` with `experts`, and `router` too where these are
+    exclusive to a domain, else all."""
     experts: str = ""
     """As `finetune.experts`."""
     teacher: str = ""
@@ -84,7 +85,7 @@ def tuning_config(
         "data": {"path": str(data), "domain": settings.domain, "tokenizer": tokenizer},
         "finetune": {
             "start": str(folder),
-            "train": settings.train or ("routed" if settings.experts else "all"),
+            "train": settings.train or _trained(settings.experts),
             "experts": settings.experts,
             "teacher": settings.teacher,
             "teacher_weight": settings.teacher_weight,
@@ -101,6 +102,14 @@ def tuning_config(
     return with_settings(tuned, {"training": {"steps": steps}}, overrides)
 
 
+def _trained(experts: str) -> str:
+    """What is trained where nothing is said. New experts need their rows of the router: no token
+    comes to them by those that they began with."""
+    if experts.startswith("exclusive:"):
+        return "routed,router"
+    return "routed" if experts else "all"
+
+
 def _of_data(origin: Config) -> dict[str, Any]:
     """How the model has read documents so far."""
     data = origin.data
@@ -114,7 +123,7 @@ def _of_data(origin: Config) -> dict[str, Any]:
 
 def _check_others(settings: TuneSettings, folder: Path, origin: Config) -> None:
     """Refuse a subset of another model, and a teacher of other tokens."""
-    numbers = r"last:\d+|\d+( *, *\d+)*"
+    numbers = r"last:\d+|exclusive:.*|\d+( *, *\d+)*"
     if settings.experts and not re.fullmatch(numbers, settings.experts):
         require_same_model(read_subset(settings.experts), folder, origin)
     if settings.teacher:

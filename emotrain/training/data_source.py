@@ -33,14 +33,13 @@ def build_loader(config: Config) -> DataSource:
 def _source(config: Config) -> DataSource:
     setup = config.data
     if is_answers(setup.path):
-        if setup.domain:
+        if setup.domain and setup.domain not in dict(config.model.experts.exclusive):
             raise UserError(
                 f"data.domain={setup.domain}: {setup.path} is a file of prompts and answers, which "
-                f"has no domains; remove data.domain"
+                f"has no domains, and the model no exclusive experts for it; remove data.domain"
             )
-        return AnswerLoader(
-            setup.path, setup.tokenizer, setup.sequence_length, config.training.seed
-        )
+        seed = config.training.seed
+        return AnswerLoader(setup.path, setup.tokenizer, setup.sequence_length, seed, setup.domain)
     kind = partial(DomainLoader, setup.domain) if setup.domain else Loader
     loader = kind(
         setup.path,
