@@ -458,6 +458,7 @@ def test_generate_in_little_memory_writes_the_same_text(speaking, capsys):
         assert few["generations"] == full["generations"]
         assert full["experts_in_memory"] is None and "evicted" not in told[-2]
         held = few["experts_in_memory"]
+        assert held["weights_bytes"] == lazy.trunk_bytes + 5 * one
         assert held["resident_bytes"] == 5 * one and held["evictions"] == held["misses"] - 5 > 0
         assert f"{held['misses']} times read, {held['evictions']} evicted" in told[-1]
 

@@ -12,6 +12,7 @@ from emotrain.errors import UserError
 
 if TYPE_CHECKING:
     from emotrain.generation.engine import Engine, Generation
+    from emotrain.model.transformer import Transformer
     from emotrain.modular.expert_store import ExpertStore
 
 DESCRIPTION = """\
@@ -144,11 +145,15 @@ def run(args: argparse.Namespace) -> int:
     for generation in found:
         print(_summary(generation, seconds), file=sys.stderr)
     store = store_of(model)
-    if store is not None:
-        print(_experts(store), file=sys.stderr)
+    held = None if store is None else _held(model, store)
+    if held is not None:
+        print(
+            "weights take {weights_bytes:,} bytes, experts {resident_bytes:,} of them: {hits} "
+            "times found, {misses} times read, {evictions} evicted".format(**held),
+            file=sys.stderr,
+        )
     if args.json:
-        in_memory = store and {"resident_bytes": store.resident_bytes, **vars(store.counters)}
-        finish(args, {**_result(found, seconds), "experts_in_memory": in_memory}, "")
+        finish(args, {**_result(found, seconds), "experts_in_memory": held}, "")
     return 0
 
 
@@ -185,12 +190,14 @@ def _summary(generation: Generation, seconds: float) -> str:
     return "; ".join(words)
 
 
-def _experts(store: ExpertStore) -> str:
-    counters = store.counters
-    return (
-        f"experts take {store.resident_bytes / 1e6:,.1f} MB: {counters.hits} times found there, "
-        f"{counters.misses} times read, {counters.evictions} evicted"
-    )
+def _held(model: Transformer, store: ExpertStore) -> dict[str, Any]:
+    """What is in memory, and how it came there."""
+    trunk_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return {
+        "weights_bytes": trunk_bytes + store.resident_bytes,
+        "resident_bytes": store.resident_bytes,
+        **vars(store.counters),
+    }
 
 
 def _result(found: list[Generation], seconds: float) -> dict[str, Any]:

@@ -55,6 +55,15 @@ class HuggingFaceFolder:
         dropped = _check_tensors(path, tensors, tensors_of(all_links))
         return cls(path, published, config, tensors, all_links, dropped)
 
+    def warn(self) -> None:
+        """Name the settings of config.json that are not used, if any."""
+        if self.config.unused:
+            warnings.warn(
+                f"{self.path / CONFIG}: not used, and not known to have no effect: "
+                f"{some(self.config.unused)}",
+                stacklevel=3,
+            )
+
     def values(self, link: Link) -> Iterator[Tensor]:
         """The numbers of a link, as on disk, in pieces of some of its rows."""
         if link.tensor is None:
@@ -76,12 +85,7 @@ def load_huggingface(
         dtype: of the parameters; what is on disk is converted.
     """
     read = HuggingFaceFolder.read(folder)
-    if read.config.unused:
-        warnings.warn(
-            f"{read.path / CONFIG}: not used, and not known to have no effect: "
-            f"{some(read.config.unused)}",
-            stacklevel=2,
-        )
+    read.warn()
     with torch.device("meta"):
         model = Transformer(read.config.model)
     model = model.to(dtype).to_empty(device="cpu")

@@ -140,6 +140,7 @@ def _open_checkpoint(folder: Path) -> _Opened:
 
 def _open_folder(path: Path) -> _Opened:
     read = HuggingFaceFolder.read(path)
+    read.warn()
     with torch.device("meta"):
         model = Transformer(read.config.model)
 
