@@ -22,9 +22,6 @@ from emotrain.cli import main
 from emotrain.config import Config
 from emotrain.errors import UserError
 from emotrain.files import sha256_of
-from emotrain.generation.engine import Engine, EngineLimits
-from emotrain.generation.request import GenerationRequest
-from emotrain.generation.sampling import Sampling
 from emotrain.interop.export_folder import export_checkpoint
 from emotrain.interop.huggingface import load_huggingface
 from emotrain.kernels import cpu_grouped_mlp
@@ -475,21 +472,3 @@ def test_memory_that_cannot_be_is_one_line(words, fault, speaking, capsys):
     assert main(["generate", str(speaking), "bread", *words]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert fault in line
-
-
-def test_a_file_cut_short_under_a_generation_ends_it_and_no_other(speaking, tmp_path):
-    path = copied(speaking, tmp_path)
-    lazy = load_lazy(path)
-    kept = [torch.arange(EXPERTS) < 3] * LAYERS
-    engine = Engine(lazy.model, EngineLimits(4, 512, 64, 32))
-    sampling = Sampling(max_tokens=6)
-    before = engine.submit(GenerationRequest([1, 2, 3], sampling, kept))
-    while engine.busy:
-        engine.step()
-    cut_short(path / "model-00000.safetensors")
-    good, bad = (engine.submit(GenerationRequest([1, 2, 3], sampling, it)) for it in (kept, None))
-    while engine.busy:
-        engine.step()
-    assert bad.finish_reason == "error" and isinstance(bad.error, ExpertReadError)
-    assert good.finish_reason == "length" and good.tokens == before.tokens
-    assert engine.cache.pages_in_use == 0 and engine.cache.promised_pages == 0
