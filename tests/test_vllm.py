@@ -321,6 +321,7 @@ EXPERT = "model.layers.1.mlp.experts.{}.up_proj.weight"
             "has shape [8, 15], config.json says [8, 16",
         ),
         (change("lm_head.weight", torch.zeros(63, 16)), "has shape [63, 16]"),
+        (change("lm_head.weight", torch.zeros(())), "has shape []"),
         (change("lm_head.weight", torch.zeros(64 + 1024, 16)), "has shape [1088, 16]"),
         (
             change(EXPERT.format(2), torch.zeros(8, 16, dtype=torch.float8_e4m3fn)),
@@ -372,14 +373,22 @@ def test_weighted_shared_experts_follow_the_reference() -> None:
     "parallel, says",
     [
         ({"enable_eplb": True}, "--enable-eplb is not supported"),
-        ({"tensor_parallel_size": 3}, "does not divide the 8 hidden units"),
+        ({"tensor_parallel_size": 3}, "3 processes share the 8 hidden units"),
+        (
+            {"tensor_parallel_size": 2, "data_parallel_size": 3},
+            "6 processes share the 8 hidden units",
+        ),
         ({"enable_expert_parallel": True, "data_parallel_size": 4}, "a layer has 3 experts"),
         (
             {"enable_expert_parallel": True, "enable_ep_weight_filter": True},
             "--enable-ep-weight-filter counts experts",
         ),
         (
-            {"enable_expert_parallel": True, "all2all_backend": "deepep_v2"},
+            {
+                "enable_expert_parallel": True,
+                "all2all_backend": "deepep_v2",
+                "data_parallel_size": 2,
+            },
             "--all2all-backend deepep_v2",
         ),
     ],
@@ -423,7 +432,9 @@ def entry_point() -> EntryPoint:
 
 
 def test_registering_imports_neither_torch_nor_the_model() -> None:
-    """In a process of its own, with stand-ins for the two packages that it talks to."""
+    """In a process of its own, with stand-ins for the two packages that it talks to. Nor is there
+    anything that emotrain depends on but torch where its dependencies are not installed."""
+    dependencies = ["numpy", "pyarrow", "omegaconf", "tokenizers", "safetensors", "rich"]
     program = f"""
 import sys
 from types import ModuleType
@@ -442,9 +453,15 @@ register()
 model = "emotrain.interop.vllm_model:EmoForCausalLM"
 assert known == 2 * [("emo", "emo"), ("EmoForCausalLM", model)]
 print(sorted({{"torch", "numpy", "omegaconf", "emotrain.interop.vllm_model"}} & set(sys.modules)))
+
+torch = sys.modules["torch"] = ModuleType("torch")
+vars(torch).update(Tensor=object, float32=0, bfloat16=1, float16=2)
+sys.modules |= dict.fromkeys({dependencies!r})
+from emotrain.interop.serving import ServedModel
+assert ServedModel.read({CONFIG!r}).layer(0).experts == 5
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr
+    assert done.stdout == "[]\n" and done.returncode == 0, done.stderr
 
 
 def test_a_failing_registration_does_not_stop_vllm(plugin, monkeypatch, caplog) -> None:

@@ -131,8 +131,9 @@ class ServedModel:
                 f"{name} has type {tensor.dtype}, weights must be one of "
                 f"{', '.join(map(str, DTYPES))}; convert the model"
             )
-        if name in (EMBEDDING, HEAD) and rows < len(tensor) < rows + MOST_PADDING:
-            shape = (len(tensor), *shape[1:])
+        padded = tensor.shape[0] if tensor.ndim else 0
+        if name in (EMBEDDING, HEAD) and rows < padded < rows + MOST_PADDING:
+            shape = (padded, *shape[1:])
         if tuple(tensor.shape) != shape:
             raise UserError(
                 f"{name} has shape {list(tensor.shape)}, config.json says {list(shape)}; they "
@@ -158,31 +159,28 @@ class ServedModel:
                 "--enable-eplb is not supported for EMO models, whose layers may differ in their "
                 "number of experts; leave it out"
             )
-        if parallel.enable_expert_parallel:
-            ranks = (
-                parallel.tensor_parallel_size
-                * parallel.data_parallel_size
-                * parallel.prefill_context_parallel_size
-            )
-            if ranks > fewest:
+        tensor_ranks, hidden = parallel.tensor_parallel_size, self.model.experts.hidden
+        ranks = tensor_ranks * parallel.data_parallel_size * parallel.prefill_context_parallel_size
+        if not parallel.enable_expert_parallel:
+            if hidden % ranks:
                 raise UserError(
-                    f"--enable-expert-parallel over {ranks} processes: a layer has {fewest} "
-                    f"experts; use at most {fewest} processes"
+                    f"{ranks} processes share the {hidden} hidden units of an expert and do not "
+                    f"divide them; use another number, or --enable-expert-parallel"
                 )
-            if parallel.enable_ep_weight_filter:
-                raise UserError(
-                    "--enable-ep-weight-filter counts experts by num_experts of config.json, which "
-                    "is not the number in each layer of an EMO model; leave it out"
-                )
-            if parallel.all2all_backend != "allgather_reducescatter":
-                raise UserError(
-                    f"--all2all-backend {parallel.all2all_backend} wants as many experts on every "
-                    f"process, which an EMO model does not have; use allgather_reducescatter"
-                )
-        elif self.model.experts.hidden % parallel.tensor_parallel_size:
+        elif ranks > fewest:
             raise UserError(
-                f"--tensor-parallel-size {parallel.tensor_parallel_size} does not divide the "
-                f"{self.model.experts.hidden} hidden units of an expert; choose a divisor"
+                f"--enable-expert-parallel over {ranks} processes: a layer has {fewest} experts; "
+                f"use at most {fewest} processes"
+            )
+        elif parallel.enable_ep_weight_filter:
+            raise UserError(
+                "--enable-ep-weight-filter counts experts by num_experts of config.json, which is "
+                "not the number in each layer of an EMO model; leave it out"
+            )
+        elif ranks > tensor_ranks and parallel.all2all_backend != "allgather_reducescatter":
+            raise UserError(
+                f"--all2all-backend {parallel.all2all_backend} wants as many experts on every "
+                f"process, which an EMO model does not have; use allgather_reducescatter"
             )
         if returns_experts and (
             self.layout == "published"
