@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +62,12 @@ def write_report(run_dir: str | Path) -> Path:
     config = load_config(run_dir / "config.yaml")
     metrics, dropped = _read_metrics(run_dir / "metrics.jsonl")
     evaluated = run_dir / "evaluation" / "evaluation.json"
+    result = read_evaluation(evaluated) if evaluated.is_file() else None
     page = _render(
         name=run_dir.resolve().name,
         headline=headline(config, metrics),
-        subsets=_subsets(read_evaluation(evaluated)) if evaluated.is_file() else None,
+        subsets=_subsets(result) if result else None,
+        commands=subset_commands(run_dir, config, result),
         training=_training(metrics) if metrics else None,
         dropped=dropped,
         changed=[f"{key}: {value}" for key, value in _changed(config).items()],
@@ -116,6 +120,48 @@ def _subsets(result: Evaluation) -> dict[str, Any]:
         ),
         "tables": [mean_table(evaluations), domain_table(result), routing_table(result)],
     }
+
+
+def subset_commands(run_dir: Path, config: Config, result: Evaluation | None) -> list[str]:
+    """Commands that take a quarter of the experts out of this run, tune them and use them, for the
+    domain that loses least with the experts it chose; none where there is no subset to take.
+
+    Args:
+        result: the run's evaluation, which names the data and the domains; without one the data is
+            that of the training, and the commands are for all of its domains.
+    """
+    trained = any((run_dir / "checkpoints").glob("step-*"))
+    routed = sum(map(config.model.routed_in_layer, range(config.model.num_layers)))
+    if not trained or not routed or config.model.experts.sharing != "none":
+        return []
+    data, domain = (result.data, _most_modular(result)) if result else (config.data.path, "")
+    # A domain is any text, and a file's name is not.
+    out = f"{run_dir}-{re.sub('[^A-Za-z0-9]+', '-', domain).strip('-') or 'subset'}"
+    # argparse would take a name of the form -x for an option.
+    dashed = domain.startswith("-")
+    of_domain = [f"--domain={domain}"] if dashed else ["--domain", domain] if domain else []
+    commands: list[list[Any]] = [
+        ["select", run_dir, "--calibration", data, *of_domain, "--keep", 0.25]
+        + ["--out", f"{out}.json"],
+        ["extract", run_dir, f"{out}.json", "--out", out, "--check"],
+        ["evaluate", out, "--data", data, "--keep", "1.0"],
+        ["finetune", out, "--data", data, *of_domain, "--train", "routed", "--out", f"{out}-tuned"]
+        + ["optimizer.lr=1e-3"],
+        ["generate", f"{out}-tuned", "Once"],
+        ["reinsert", run_dir, f"{out}-tuned", f"{out}.json", "--out", f"{out}-back"],
+    ]
+    return [shlex.join(["emotrain", *map(str, words)]) for words in commands]
+
+
+def _most_modular(result: Evaluation) -> str:
+    """The domain that loses least with its own experts, at the smallest share; empty if none."""
+    share = min(result.keeps, key=float)
+    losses = {
+        name: increase[0]
+        for name, domain in result.domains.items()
+        if (increase := domain.increase(share, "selected")) is not None
+    }
+    return min(losses, key=lambda name: losses[name], default="")
 
 
 def _training(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
