@@ -233,3 +233,17 @@ def test_lazy_experts_prints_memory_speed_and_the_cost_of_a_cold_expert():
         "cold_expert_read_gb_per_second",
     ):
         assert result[key] > 0, key
+
+
+def test_generation_prints_its_ratios():
+    arguments = ["--prompt", "3", "--new", "4", "--sequences", "5", "--keep", "0.5"]
+    result = measure("generate.py", *arguments, *TINY_STEP)
+    assert result["sequences"] == 5 and result["new_tokens"] == 4
+    for key in (
+        "tokens_per_second_1",
+        "tokens_per_second_8",
+        "speedup_over_uncached",
+        "mixed_over_single",
+        "subset_over_full",
+    ):
+        assert result[key] > 0
