@@ -20,7 +20,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-IMPLEMENTATIONS = ("eager", "grouped_mm")
+IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 REFUSED: dict[str, Any] = {
     "attention_bias": True,
@@ -136,6 +136,10 @@ def run(folder: str) -> dict[str, Any]:
     plain = model(tokens_BS, labels=labels_BS, output_router_logits=False).loss
     weighed = plain + model.config.router_aux_loss_coef * outputs.aux_loss
     found["loss"] = largest_difference(outputs.loss, weighed)
+    # As one of several micro-batches of a step, which share a number of items.
+    items = 3 * (labels_BS != -100).sum()
+    part = model(tokens_BS, labels=labels_BS, output_router_logits=True, num_items_in_batch=items)
+    found["balance_of_part"] = largest_difference(3 * part.aux_loss, outputs.aux_loss.detach())
 
     model.set_attn_implementation("sdpa")
     found |= generated(model, tokens_BS[:, :6])

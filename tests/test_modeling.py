@@ -151,10 +151,11 @@ def run_peer(python: Path | str, folders: list[Path], home: Path) -> dict[str, A
 def check(cases: dict[str, dict[str, Any]]) -> None:
     """Logits to 1e-4 in fp32, and all else that a folder must do."""
     for folder, result in cases.items():
-        for name in ("eager", "grouped_mm"):
+        for name in ("eager", "batched_mm", "grouped_mm"):
             for what in ("logits", "cached_logits", "gradients"):
                 assert result[f"{name}_{what}"] < 1e-4, (folder, name, what, result)
-        for name in ("attention_logits", "body_logits", "balance", "balance_of_labels", "loss"):
+        balances = ("balance", "balance_of_labels", "balance_of_part")
+        for name in ("attention_logits", "body_logits", "loss", *balances):
             assert result[name] < 1e-4, (folder, name, result)
         for name in ("cached", "padded", "recomputed"):
             assert result[name] is True, (folder, name)
