@@ -24,11 +24,6 @@ def pages_of(num_tokens: int) -> int:
     return -(-num_tokens // PAGE)
 
 
-def bytes_per_token(config: ModelConfig, dtype: torch.dtype = torch.float32) -> int:
-    """Bytes of a token's keys and values, in all layers."""
-    return 2 * config.kv_heads * config.head_dim * config.num_layers * dtype.itemsize
-
-
 class KVCache:
     """Pages of keys and values, up to a limit.
 
@@ -71,11 +66,6 @@ class KVCache:
     def promised_pages(self) -> int:
         """Pages that the running sequences may still grow to."""
         return self._promised
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory taken, used or not."""
-        return sum(layer.nbytes for layer in self.layers)
 
     def promise(self, num_tokens: int) -> bool:
         """Promise a sequence that it may grow to so many tokens; False where others hold too

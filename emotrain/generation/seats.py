@@ -8,6 +8,7 @@ read, layer by layer, as in training, and chosen anew when `renew` is called.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -138,15 +139,15 @@ class Seats:
         self.choosing.difference_update(seats)
 
 
+@dataclass(frozen=True)
 class StepSeats:
-    """The seats of a step's tokens, and who of them is restricted, scored, about to choose."""
+    """The seats of a step's tokens."""
 
-    def __init__(
-        self,
-        seats_T: Tensor,
-        restricted: bool,
-        scored_X: Tensor | None,
-        choosing_X: Tensor | None,
-    ):
-        self.seats_T, self.restricted = seats_T, restricted
-        self.scored_X, self.choosing_X = scored_X, choosing_X
+    seats_T: Tensor
+    """int64."""
+    restricted: bool
+    """Whether any of them may not use all experts."""
+    scored_X: Tensor | None
+    """int64: the tokens whose sequence has a pool; None where none has."""
+    choosing_X: Tensor | None
+    """int64: the seats whose pool this step chooses."""
