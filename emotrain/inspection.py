@@ -21,18 +21,23 @@ BACKENDS = {
 def run_costs(config: Config) -> dict[str, Any]:
     """What `emotrain inspect --json` prints. Counts are exact (spec 1.6); nothing is allocated.
 
-    Memory is that of one whole copy, in bytes: fp32 weights and gradients, and two fp32 moments of
-    AdamW. Activations are not in it. FLOPs are those of forward and backward.
+    Memory is that of one whole copy, in bytes: fp32 weights, and of parameters that are trained
+    gradients and two fp32 moments of AdamW. Activations are not in it. FLOPs are those of forward
+    and backward.
     """
-    from emotrain.model.counts import parameter_counts
+    from emotrain.model.counts import parameter_counts, trained_count
     from emotrain.training.metrics import flops_per_token
+    from emotrain.training.optimizer import learning_rate_warmup
 
     counts, anneals = parameter_counts(config.model), bool(config.anneal.checkpoint)
     tokens = config.num_steps * config.tokens_per_step
     weights_bytes = 4 * counts["total_parameters"]
+    trained = trained_count(config.model, config.finetune.parts)
+    warmup = learning_rate_warmup(config.optimizer, config.num_steps)
     model, pool = config.model, config.model.pool
     return {
         **counts,
+        "trained_parameters": trained,
         "layers": model.num_layers,
         "routed_experts_per_layer": [
             model.routed_in_layer(layer) for layer in range(model.num_layers)
@@ -47,14 +52,14 @@ def run_costs(config: Config) -> dict[str, Any]:
         "schedule": "linear to 0 from the checkpoint's learning rate"
         if anneals
         else config.optimizer.schedule,
-        "warmup_steps": 0 if anneals else config.optimizer.warmup_steps,
+        "warmup_steps": 0 if anneals else warmup,
         "peak_lr": None if anneals else config.optimizer.lr,
         "final_lr": 0.0 if anneals else config.optimizer.lr * config.optimizer.final_ratio,
         "flops_per_token": flops_per_token(config),
         "flops": flops_per_token(config) * tokens,
         "weights_bytes": weights_bytes,
-        "gradients_bytes": weights_bytes,
-        "optimizer_bytes": 2 * weights_bytes,
+        "gradients_bytes": 4 * trained,
+        "optimizer_bytes": 8 * trained,
         "parallel": dataclasses.asdict(config.parallel),
         "data": _data(config, tokens),
         "warnings": warnings_of(config),

@@ -440,6 +440,27 @@ def test_a_native_checkpoint_goes_on_under_deepspeed(tmp_path):
     )
 
 
+def _begin_with_the_weights(recorder: Recorder, run_dir: Path) -> None:
+    recorder.engine.restore(checkpoint.find(run_dir), weights_only=True)
+    recorder.step(3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_run_begins_with_the_weights_of_a_checkpoint_alone(stage, tmp_path):
+    """Its optimizer starts anew, as that of a native run."""
+    alone = native(config())
+    train(alone, 2)
+    with checkpoint.CheckpointWriter(tmp_path / "run") as writer:
+        alone.engine.save(
+            writer, config(), checkpoint.TrainingState(2, 0, "data", 0, layout.ROWS, 1.0), None
+        )
+    again = native(config())
+    _begin_with_the_weights(again, tmp_path / "run")
+    begun = run(tmp_path, config(1, 1), options(stage), _begin_with_the_weights, tmp_path / "run")
+    assert_same_training(begun, again.record(), 1)
+
+
 # ---- what is missing
 
 

@@ -149,6 +149,25 @@ def test_going_on_with_moments_of_other_parameters_is_refused(start, tiny_data, 
         run_module.train(config_from_dict(made), Ranks())
 
 
+def test_a_part_that_the_model_does_not_have_is_refused(tiny_data, tmp_path):
+    made = tiny_settings(tiny_data, tmp_path)
+    made["model"]["experts"]["shared"] = 0
+    made["finetune"] = {"train": "shared"}
+    with pytest.raises(UserError, match="finetune.train names no part that the model has"):
+        run_module.train(config_from_dict(made), Ranks())
+
+
+def test_one_routed_expert_leaves_its_router_nothing_to_learn(tiny_data, tmp_path):
+    """The softmax over it is 1. docs/modules.md says so."""
+    made = tiny_settings(tiny_data, tmp_path, steps=2)
+    made["model"]["experts"] |= {"routed": 1, "top_k": 1}
+    made["model"]["router"] = {"pool": {"kind": "none"}}
+    made["losses"] = {"router_z": 0.0}
+    made["finetune"] = {"train": "router"}
+    result = run_module.train(config_from_dict(made), Ranks())
+    assert result["metrics"]["grad_norm"] == 0
+
+
 @pytest.mark.parametrize(
     ("finetune", "fault"),
     [

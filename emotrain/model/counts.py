@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from emotrain.config import ModelConfig
+from emotrain.model.parts import part_of
 from emotrain.model.transformer import Transformer
 
 
@@ -44,3 +47,10 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "total_parameters": total,
         "active_parameters": total - counts["experts"] + applied * one_expert,
     }
+
+
+def trained_count(config: ModelConfig, parts: Collection[str]) -> int:
+    """Parameters of some parts (`emotrain.config.finetune.PARTS`)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    return sum(p.numel() for name, p in model.named_parameters() if part_of(name) in parts)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from emotrain.config import OptimizerConfig
+from emotrain.errors import UserError
 
 
 def build_optimizer(
@@ -29,6 +30,10 @@ def build_optimizer(
             (decay, getattr(parameter, "device_mesh", None)), {"params": [], "weight_decay": decay}
         )
         group["params"].append(parameter)
+    if not groups:
+        raise UserError(
+            "finetune.train names no part that the model has; choose one that it has, or all"
+        )
     return torch.optim.AdamW(
         groups.values(),
         lr=config.lr,
@@ -40,12 +45,17 @@ def build_optimizer(
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """Learning rate of the update number `step`, counted from 1 (spec 5)."""
-    warmup = math.ceil(config.warmup_share * num_steps) or config.warmup_steps
+    warmup = learning_rate_warmup(config, num_steps)
     if step < warmup:
         return config.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
     shape = (1 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1 - progress
     return config.lr * (config.final_ratio + (1 - config.final_ratio) * shape)
+
+
+def learning_rate_warmup(config: OptimizerConfig, num_steps: int) -> int:
+    """Steps of warm-up in a run of so many."""
+    return math.ceil(config.warmup_share * num_steps) or config.warmup_steps
 
 
 def anneal_learning_rate(start_lr: float, start_step: int, step: int, num_steps: int) -> float:
