@@ -21,7 +21,7 @@ from emotrain.modular.scores import collect_scores
 from emotrain.subsets.exclusive import add_experts, remove_experts
 from emotrain.training import run as run_module
 from emotrain.training.checkpoint import find, load_model
-from tests.conftest import tiny_settings
+from tests.conftest import ROOT, run_command, tiny_settings
 
 OTHERS = ("garden", "harbour")
 
@@ -274,6 +274,18 @@ def test_a_subset_of_the_domain_has_them_and_is_a_model_like_any_other(
     # Others never get them.
     garden = asked(capsys, *select, "--domain", "garden", "--keep", 8)
     assert garden["experts_kept_per_layer"] == [[0, 1, 2, 3, 4, 5, 6, 9]] * 2
+
+
+@pytest.mark.long
+def test_the_benchmark_says_what_a_domain_gains_and_others_notice(run, tiny_data, tmp_path):
+    script = ROOT / "benchmarks/exclusive_experts.py"
+    words = [run, "--data", tiny_data, "--domain", "kitchen", "--others", "garden", "--json"]
+    words += ["--init", "random", "--steps", 30, "--settings", "optimizer.lr=1e-2"]
+    done = run_command(script, *words, "training.micro_batch=4", "training.global_batch=4")
+    assert done.returncode == 0, done.stderr
+    (of,) = json.loads(done.stdout.splitlines()[-1])["inits"].values()
+    assert of["trained_loss_nats"] < of["untrained_loss_nats"]
+    assert of["other_domains"] == 1 and of["other_domains_changed"] == of["frozen_changed"] == 0
 
 
 # ---- mistakes

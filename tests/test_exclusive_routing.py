@@ -11,7 +11,14 @@ import torch
 from helpers import refusal, tiny_batch, tiny_config, tiny_model
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, PoolConfig, RouterConfig, load_config, save_config
+from emotrain.config import (
+    Config,
+    PoolConfig,
+    RouterConfig,
+    load_config,
+    save_config,
+    warnings_of,
+)
 from emotrain.generation.engine import Engine, EngineLimits
 from emotrain.generation.request import GenerationRequest
 from emotrain.generation.sampling import Sampling
@@ -251,3 +258,15 @@ def test_pools_are_of_common_experts():
     pool = {"kind": "fixed", "size": 9}
     fault = refusal({"model": {**settings, "router": {"pool": pool}}})
     assert "pool.size=9 is more than the 8 routed experts of layer 0" in fault
+
+
+def test_experts_that_would_only_decay_are_warned_of():
+    experts = {"model__experts__routed": 11, "model__experts__exclusive": {"a": 2, "b": 1}}
+    (warning,) = warnings_of(tiny_config(**experts, data__domain="a", training__steps=9000))
+    assert warning.startswith("exclusive experts of b get no tokens with data.domain=a")
+    for more in (
+        {"finetune__experts": "exclusive:a"},
+        {"optimizer__weight_decay": 0},
+        {"finetune__train": "shared"},
+    ):
+        assert not warnings_of(tiny_config(**experts, training__steps=9000, **more))

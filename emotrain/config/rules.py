@@ -30,11 +30,26 @@ def warnings_of(config: Config) -> list[str]:
     """What is allowed and most likely not meant, one line each."""
     warmup, steps = config.optimizer.warmup_steps, config.num_steps
     if config.anneal.checkpoint or config.optimizer.warmup_share or not 0 < steps <= warmup:
-        return []
+        return _decaying(config)
     return [
+        *_decaying(config),
         f"optimizer.warmup_steps={warmup} is not less than the {steps} steps of the run, which "
         f"ends while the learning rate still rises to optimizer.lr={config.optimizer.lr:g}; lower "
-        f"warmup_steps"
+        f"warmup_steps",
+    ]
+
+
+def _decaying(config: Config) -> list[str]:
+    """Exclusive experts that a run trains and gives no tokens: weight decay alone moves them."""
+    others = [name for name, _ in config.model.experts.exclusive if name != config.data.domain]
+    trained = config.finetune.parts & {"routed", "router"} and not config.finetune.experts
+    if not others or not trained or not config.optimizer.weight_decay:
+        return []
+    return [
+        f"exclusive experts of {', '.join(others)} get no tokens with data.domain="
+        f"{config.data.domain or repr('')}, and optimizer.weight_decay="
+        f"{config.optimizer.weight_decay:g} shrinks them; name the experts that are trained "
+        f"(finetune.experts), or set weight_decay=0"
     ]
 
 

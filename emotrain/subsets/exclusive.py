@@ -134,9 +134,7 @@ def with_exclusive(config: Config, exclusive: Counts) -> Config:
         routed_per_layer=tuple(routed + more for routed in experts.routed_per_layer),
         exclusive=exclusive,
     )
-    names = ("", *dict(exclusive))
-    data = replace(config.data, domain=config.data.domain if config.data.domain in names else "")
-    changed = replace(config, model=replace(config.model, experts=experts), data=data)
+    changed = replace(config, model=replace(config.model, experts=experts))
     return config_from_dict(config_to_dict(changed))
 
 
