@@ -87,7 +87,6 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             "steps": summary["step"],
         }
     return {
-        "checkpoint": str(args.run),
         "domain": args.domain,
         "count": args.count,
         "settings": args.settings,
