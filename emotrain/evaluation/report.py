@@ -144,7 +144,8 @@ def subset_commands(run_dir: Path, config: Config, result: Evaluation | None) ->
         ["select", run_dir, "--calibration", data, *of_domain, "--keep", 0.25]
         + ["--out", f"{out}.json"],
         ["extract", run_dir, f"{out}.json", "--out", out, "--check"],
-        ["evaluate", out, "--data", data, "--keep", "1.0"],
+        ["evaluate", out, "--data", data, "--keep", "1.0"]
+        + ["--documents", 8, "--document-tokens", 512],
         ["finetune", out, "--data", data, *of_domain, "--train", "routed", "--out", f"{out}-tuned"]
         + ["optimizer.lr=1e-3"],
         ["generate", f"{out}-tuned", "Once"],
