@@ -336,3 +336,11 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     ):
         assert fault in refused(capsys, *words), words
         assert not (out / "checkpoints").exists() and not (out / "manifest.json").exists()
+
+
+def test_a_plan_refuses_what_it_cannot_count(run, capsys):
+    line = refused(
+        capsys, "plan", ROOT / "configs/quickstart.yaml", "--gpus-per-node", 1,
+        f"finetune.teacher={run}",
+    )  # fmt: skip
+    assert "a plan knows no second model" in line

@@ -34,6 +34,7 @@ from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.ranks import Ranks, local_part
+from emotrain.errors import UserError
 from emotrain.model import losses
 from emotrain.model.router import DocumentPoolRouter
 from emotrain.model.transformer import Transformer
@@ -147,6 +148,11 @@ def dry_run(
     started = time.perf_counter()
     on_gpu, routing = target != "cpu", routing or Routing()
     layout = Layout.of(config, world_size)
+    if config.finetune.teacher:
+        raise UserError(
+            f"finetune.teacher={config.finetune.teacher}: a plan knows no second model; leave it "
+            f"out, and add the memory of its parameters and the time of its forward pass"
+        )
     # Compiled blocks do the same arithmetic; what fusion saves is part of the time model, not of
     # this measurement.
     precision = (
