@@ -216,6 +216,7 @@ ROOMS = (
     ("evaluation", "loss of expert subsets; the report"),
     ("subsets", "experts chosen and taken out"),
     ("generation", "KV cache, sampling, continuous batching"),
+    ("serving", "subsets of one model over HTTP"),
     ("planning", "dry run, cost model, search of layouts"),
     ("commands", "the subcommands of emotrain"),
 )

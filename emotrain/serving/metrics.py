@@ -1,0 +1,71 @@
+"""What a server tells Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from emotrain.modular.expert_store import ExpertStore
+
+
+class ServerMetrics:
+    """Counters of one server, in a registry of its own."""
+
+    def __init__(self, store: ExpertStore | None):
+        """`store`: of the experts, where they are read when they are needed."""
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+        self._store = store
+        self.registry = CollectorRegistry()
+        options: dict[str, Any] = {"registry": self.registry, "namespace": "emotrain"}
+        self._tokens = Counter("generated_tokens", "Tokens generated", ["model"], **options)
+        self._prompt = Counter("prompt_tokens", "Tokens of prompts read", ["model"], **options)
+        self._ended = Counter("sequences", "Sequences that ended", ["model", "reason"], **options)
+        self._requests = Counter("requests", "Answers by HTTP status", ["path", "code"], **options)
+        self._first = Histogram(
+            "time_to_first_token_seconds",
+            "From the request's arrival to its first token",
+            ["model"],
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+            **options,
+        )
+        self._running = Gauge("running_sequences", "Sequences that are generated", **options)
+        self._waiting = Gauge("waiting_sequences", "Sequences that wait for room", **options)
+        if store is not None:
+            self._follow(store, options)
+
+    @staticmethod
+    def _follow(store: ExpertStore, options: dict[str, Any]) -> None:
+        from prometheus_client import Gauge
+
+        for name, text, read in (
+            ("resident_expert_bytes", "Bytes of experts in memory", lambda: store.resident_bytes),
+            ("expert_hits", "Experts found in memory", lambda: store.counters.hits),
+            ("expert_misses", "Experts read from files", lambda: store.counters.misses),
+            ("expert_evictions", "Experts that made room", lambda: store.counters.evictions),
+            ("expert_read_bytes", "Bytes read of experts", lambda: store.counters.bytes_read),
+        ):
+            Gauge(name, text, **options).set_function(read)
+
+    def generated(self, model: str, tokens: int, first_s: float | None) -> None:
+        self._tokens.labels(model).inc(tokens)
+        if first_s is not None:
+            self._first.labels(model).observe(first_s)
+
+    def read(self, model: str, tokens: int) -> None:
+        self._prompt.labels(model).inc(tokens)
+
+    def ended(self, model: str, reason: str) -> None:
+        self._ended.labels(model, reason).inc()
+
+    def answered(self, path: str, code: int) -> None:
+        self._requests.labels(path, str(code)).inc()
+
+    def queue(self, running: int, waiting: int) -> None:
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def text(self) -> bytes:
+        """The exposition format of Prometheus."""
+        from prometheus_client import generate_latest
+
+        return generate_latest(self.registry)

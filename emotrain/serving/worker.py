@@ -1,0 +1,193 @@
+"""The thread that owns the engine: requests go in, what each step adds comes out.
+
+An engine is for one thread. Handlers of requests live in an event loop and must never wait for a
+step, so they put what they want into an inbox, and get deltas by way of their loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from emotrain.errors import UserError
+from emotrain.generation.engine import CANCELLED, ERROR, Delta, Engine, Generation
+from emotrain.generation.request import GenerationRequest
+from emotrain.serving.metrics import ServerMetrics
+
+log = logging.getLogger("emotrain")
+
+
+class TooManyRequestsError(UserError):
+    """More sequences wait than the server lets wait."""
+
+
+class Ticket:
+    """The sequences of one request, and what they have become. For the loop that made it."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        self.generations: list[Generation] = []
+        self.deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
+        """Index of the sequence, and what was added to it. A reader that is slow lets it grow by
+        what its own request may generate, and no more."""
+        self.started = time.perf_counter()
+        self._loop = asyncio.get_running_loop()
+
+    def deliver(self, found: list[tuple[int, Delta]]) -> None:
+        """From the worker's thread."""
+
+        def put() -> None:
+            for one in found:
+                self.deltas.put_nowait(one)
+
+        try:
+            self._loop.call_soon_threadsafe(put)
+        except RuntimeError:  # the loop is closed: nobody reads any more
+            log.debug("a result of %s came after its loop had ended", self.model)
+
+
+class Worker:
+    """Runs an engine in a thread of its own."""
+
+    def __init__(self, engine: Engine, metrics: ServerMetrics, most_waiting: int):
+        """`most_waiting`: sequences that may wait or run; further ones are refused."""
+        self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
+        self._inbox: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._tickets: dict[int, tuple[Ticket, int]] = {}
+        """By the generation's id: its ticket, and its place there."""
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ---- for the event loop
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its step; what still runs is cancelled."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def submit(self, model: str, requests: Sequence[GenerationRequest]) -> Ticket:
+        """Take the sequences of a request, all or none.
+
+        Raises:
+            TooManyRequestsError: too many wait. UserError: one of them cannot be.
+        """
+        ticket = Ticket(model)
+
+        def enter() -> None:
+            engine = self.engine
+            there = engine.num_waiting + engine.num_running
+            if there + len(requests) > self.most_waiting:
+                raise TooManyRequestsError(
+                    f"{there} sequences run or wait and {len(requests)} more are above the limit "
+                    f"of {self.most_waiting}; try again later"
+                )
+            try:
+                for request in requests:
+                    ticket.generations.append(engine.submit(request))
+            except UserError:
+                for generation in ticket.generations:
+                    engine.cancel(generation)
+                raise
+            for index, generation in enumerate(ticket.generations):
+                self._tickets[generation.id] = ticket, index
+
+        await self._do(enter)
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End what is left of a request; nobody waits for it."""
+
+        def leave() -> None:
+            for generation in ticket.generations:
+                self._tickets.pop(generation.id, None)
+                if self.engine.cancel(generation):
+                    self.metrics.ended(ticket.model, CANCELLED)
+
+        self._post(leave)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            self._wake.notify()
+
+    async def _do(self, action: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                action()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._post(act)
+        await asyncio.wrap_future(done)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._inbox or self.engine.busy or self._stopping):
+                    self._wake.wait()
+                actions, self._inbox = self._inbox, []
+                stopping = self._stopping
+            for action in actions:
+                action()
+            if stopping:
+                self._end_all(CANCELLED, None)
+                return
+            if self.engine.busy:
+                self._step()
+            self.metrics.queue(self.engine.num_running, self.engine.num_waiting)
+
+    def _step(self) -> None:
+        try:
+            deltas = self.engine.step()
+        except Exception as error:
+            # A defect: the step's sequences cannot go on, and the server must.
+            log.exception("a step failed; its sequences end with an error")
+            self._end_all(ERROR, error)
+            return
+        by_ticket: dict[Ticket, list[tuple[int, Delta]]] = {}
+        for delta in deltas:
+            generation = delta.generation
+            if (found := self._tickets.get(generation.id)) is None:
+                continue
+            ticket, index = found
+            by_ticket.setdefault(ticket, []).append((index, delta))
+            if delta.tokens:
+                first = len(generation.tokens) == len(delta.tokens)
+                waited = time.perf_counter() - ticket.started if first else None
+                self.metrics.generated(ticket.model, len(delta.tokens), waited)
+            if delta.finish_reason is not None:
+                del self._tickets[generation.id]
+                self.metrics.ended(ticket.model, delta.finish_reason)
+        for ticket, of_ticket in by_ticket.items():
+            ticket.deliver(of_ticket)
+
+    def _end_all(self, reason: str, error: Exception | None) -> None:
+        tickets: dict[int, Any] = dict(self._tickets)
+        self._tickets.clear()
+        for ticket, index in tickets.values():
+            generation = ticket.generations[index]
+            self.engine.cancel(generation)
+            generation.finish_reason, generation.error = reason, error
+            self.metrics.ended(ticket.model, reason)
+            ticket.deliver([(index, Delta(generation, (), "", reason))])
