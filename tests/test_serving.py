@@ -65,7 +65,7 @@ def serving(*words: str):
         from emotrain.serving.gate import read_keys
 
         keys = read_keys(args.api_key_file)
-    gate = command._application(args, keys)
+    gate, _ = command._application(args, keys)
     server = uvicorn.Server(
         uvicorn.Config(gate, port=0, log_level="error", timeout_graceful_shutdown=5)
     )
@@ -449,13 +449,14 @@ def test_a_server_that_cannot_be_says_so(run_folder, words, says, capsys, monkey
 
 def test_a_signal_lets_what_runs_end(run_folder):
     """The program itself: it says where it is, and leaves with 0 when it has drained."""
-    words = ["serve", str(run_folder / "run"), "--port", "0", "--context", "256"]
+    words = ["serve", str(run_folder / "run"), "--port", "0", "--context", "256", "--json"]
     server = subprocess.Popen(
-        [sys.executable, "-m", "emotrain.cli", *words], stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-m", "emotrain.cli", *words], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     try:
-        line = next(line for line in server.stderr if "http://" in line)
-        address = line[line.index("http://") :].strip()
+        said = json.loads(server.stdout.readline())
+        address = said["address"]
+        assert said["models"] == ["run"]
         body = {**BODY, "max_tokens": 100, "stream": True, "ignore_eos": True}
         with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as got:
             lines = got.iter_lines()

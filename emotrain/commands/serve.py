@@ -7,10 +7,15 @@ import ipaddress
 import logging
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emotrain.commands.common import add_checkpoint, add_device
 from emotrain.errors import UserError
+from emotrain.files import json_text
+
+if TYPE_CHECKING:
+    from emotrain.serving.gate import Gate
+    from emotrain.serving.models import ModelTable
 
 log = logging.getLogger("emotrain")
 
@@ -77,6 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--body-mb", type=float, default=4.0, metavar="MB", help="largest body (default: 4)"
     )
     add_device(parser)
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the address and the models as one JSON object once requests are taken",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,11 +118,16 @@ def run(args: argparse.Namespace) -> int:
             await super().startup(sockets)
             if self.started:
                 port = self.servers[0].sockets[0].getsockname()[1]
-                log.info("serving %s at http://%s:%d", args.checkpoint, args.host, port)
+                address = f"http://{args.host}:{port}"
+                models = served.names()
+                log.info("serving %s at %s", ", ".join(models), address)
+                if args.json:
+                    print(json_text({"address": address, "models": models}), flush=True)
 
+    gate, served = _application(args, keys)
     server = Server(
         uvicorn.Config(
-            _application(args, keys),
+            gate,
             host=args.host,
             port=args.port,
             log_level="warning",
@@ -128,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if server.started else 1
 
 
-def _application(args: argparse.Namespace, keys: list[bytes]) -> Any:
+def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, ModelTable]:
     from emotrain.generation.engine import Engine, EngineLimits
     from emotrain.generation.loading import load_generator
     from emotrain.modular.budget import read_size
@@ -165,7 +180,7 @@ def _application(args: argparse.Namespace, keys: list[bytes]) -> Any:
     )
     app = build_app(service)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6))
+    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6)), table
 
 
 def _is_loopback(host: str) -> bool:
