@@ -26,7 +26,10 @@ def commands_of(page: str) -> list[list[str]]:
     return [shlex.split(line) for line in html.unescape(block[1]).splitlines()] if block else []
 
 
-def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys):
+def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys, monkeypatch):
+    # A server runs until it is stopped; its words are read, and its subset is there.
+    served = []
+    monkeypatch.setattr("emotrain.commands.serve.run", lambda args: served.append(args) or 0)
     run_dir = tmp_path / "my runs" / "a & b"
     train(config_from_dict(tiny_settings(tiny_data, run_dir)))
     before = commands_of(write_report(run_dir).read_text(encoding="utf-8"))
@@ -39,7 +42,7 @@ def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys):
     )
     commands = commands_of(write_report(run_dir).read_text(encoding="utf-8"))
     assert [words[1] for words in commands] == [
-        "select", "extract", "evaluate", "finetune", "generate", "reinsert",
+        "select", "extract", "evaluate", "finetune", "generate", "reinsert", "serve",
     ]  # fmt: skip
     for name, *words in commands:
         capsys.readouterr()
@@ -49,6 +52,7 @@ def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys):
         if words[0] in ("select", "finetune"):
             assert words[words.index("--domain") + 1] == least
     out = f"{run_dir}-{least}"
+    assert served[0].subset == [f"{least}={out}.json"] and served[0].checkpoint == str(run_dir)
     assert Path(f"{out}.json").is_file() and Path(f"{out}-back").is_dir()
 
 

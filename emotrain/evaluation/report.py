@@ -136,7 +136,8 @@ def subset_commands(run_dir: Path, config: Config, result: Evaluation | None) ->
         return []
     data, domain = (result.data, _most_modular(result)) if result else (config.data.path, "")
     # A domain is any text, and a file's name is not.
-    out = f"{run_dir}-{re.sub('[^A-Za-z0-9]+', '-', domain).strip('-') or 'subset'}"
+    name = re.sub("[^A-Za-z0-9]+", "-", domain).strip("-") or "subset"
+    out = f"{run_dir}-{name}"
     # argparse would take a name of the form -x for an option.
     dashed = domain.startswith("-")
     of_domain = [f"--domain={domain}"] if dashed else ["--domain", domain] if domain else []
@@ -150,6 +151,7 @@ def subset_commands(run_dir: Path, config: Config, result: Evaluation | None) ->
         + ["optimizer.lr=1e-3"],
         ["generate", f"{out}-tuned", "Once"],
         ["reinsert", run_dir, f"{out}-tuned", f"{out}.json", "--out", f"{out}-back"],
+        ["serve", run_dir, "--subset", f"{name}={out}.json"],
     ]
     return [shlex.join(["emotrain", *map(str, words)]) for words in commands]
 
