@@ -4,7 +4,6 @@ written as JSON or as a stream of events."""
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -20,6 +19,7 @@ from starlette.exceptions import HTTPException
 import emotrain
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import RunError, UserError
+from emotrain.files import json_text
 from emotrain.generation.engine import ERROR, Delta
 from emotrain.generation.loading import encode
 from emotrain.serving.chat import ChatTemplate, NoTemplateError
@@ -344,4 +344,4 @@ async def _events(
 
 
 def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+    return f"data: {json_text(content)}\n\n"

@@ -4,7 +4,6 @@ answers."""
 from __future__ import annotations
 
 import hmac
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from emotrain.errors import UserError
+from emotrain.files import json_text
 from emotrain.serving.metrics import ServerMetrics
 
 OPEN = ("/health",)
@@ -113,7 +113,7 @@ async def refuse(
     send: Any, status: int, message: str, headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     """Answer with an error."""
-    body = json.dumps(error_body(message, status)).encode()
+    body = json_text(error_body(message, status)).encode()
     fixed = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     await send({"type": "http.response.body", "body": body})
