@@ -235,6 +235,32 @@ def test_lazy_experts_prints_memory_speed_and_the_cost_of_a_cold_expert():
         assert result[key] > 0, key
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("fastapi") is None,
+    reason="needs the serve extra: pip install -e '.[serve,test]'",
+)
+def test_serving_prints_its_ratios():
+    model = ["model.vocab_size=300", "model.experts.routed=8"]
+    sizes = ["--prompt", "3", "--new", "4", "--rounds", "1"]
+    result = measure("serve.py", *sizes, *TINY_STEP, *model)
+    assert result["subset_expert_memory_over_full"] == 0.125
+    assert result["cold_experts_per_request"] == 1
+    for count in (1, 8, 32):
+        assert result[f"tokens_per_second_{count}"] > 0
+        assert result[f"mixed_tokens_per_second_{count}"] > 0
+    for key in (
+        "tokens_per_second_over_full",
+        "lazy_over_loaded",
+        "mixed_over_single",
+        "first_token_p50_ms",
+        "first_token_p99_ms",
+        "token_p50_ms",
+        "token_p99_ms",
+    ):
+        assert result[key] > 0, key
+    assert "speedup_over_hf_8" in result or "transformers" in result["hf_skipped"]
+
+
 def test_generation_prints_its_ratios():
     arguments = ["--prompt", "3", "--new", "4", "--sequences", "5", "--keep", "0.5"]
     result = measure("generate.py", *arguments, *TINY_STEP)

@@ -4,10 +4,12 @@ is what an engine generates alone; and nothing that comes over the network makes
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +30,8 @@ from emotrain.generation.loading import encode, load_generator, load_subset
 from emotrain.generation.request import GenerationRequest, read_pool
 from emotrain.generation.sampling import Sampling
 from emotrain.model.router import RoutingRequest
+from emotrain.serving.metrics import MOST_MODELS, ServerMetrics
+from emotrain.serving.worker import EngineEndedError, Worker
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, tiny_settings
 
@@ -231,6 +235,21 @@ def test_tokens_there_and_back(server, alone):
     assert back == {"prompt": PROMPT}
 
 
+def test_a_harness_learns_what_it_needs_of_the_tokenizer(server, alone):
+    """`lm-eval` asks for the id of the end of a document by its text, which inside of a text is
+    ordinary characters."""
+    address, _ = server
+    end = httpx.get(f"{address}/tokenizer_info").json()["eos_token"]
+    body = {"prompt": end, "add_special_tokens": False}
+    found = httpx.post(f"{address}/tokenize", json=body).json()
+    assert found["tokens"] == [alone.tokenizer.eos_id]
+    found = httpx.post(f"{address}/tokenize", json={"prompt": f"{end} "}).json()
+    assert alone.tokenizer.eos_id not in found["tokens"]
+    for path, body in (("tokenize", {"prompt": "a"}), ("detokenize", {"tokens": [1]})):
+        found = httpx.post(f"{address}/{path}", json={**body, "model": "gpt-4"})
+        assert found.status_code == 404
+
+
 def test_subsets_come_and_go(server, client, run_folder):
     address, _ = server
     body = {"subset_name": "more", "subset_path": "harbour.json"}
@@ -241,7 +260,14 @@ def test_subsets_come_and_go(server, client, run_folder):
     assert httpx.post(f"{address}/v1/unload_subset", json=name).status_code == 404
     with pytest.raises(openai.NotFoundError, match="'more' is not served; there are run, kitchen"):
         complete(client, "more")
-    for path, status in (("../" * 9 + "etc/passwd", 403), ("/etc/passwd", 403), ("no.json", 400)):
+    for path, status in (
+        ("../" * 9 + "etc/passwd", 403),
+        ("/etc/passwd", 403),
+        ("no.json", 400),
+        ("\0", 400),
+        ("a" * 5000, 400),
+        (".", 400),
+    ):
         found = httpx.post(f"{address}/v1/load_subset", json={**body, "subset_path": path})
         assert found.status_code == status, found.text
 
@@ -255,6 +281,19 @@ def test_what_happened_is_told_to_prometheus(server, client):
     assert 'emotrain_requests_total{code="200",path="/v1/completions"}' in text
     assert httpx.get(f"{address}/health").status_code == 200
     assert httpx.get(f"{address}/version").json().keys() == {"version"}
+
+
+def test_names_that_clients_make_up_do_not_make_metrics_grow(server, client):
+    address, gate = server
+    for share in ("0.5", "0.50", "0.500"):
+        complete(client, f"auto:{share}", max_tokens=1)
+    text = httpx.get(f"{address}/metrics").text
+    assert 'emotrain_prompt_tokens_total{model="auto:K"}' in text and "auto:0.5" not in text
+    metrics = ServerMetrics(None)
+    for number in range(MOST_MODELS + 9):
+        metrics.read(f"model{number}", 1)
+    series = metrics.text().decode().count("emotrain_prompt_tokens_total{")
+    assert series == MOST_MODELS + 1
 
 
 # ---- what cannot be
@@ -399,6 +438,136 @@ def test_a_defect_ends_its_requests_and_not_the_server(server, monkeypatch, capl
     assert "not today" in caplog.text
     assert not engine.busy and engine.cache.pages_in_use == 0
     assert httpx.post(f"{address}/v1/completions", json=BODY).status_code == 200
+
+
+def test_a_defect_is_told_to_who_reads_a_stream(server, monkeypatch):
+    address, gate = server
+    engine, released = hold(gate, monkeypatch)
+    body = {**BODY, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", f"{address}/v1/completions", json=body) as got:
+        lines = got.iter_lines()
+        next(lines)
+
+        def broken():
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(engine, "step", broken)
+        events = [line for line in lines if line]
+    assert json.loads(events[-1][6:])["error"]["code"] == "500"
+
+
+def test_a_reader_that_is_too_slow_is_left():
+    """Its sequences have ended long before; the rest of its text waits for it no longer."""
+    from emotrain.serving.app import EventStream
+
+    left = []
+
+    async def stuck() -> None:
+        async def events():
+            try:
+                while True:
+                    yield "data: {}\n\n"
+            finally:
+                left.append("events")
+
+        async def send(message) -> None:
+            if message["type"] == "http.response.body":
+                await asyncio.Event().wait()
+
+        async def receive():
+            await asyncio.Event().wait()
+
+        response = EventStream(events(), time.monotonic() + 0.05)
+        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        left.append("response")
+
+    asyncio.run(asyncio.wait_for(stuck(), 60))
+    assert left == ["events", "response"]
+
+
+def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
+    address, gate = server
+    monkeypatch.setattr(gate, "body_seconds", 0.05)
+    host, port = address.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
+        assert b"408" in connection.recv(1000).split(b"\r\n")[0]
+
+
+def test_time_is_up_for_an_answer_that_takes_too_long(server, monkeypatch):
+    address, gate = server
+    engine, _ = hold(gate, monkeypatch)
+    monkeypatch.setattr("emotrain.serving.app.LOOK_S", 0.02)
+    service = gate.app.state.service
+    object.__setattr__(service, "seconds", 0.1)
+    try:
+        found = httpx.post(f"{address}/v1/completions", json=BODY)
+        assert found.status_code == 503 and "more than 0.1 s" in found.json()["error"]["message"]
+        with httpx.stream(
+            "POST", f"{address}/v1/completions", json={**BODY, "stream": True}
+        ) as got:
+            events = [line for line in got.iter_lines() if line]
+        assert json.loads(events[-1][6:])["error"]["code"] == "503"
+    finally:
+        object.__setattr__(service, "seconds", 300.0)
+    eventually(lambda: not engine.busy)
+
+
+def worker_of(run_folder) -> Worker:
+    _, _, model, tokenizer = load_generator(run_folder / "run", "cpu")
+    worker = Worker(Engine(model, EngineLimits(2, 128, 64), tokenizer), ServerMetrics(None), 8)
+    worker.start()
+    return worker
+
+
+def test_without_its_engine_the_server_answers_503(run_folder, monkeypatch):
+    """No request waits for a thread that has ended, whatever ended it."""
+    worker = worker_of(run_folder)
+
+    async def ask() -> None:
+        sampling = Sampling(max_tokens=40, ignore_end=True)
+        ticket = await worker.submit("run", [GenerationRequest([5], sampling)])
+
+        def broken(*_):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(worker.metrics, "queue", broken)
+        delta = None
+        while delta is None or delta.finish_reason is None:
+            _, delta = await asyncio.wait_for(ticket.deltas.get(), 60)
+        assert delta.finish_reason == "cancelled"
+        with pytest.raises(EngineEndedError, match="has ended"):
+            await worker.submit("run", [GenerationRequest([5])])
+        worker.cancel(ticket)
+
+    asyncio.run(ask())
+    assert not worker.alive and not worker.engine.busy
+
+
+def test_who_leaves_while_the_request_goes_in_leaves_nothing_behind(run_folder):
+    worker = worker_of(run_folder)
+    engine = worker.engine
+    blocked, free = threading.Event(), threading.Event()
+
+    async def ask() -> None:
+        worker._post(lambda: (blocked.set(), free.wait(60)))
+        blocked.wait(60)
+        request = GenerationRequest([5], Sampling(max_tokens=40, ignore_end=True))
+        task = asyncio.create_task(worker.submit("run", [request]))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        free.set()
+        ticket = await worker.submit("run", [GenerationRequest([5], Sampling(max_tokens=1))])
+        assert (await asyncio.wait_for(ticket.deltas.get(), 60))[1].finish_reason == "length"
+
+    asyncio.run(ask())
+    eventually(lambda: not engine.busy)
+    assert worker.alive
+    worker.stop()
+    assert not worker._tickets
 
 
 def test_a_file_that_was_cut_short_is_503_and_the_server_goes_on(run_folder, tmp_path):

@@ -37,7 +37,7 @@ auto:8, which keeps the 8 experts a layer that the prompt itself chooses. /docs 
 everything.
 
 Anybody on this machine may ask. An address that others can reach needs --api-key-file. A first
-Ctrl-C or SIGTERM lets running requests end, a second one does not."""
+Ctrl-C or SIGTERM lets running requests end, another Ctrl-C does not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,7 +180,7 @@ def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, Mod
     )
     app = build_app(service)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6)), table
+    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6), args.request_seconds), table
 
 
 def _is_loopback(host: str) -> bool:

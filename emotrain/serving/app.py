@@ -13,8 +13,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 import emotrain
 from emotrain.data.tokenizer import TextTokenizer
@@ -42,12 +43,15 @@ log = logging.getLogger("emotrain")
 
 LOOK_S = 0.25
 """How often a request that is waited for looks whether its client is still there."""
+SEND_S = 5.0
+"""How long the last of a stream may take to be sent, after the time of its request."""
 CLIENT_GONE = 499
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"description": "the request cannot be; says why"},
     401: {"description": "the key is missing or wrong"},
     403: {"description": "the server was not started to do that"},
     404: {"description": "no such model"},
+    408: {"description": "the body came too slowly"},
     413: {"description": "the body is too large"},
     422: {"description": "the model has no chat template"},
     429: {"description": "too many sequences wait; see Retry-After"},
@@ -67,6 +71,10 @@ STATUS = (
 
 class UnavailableError(RunError):
     """The server cannot do it now."""
+
+
+class DefectError(Exception):
+    """A step failed, and not for want of a file."""
 
 
 class ClientGoneError(Exception):
@@ -176,13 +184,31 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
         """Token ids of a text."""
-        tokens = await asyncio.to_thread(encode, service.tokenizer, body.prompt)
+        if body.model is not None:
+            service.table.find(body.model)
+        if body.prompt == service.tokenizer.eos_token:
+            # Evaluation harnesses ask so for its id. Inside of a text it is ordinary characters.
+            tokens = [service.tokenizer.eos_id]
+        else:
+            tokens = await asyncio.to_thread(encode, service.tokenizer, body.prompt)
         most = service.worker.engine.limits.sequence_tokens
         return {"tokens": tokens, "count": len(tokens), "max_model_len": most}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What clients need to know of the tokenizer to use the two paths for it."""
+        return {
+            "eos_token": service.tokenizer.eos_token,
+            "bos_token": None,
+            "pad_token": None,
+            "chat_template": service.template.source,
+        }
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, Any]:
         """The text of token ids."""
+        if body.model is not None:
+            service.table.find(body.model)
         wrong = [token for token in body.tokens if token >= service.tokenizer.vocab_size]
         if wrong:
             raise UserError(
@@ -192,7 +218,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while requests are taken."""
         return Response(status_code=200 if service.worker.alive else 503)
@@ -202,7 +228,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         """Of the program."""
         return {"version": emotrain.__version__}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -215,8 +241,8 @@ def _add_errors(app: FastAPI) -> None:
         headers = {"Retry-After": "1"} if status == 429 else None
         return JSONResponse(error_body(_line(error), status), status, headers)
 
-    @app.exception_handler(UnavailableError)
-    async def unavailable(_: Request, error: UnavailableError) -> Response:
+    @app.exception_handler(RunError)
+    async def unavailable(_: Request, error: RunError) -> Response:
         return JSONResponse(error_body(_line(error), 503), 503, {"Retry-After": "1"})
 
     @app.exception_handler(ClientGoneError)
@@ -248,6 +274,24 @@ def _line(error: BaseException) -> str:
 # ---- an answer
 
 
+class EventStream(StreamingResponse):
+    """Events, until a time after which nobody waits any longer for a client that reads too
+    slowly."""
+
+    def __init__(self, events: AsyncGenerator[str, None], deadline: float):
+        super().__init__(events, media_type="text/event-stream")
+        self._events, self._deadline = events, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a client read its stream too slowly; it is left")
+        finally:
+            await self._events.aclose()
+
+
 async def _answer(
     service: Service,
     request: Request,
@@ -269,7 +313,7 @@ async def _answer(
     answer = Answer(body, service.texts, service.tokenizer)
     if body.stream:
         events = _events(service, request, ticket, answer, deadline)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return EventStream(events, deadline + SEND_S)
     async for _ in _deltas(service, request, ticket, deadline):
         pass
     return JSONResponse(answer.whole(ticket.generations))
@@ -296,7 +340,8 @@ async def _deltas(
                 if await request.is_disconnected():
                     raise ClientGoneError
             try:
-                index, delta = await asyncio.wait_for(ticket.deltas.get(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    index, delta = await ticket.deltas.get()
             except TimeoutError:
                 continue
             if delta.finish_reason is not None:
@@ -305,7 +350,7 @@ async def _deltas(
                 error = delta.generation.error
                 if isinstance(error, (OSError, RunError)):
                     raise UnavailableError(_line(error)) from error
-                raise RuntimeError("a step of the engine failed") from error
+                raise DefectError("the server failed; its log says why") from error
             if delta.finish_reason == "cancelled":
                 raise UnavailableError("the server is ending; ask another one")
             yield index, delta
@@ -316,7 +361,7 @@ async def _deltas(
 
 async def _events(
     service: Service, request: Request, ticket: Ticket, answer: Answer, deadline: float
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     counts = [0] * len(ticket.generations)
     for index in range(len(counts)):
         if (first := answer.first_chunk(index)) is not None:
@@ -339,6 +384,8 @@ async def _events(
     except UnavailableError as error:
         # The status has been sent: the stream itself says it.
         yield _event(error_body(_line(error), 503))
+    except DefectError as error:
+        yield _event(error_body(_line(error), 500))
     finally:
         await deltas.aclose()
 

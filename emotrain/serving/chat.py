@@ -17,7 +17,8 @@ class ChatTemplate:
     """The template beside a tokenizer: `chat_template.jinja`, or in `tokenizer_config.json`."""
 
     def __init__(self, folder: Path):
-        self._source = _source(folder)
+        self.source = _source(folder)
+        """None where there is none."""
 
     def render(self, messages: list[ChatMessage]) -> str:
         """The text that the model goes on from.
@@ -25,7 +26,7 @@ class ChatTemplate:
         Raises:
             NoTemplateError: there is none. UserError: it does not take these messages.
         """
-        if self._source is None:
+        if self.source is None:
             raise NoTemplateError(
                 "this model's tokenizer has no chat template; use /v1/completions"
             )
@@ -39,7 +40,7 @@ class ChatTemplate:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = refuse
         try:
-            return environment.from_string(self._source).render(
+            return environment.from_string(self.source).render(
                 messages=[message.model_dump(exclude_none=True) for message in messages],
                 add_generation_prompt=True,
             )

@@ -122,6 +122,8 @@ class Answer:
         self._kind = kind
         self._sent: dict[int, int] = {}
         """Generated tokens of each choice whose log probabilities were sent."""
+        self._offsets: dict[int, int] = {}
+        """Characters of the tokens of each choice whose log probabilities were sent."""
 
     # ---- whole
 
@@ -167,13 +169,11 @@ class Answer:
         self._sent[index] = until
         entries: list[TokenLogprob | None] = list(generation.logprobs[sent:until])
         tokens = list(generation.tokens[sent:until])
-        offset = 0
         if body.echo and not begun:
             entries = [*generation.prompt_logprobs, *entries]
             tokens = [*generation.request.tokens, *tokens]
-        else:
-            known = list(generation.request.tokens) if body.echo else []
-            offset = sum(len(self._texts(token)) for token in known + generation.tokens[:sent])
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(self._texts(token)) for token in tokens)
         return logprobs_json(entries, tokens, body.logprobs, offset, self._texts)
 
     # ---- piece by piece

@@ -3,6 +3,7 @@ answers."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,15 +49,17 @@ class Gate:
         paths: Sequence[str],
         keys: Sequence[bytes],
         most_bytes: int,
+        body_seconds: float,
     ):
         """
         Args:
             paths: that the metrics know by name.
             keys: one of them is needed; none lets everybody in.
             most_bytes: of a body.
+            body_seconds: in which all of it must have come.
         """
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
-        self.keys, self.most_bytes = keys, most_bytes
+        self.keys, self.most_bytes, self.body_seconds = keys, most_bytes, body_seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -83,12 +86,24 @@ class Gate:
         if not length.isdigit() or int(length) > self.most_bytes:
             await refuse(counted, 413, too_large, [(b"connection", b"close")])
             return
-        read = 0
+        read, whole = 0, False
+        until = asyncio.get_running_loop().time() + self.body_seconds
 
         async def limited() -> Any:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            if whole:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"the body did not come within {self.body_seconds:g} s",
+                    {"connection": "close"},
+                ) from None
             read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
             if read > self.most_bytes:
                 # More came than was announced.
                 raise HTTPException(413, too_large, {"connection": "close"})

@@ -6,6 +6,9 @@ from typing import Any
 
 from emotrain.modular.expert_store import ExpertStore
 
+MOST_MODELS = 256
+"""Names of models that are told apart; subsets may come and go for as long as the server runs."""
+
 
 class ServerMetrics:
     """Counters of one server, in a registry of its own."""
@@ -14,7 +17,7 @@ class ServerMetrics:
         """`store`: of the experts, where they are read when they are needed."""
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        self._store = store
+        self._models: set[str] = set()
         self.registry = CollectorRegistry()
         options: dict[str, Any] = {"registry": self.registry, "namespace": "emotrain"}
         self._tokens = Counter("generated_tokens", "Tokens generated", ["model"], **options)
@@ -30,6 +33,7 @@ class ServerMetrics:
         )
         self._running = Gauge("running_sequences", "Sequences that are generated", **options)
         self._waiting = Gauge("waiting_sequences", "Sequences that wait for room", **options)
+        self._pages = Gauge("cache_pages", "Pages of keys and values in use", **options)
         if store is not None:
             self._follow(store, options)
 
@@ -46,23 +50,34 @@ class ServerMetrics:
         ):
             Gauge(name, text, **options).set_function(read)
 
+    def _label(self, model: str) -> str:
+        """Clients choose names, and a series of its own for each would be without limit."""
+        if model.startswith("auto:"):
+            return "auto:K"
+        if model not in self._models:
+            if len(self._models) >= MOST_MODELS:
+                return "other"
+            self._models.add(model)
+        return model
+
     def generated(self, model: str, tokens: int, first_s: float | None) -> None:
-        self._tokens.labels(model).inc(tokens)
+        self._tokens.labels(self._label(model)).inc(tokens)
         if first_s is not None:
-            self._first.labels(model).observe(first_s)
+            self._first.labels(self._label(model)).observe(first_s)
 
     def read(self, model: str, tokens: int) -> None:
-        self._prompt.labels(model).inc(tokens)
+        self._prompt.labels(self._label(model)).inc(tokens)
 
     def ended(self, model: str, reason: str) -> None:
-        self._ended.labels(model, reason).inc()
+        self._ended.labels(self._label(model), reason).inc()
 
     def answered(self, path: str, code: int) -> None:
         self._requests.labels(path, str(code)).inc()
 
-    def queue(self, running: int, waiting: int) -> None:
+    def queue(self, running: int, waiting: int, pages: int) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
+        self._pages.set(pages)
 
     def text(self) -> bytes:
         """The exposition format of Prometheus."""

@@ -99,10 +99,19 @@ class ModelTable:
             raise ForbiddenError(
                 "subsets cannot be loaded by request; start the server with --subset-folder DIR"
             )
-        file = (self._subset_folder / path).resolve()
+        try:
+            file = (self._subset_folder / path).resolve()
+        except (OSError, ValueError) as error:
+            raise UserError(f"path {path[:200]!r} cannot be ({error}); give a file") from None
         if not file.is_relative_to(self._subset_folder):
             raise ForbiddenError(f"path {path[:200]!r} is not in the folder of subsets")
-        self.load(name, file)
+        try:
+            self.load(name, file)
+        except UserError:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"path {path[:200]!r} cannot be read ({reason})") from None
 
     def unload(self, name: str) -> None:
         """

@@ -11,10 +11,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from emotrain.generation.sampling import MOST_LOGPROBS, MOST_STOPS
+from emotrain.serving.models import NAME
 
 MOST_CHOICES = 16
 MOST_PROMPTS = 256
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+SubsetName = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -37,7 +39,7 @@ class SamplingBody(Body):
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=0, le=1 << 20, description="0 for all tokens")
     n: int | None = Field(1, ge=1, le=MOST_CHOICES)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    seed: int | None = Field(None, ge=-(1 << 63), le=1 << 63)
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -77,17 +79,20 @@ class ChatBody(SamplingBody):
 
 
 class LoadSubsetBody(Body):
-    subset_name: str
+    subset_name: SubsetName
     subset_path: str = Field(description="file of emotrain select, in the server's folder for them")
 
 
 class UnloadSubsetBody(Body):
-    subset_name: str
+    subset_name: SubsetName
 
 
 class TokenizeBody(Body):
     prompt: str
     model: str | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="either is the same: nothing is put before or after a text"
+    )
 
 
 class DetokenizeBody(Body):

@@ -12,9 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
 
-from emotrain.errors import UserError
+from emotrain.errors import RunError, UserError
 from emotrain.generation.engine import CANCELLED, ERROR, Delta, Engine, Generation
 from emotrain.generation.request import GenerationRequest
 from emotrain.serving.metrics import ServerMetrics
@@ -24,6 +23,10 @@ log = logging.getLogger("emotrain")
 
 class TooManyRequestsError(UserError):
     """More sequences wait than the server lets wait."""
+
+
+class EngineEndedError(RunError):
+    """The thread of the engine has ended: no request can be answered."""
 
 
 class Ticket:
@@ -36,19 +39,21 @@ class Ticket:
         """Index of the sequence, and what was added to it. A reader that is slow lets it grow by
         what its own request may generate, and no more."""
         self.started = time.perf_counter()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
 
-    def deliver(self, found: list[tuple[int, Delta]]) -> None:
-        """From the worker's thread."""
 
-        def put() -> None:
-            for one in found:
-                self.deltas.put_nowait(one)
+def deliver(found: Sequence[tuple[Ticket, int, Delta]]) -> None:
+    """From the worker's thread: what a step made, in one call to each loop."""
 
+    def put(of_loop: Sequence[tuple[Ticket, int, Delta]]) -> None:
+        for ticket, index, delta in of_loop:
+            ticket.deltas.put_nowait((index, delta))
+
+    for loop in {ticket.loop for ticket, _, _ in found}:
         try:
-            self._loop.call_soon_threadsafe(put)
+            loop.call_soon_threadsafe(put, [one for one in found if one[0].loop is loop])
         except RuntimeError:  # the loop is closed: nobody reads any more
-            log.debug("a result of %s came after its loop had ended", self.model)
+            log.debug("results came after their loop had ended")
 
 
 class Worker:
@@ -59,7 +64,7 @@ class Worker:
         self.engine, self.metrics, self.most_waiting = engine, metrics, most_waiting
         self._inbox: list[Callable[[], None]] = []
         self._wake = threading.Condition()
-        self._stopping = False
+        self._stopping = self._ended = False
         self._tickets: dict[int, tuple[Ticket, int]] = {}
         """By the generation's id: its ticket, and its place there."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -78,13 +83,14 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._thread.is_alive() and not self._ended
 
     async def submit(self, model: str, requests: Sequence[GenerationRequest]) -> Ticket:
         """Take the sequences of a request, all or none.
 
         Raises:
             TooManyRequestsError: too many wait. UserError: one of them cannot be.
+            EngineEndedError: nobody can take them.
         """
         ticket = Ticket(model)
 
@@ -106,7 +112,12 @@ class Worker:
             for index, generation in enumerate(ticket.generations):
                 self._tickets[generation.id] = ticket, index
 
-        await self._do(enter)
+        try:
+            await self._do(enter)
+        except asyncio.CancelledError:
+            # They may be in the engine already.
+            self.cancel(ticket)
+            raise
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -120,15 +131,21 @@ class Worker:
 
         self._post(leave)
 
-    def _post(self, action: Callable[[], None]) -> None:
+    def _post(self, action: Callable[[], None]) -> bool:
+        """False where the thread has ended: nothing is left that an action could change."""
         with self._wake:
+            if self._ended:
+                return False
             self._inbox.append(action)
             self._wake.notify()
+        return True
 
     async def _do(self, action: Callable[[], None]) -> None:
         done: Future[None] = Future()
 
         def act() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # who asked has left
             try:
                 action()
             except BaseException as error:
@@ -136,12 +153,26 @@ class Worker:
             else:
                 done.set_result(None)
 
-        self._post(act)
+        if not self._post(act):
+            raise EngineEndedError("the server's engine has ended; start the server again")
         await asyncio.wrap_future(done)
 
     # ---- the thread
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException:
+            log.critical("the engine's thread broke; the server answers 503", exc_info=True)
+        finally:
+            with self._wake:
+                self._ended = True
+                actions, self._inbox = self._inbox, []
+            for action in actions:  # they find out, or leave
+                action()
+            self._end_all(CANCELLED, None)
+
+    def _work(self) -> None:
         while True:
             with self._wake:
                 while not (self._inbox or self.engine.busy or self._stopping):
@@ -151,11 +182,11 @@ class Worker:
             for action in actions:
                 action()
             if stopping:
-                self._end_all(CANCELLED, None)
                 return
             if self.engine.busy:
                 self._step()
-            self.metrics.queue(self.engine.num_running, self.engine.num_waiting)
+            engine = self.engine
+            self.metrics.queue(engine.num_running, engine.num_waiting, engine.cache.pages_in_use)
 
     def _step(self) -> None:
         try:
@@ -165,13 +196,13 @@ class Worker:
             log.exception("a step failed; its sequences end with an error")
             self._end_all(ERROR, error)
             return
-        by_ticket: dict[Ticket, list[tuple[int, Delta]]] = {}
+        delivered: list[tuple[Ticket, int, Delta]] = []
         for delta in deltas:
             generation = delta.generation
             if (found := self._tickets.get(generation.id)) is None:
                 continue
             ticket, index = found
-            by_ticket.setdefault(ticket, []).append((index, delta))
+            delivered.append((ticket, index, delta))
             if delta.tokens:
                 first = len(generation.tokens) == len(delta.tokens)
                 waited = time.perf_counter() - ticket.started if first else None
@@ -179,15 +210,19 @@ class Worker:
             if delta.finish_reason is not None:
                 del self._tickets[generation.id]
                 self.metrics.ended(ticket.model, delta.finish_reason)
-        for ticket, of_ticket in by_ticket.items():
-            ticket.deliver(of_ticket)
+        deliver(delivered)
 
     def _end_all(self, reason: str, error: Exception | None) -> None:
-        tickets: dict[int, Any] = dict(self._tickets)
+        tickets = list(self._tickets.values())
         self._tickets.clear()
-        for ticket, index in tickets.values():
+        ended = []
+        for ticket, index in tickets:
             generation = ticket.generations[index]
-            self.engine.cancel(generation)
+            try:
+                self.engine.cancel(generation)
+            except Exception:  # a second defect must not keep the others waiting
+                log.exception("sequence %d cannot be taken out", generation.id)
             generation.finish_reason, generation.error = reason, error
             self.metrics.ended(ticket.model, reason)
-            ticket.deliver([(index, Delta(generation, (), "", reason))])
+            ended.append((ticket, index, Delta(generation, (), "", reason)))
+        deliver(ended)
