@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -477,12 +477,35 @@ def test_a_reader_that_is_too_slow_is_left():
         async def receive():
             await asyncio.Event().wait()
 
-        response = EventStream(events(), time.monotonic() + 0.05)
+        response = EventStream(events(), time.monotonic() + 0.05, lambda: left.append("work"))
         await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
         left.append("response")
 
     asyncio.run(asyncio.wait_for(stuck(), 60))
-    assert left == ["events", "response"]
+    assert left == ["events", "work", "response"]
+
+
+def test_a_client_that_has_gone_before_its_stream_begins_leaves_no_work():
+    """Nothing was ever read of its events, so nothing in them can end its sequences."""
+    from emotrain.serving.app import EventStream
+
+    left = []
+
+    async def gone() -> None:
+        async def events():
+            yield "data: {}\n\n"
+
+        async def send(message) -> None:
+            await asyncio.Event().wait()
+
+        async def receive():
+            return {"type": "http.disconnect"}
+
+        response = EventStream(events(), time.monotonic() + 60, lambda: left.append("work"))
+        await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+
+    asyncio.run(asyncio.wait_for(gone(), 60))
+    assert left == ["work"]
 
 
 def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
@@ -627,14 +650,19 @@ def test_a_signal_lets_what_runs_end(run_folder):
         address = said["address"]
         assert said["models"] == ["run"]
         body = {**BODY, "max_tokens": 100, "stream": True, "ignore_eos": True}
-        with httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as got:
+        with (
+            ExitStack() as stack,
+            httpx.stream("POST", f"{address}/v1/completions", json=body, timeout=60) as got,
+        ):
             lines = got.iter_lines()
             next(lines)
+            # A connection that is kept open for further requests keeps nobody waiting.
+            stack.enter_context(httpx.Client()).get(f"{address}/health")
             server.send_signal(signal.SIGTERM)
             events = [line[6:] for line in lines if line]
-        assert events[-1] == "[DONE]"
-        assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-        assert server.wait(60) == 0
+            assert events[-1] == "[DONE]"
+            assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+            assert server.wait(60) == 0
     finally:
         server.kill()
         server.wait()

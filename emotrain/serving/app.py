@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -278,9 +278,12 @@ class EventStream(StreamingResponse):
     """Events, until a time after which nobody waits any longer for a client that reads too
     slowly."""
 
-    def __init__(self, events: AsyncGenerator[str, None], deadline: float):
+    def __init__(
+        self, events: AsyncGenerator[str, None], deadline: float, leave: Callable[[], None]
+    ):
+        """`leave` is called at the end, also where no event was ever asked for."""
         super().__init__(events, media_type="text/event-stream")
-        self._events, self._deadline = events, deadline
+        self._events, self._deadline, self._leave = events, deadline, leave
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -290,6 +293,7 @@ class EventStream(StreamingResponse):
             log.warning("a client read its stream too slowly; it is left")
         finally:
             await self._events.aclose()
+            self._leave()
 
 
 async def _answer(
@@ -313,7 +317,7 @@ async def _answer(
     answer = Answer(body, service.texts, service.tokenizer)
     if body.stream:
         events = _events(service, request, ticket, answer, deadline)
-        return EventStream(events, deadline + SEND_S)
+        return EventStream(events, deadline + SEND_S, lambda: service.worker.cancel(ticket))
     async for _ in _deltas(service, request, ticket, deadline):
         pass
     return JSONResponse(answer.whole(ticket.generations))

@@ -122,6 +122,8 @@ class Worker:
 
     def cancel(self, ticket: Ticket) -> None:
         """End what is left of a request; nobody waits for it."""
+        if ticket.generations and all(g.finish_reason for g in ticket.generations):
+            return
 
         def leave() -> None:
             for generation in ticket.generations:
@@ -169,7 +171,10 @@ class Worker:
                 self._ended = True
                 actions, self._inbox = self._inbox, []
             for action in actions:  # they find out, or leave
-                action()
+                try:
+                    action()
+                except Exception:
+                    log.exception("a request cannot be taken out")
             self._end_all(CANCELLED, None)
 
     def _work(self) -> None:
