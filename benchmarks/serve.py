@@ -342,6 +342,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.125, help="share of a subset (%(default)s)")
     parser.add_argument("settings", nargs="*", metavar="key=value")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         measure(Path(folder), load_config(QUICKSTART, args.settings), args)
 
