@@ -139,6 +139,9 @@ def _pools(
         BLOCK_N=block_n,
         num_warps=8,
     )
+    if pool_u8 is not None and num_forced:
+        # The kernel does without them: it would need twice the registers, in every model.
+        pool_u8[:, -num_forced:] = 1 if kept_u8 is None else kept_u8[:, -num_forced:]
     return scores_GN, kept_GN if pool_u8 is None else decided(pool_u8).view(torch.bool)
 
 
@@ -332,14 +335,13 @@ def pool_kernel(
     tl.store(scores_GN + g * N + n, score, mask=n < N)
     if HAS_SIZE:
         # Rank: how many experts are better, or as good and of a lower index. NaN ranks first, as in
-        # torch.sort. Experts from num_drawn on have no rank: they are in every pool.
+        # torch.sort. Experts from num_drawn on are behind all others, and not drawn.
         score = tl.where(score == score, score, float("inf"))
         score = tl.where(n < num_drawn, score, -1.0)
         better = (score[None, :] > score[:, None]) | (
             (score[None, :] == score[:, None]) & (n[None, :] < n[:, None])
         )
         chosen = tl.sum(better.to(tl.int32), axis=1) < tl.load(pool_size_G + g)
-        chosen |= n >= num_drawn
         if HAS_KEPT:
             chosen &= tl.load(kept_GN + g * N + n, mask=n < N, other=0) != 0
         tl.store(pool_GN + g * N + n, chosen.to(tl.uint8), mask=n < N)

@@ -23,6 +23,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.data.formats import Dataset
+from emotrain.data.loader import Loader
 from emotrain.data.prepare import prepare
 from emotrain.data.tokenizer import (
     EOS_TOKEN,
@@ -433,14 +434,14 @@ def test_tokens_that_no_sequence_takes_are_said(tmp_path, tokenizer, said):
 
 def test_a_step_without_targets_is_said(tmp_path, tokenizer, said, monkeypatch):
     prepare([plain(tmp_path / "a.jsonl", 40)], tmp_path / "data", tokenizer=tokenizer)
-    real = run_module.Loader.batch
+    real = Loader.batch
 
     def without_targets(loader, positions):
         batch = real(loader, positions)
         batch.targets_BS.fill_(-100)
         return batch
 
-    monkeypatch.setattr(run_module.Loader, "batch", without_targets)
+    monkeypatch.setattr(Loader, "batch", without_targets)
     run_module.train(config_from_dict(tiny_settings(tmp_path / "data", tmp_path / "run", steps=1)))
     assert "step 1: no position of its sequences has a target" in said.text
     assert torch.isfinite(
