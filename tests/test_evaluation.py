@@ -17,7 +17,8 @@ from emotrain.evaluation.results import ARMS, ByArm
 from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import mean_increase, routing_summary, sweep
 from emotrain.model.transformer import Transformer
-from emotrain.modular.select import experts_kept, greedy_select, random_select
+from emotrain.modular.counts import experts_kept
+from emotrain.modular.select import greedy_select, random_select
 
 ROW = 16
 

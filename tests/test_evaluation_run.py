@@ -33,7 +33,7 @@ from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.sweep import sweep
 from emotrain.evaluation.tables import mean_table
 from emotrain.model.transformer import Transformer
-from emotrain.modular.select import experts_kept
+from emotrain.modular.counts import experts_kept
 from emotrain.training import checkpoint
 from emotrain.training.optimizer import build_optimizer
 

@@ -66,6 +66,7 @@ KEYS = {
     "reinsert": "out parts blend tensors changed_tensors changed_tensor_names changed_parameters "
     "domains",
     "experts": "out exclusive experts_per_layer parameters sources_per_layer max_difference",
+    "subsets": "out checkpoint method experts_kept_per_layer experts_per_layer parents",
     "export": "folder checkpoint step layout dtype tensors parameters bytes files vocab_size",
     "kernels": "triton default_spills failures rows",
     "settings": "model.router.pool.kind model.router.pool.min",
@@ -96,6 +97,7 @@ def test_json_is_all_of_stdout_with_stable_keys(
         "plan": [config, "--gpus-per-node", 1],
         "verify": [run_dir],
         "select": [run_dir, "--calibration", data, "--keep", 4, "--out", tmp_path / "subset.json"],
+        "subsets": ["union", *[tmp_path / "subset.json"] * 2, "--out", tmp_path / "union.json"],
         "extract": [run_dir, tmp_path / "subset.json", "--out", tmp_path / "subset", "--check"],
         "generate": [run_dir, "bread", "--max-tokens", 2],
         "finetune": [

@@ -15,9 +15,9 @@ from emotrain.evaluation.perplexity import pack
 from emotrain.model.router import select_pool, sum_by_document
 from emotrain.model.transformer import Transformer
 from emotrain.modular import select
+from emotrain.modular.counts import experts_kept
 from emotrain.modular.select import (
     cross_domain,
-    experts_kept,
     greedy_select,
     random_select,
 )

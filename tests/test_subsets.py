@@ -83,14 +83,14 @@ def test_a_total_takes_one_pass_more(run, tiny_data):
 
 
 def test_text_comes_from_data_documents_questions_or_a_prompt(run, tiny_data, tmp_path, capsys):
-    documents = tmp_path / "documents.jsonl"
+    documents = tmp_path / "text.jsonl"
     documents.write_text('{"text": "bread salt oven", "domain": "kitchen"}\n{"text": "anchor"}\n')
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         '{"question": "bread or salt?", "choices": ["bread", "salt"], "answer": 0}\n\n'
         '{"question": "tide?", "choices": ["a", "b"], "answer": 1}\n'
     )
-    out, found = tmp_path / "it.json", {}
+    found = {}
     for name, words in {
         "data": ["--calibration", tiny_data, "--domain", "garden"],
         "documents": ["--calibration", documents],
@@ -98,6 +98,7 @@ def test_text_comes_from_data_documents_questions_or_a_prompt(run, tiny_data, tm
         "questions": ["--calibration", questions],
         "prompt": ["--prompt", "bread salt oven"],
     }.items():
+        out = tmp_path / f"{name}.json"
         result = asked(capsys, "select", run, *words, "--keep", "0.5", "--out", out)
         found[name] = result["calibration"]
         assert result["experts_kept_per_layer"] == [
@@ -129,6 +130,9 @@ def test_the_same_text_and_weights_give_the_same_file(run, tiny_data, tmp_path):
         (["--calibration", "nowhere", "--keep", "4"], "nowhere: no such calibration data"),
         (["--calibration", "DATA", "--domain", "sea", "--keep", "4"], "has no training documents"),
         (["--prompt", "salt", "--keep", "99"], "--keep 99: the largest layer has 8 experts"),
+        (["--prompt", "salt", "--keep", "0"], "layer 0 cannot keep 0 of its 8 experts; keep 2"),
+        (["--prompt", "salt", "--memory", "1KB"], "--memory 1KB: the smallest subset"),
+        (["--prompt", "salt", "--keep", "4", "--micro-batch", "-1"], "micro_batch=-1 must be"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
@@ -139,6 +143,14 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert main(["select", str(run), *words, "--out", str(out)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert fault in line and not out.exists()
+
+
+def test_a_subset_that_exists_is_left_alone(run, tmp_path, capsys):
+    out = tmp_path / "it.json"
+    out.write_text("mine")
+    assert main(["select", str(run), "--prompt", "salt", "--keep", "4", "--out", str(out)]) == 2
+    assert "exists; remove it or choose another --out" in capsys.readouterr().err
+    assert out.read_text() == "mine"
 
 
 def test_a_broken_file_of_questions_is_named_with_its_line(run, tmp_path):

@@ -17,6 +17,7 @@ COMMANDS = {
     "finetune": "tune a model or some of it on documents, on answers, or to a teacher",
     "reinsert": "put a tuned subset back into the model that it was taken from",
     "serve": "serve a checkpoint and subsets of its experts over HTTP",
+    "subsets": "combine subsets: union, merge and others, what they share, what each loses",
     "report": "write a run's curves and subsets as one HTML page",
     "locality": "measure how few experts serve a document: hit rates of caches and pins",
     "placement": "choose which experts share a rank, so that fewer tokens travel",

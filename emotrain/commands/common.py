@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from emotrain.errors import NotAFolderError, UserError
+from emotrain.errors import ExistingFileError, NotAFolderError, UserError
 from emotrain.files import json_text, make_writable
 
 
@@ -103,6 +103,19 @@ def output_file(out: str, example: str) -> Path:
     except NotAFolderError:
         raise NotAFolderError(f"{path.parent}: is not a folder; choose another --out") from None
     return path
+
+
+def new_file(out: str, example: str) -> Path:
+    """`output_file` of what is never written over: a subset that others were made of, or extracted
+    with, must not change.
+
+    Raises:
+        ExistingFileError: a file has that name.
+    """
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise ExistingFileError(f"{path}: exists; remove it or choose another --out")
+    return output_file(out, example)
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:

@@ -11,7 +11,7 @@ from emotrain.commands.common import (
     add_json,
     add_micro_batch,
     finish,
-    output_file,
+    new_file,
 )
 from emotrain.progress import ProgressBar
 from emotrain.tables import Table
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         seed=args.seed,
     )
-    out = output_file(args.out, "it.json")
+    out = new_file(args.out, "it.json")
     with ProgressBar("batches") as bar:
         subset = select(
             args.checkpoint,

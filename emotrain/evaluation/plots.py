@@ -139,6 +139,41 @@ def locality_figure(models: Sequence[tuple[str, LocalityResult]], dark: bool = F
     return _png(draw, (5 * len(models) + 0.5, 4), dark)
 
 
+def overlap_figure(
+    names: Sequence[str],
+    jaccard: Sequence[Sequence[float]],
+    chance: Sequence[Sequence[float]],
+    dark: bool = False,
+) -> bytes:
+    """Jaccard indices of subsets as a heatmap; in each field its number and, below it, that of
+    random subsets."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        image = axes.imshow(jaccard, vmin=0, vmax=1, cmap="viridis")
+        ticks = range(len(names))
+        axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(ticks, names)
+        axes.grid(False)
+        axes.set_title("experts in common (Jaccard index, mean over layers), and by chance")
+        for row in ticks:
+            for column in ticks:
+                value = jaccard[row][column]
+                axes.text(
+                    column,
+                    row,
+                    f"{value:.2f}" + (f"\n({chance[row][column]:.2f})" if row != column else ""),
+                    ha="center",
+                    va="center",
+                    fontsize="small",
+                    color="black" if value > 0.6 else "white",
+                )
+        figure.colorbar(image, label="Jaccard index")
+
+    side = 3 + 0.7 * len(names)
+    return _png(draw, (side + 1.5, side), dark)
+
+
 def _points(losses: SubsetLosses, arm: Arm) -> list[tuple[float, float, float]]:
     """Share kept, increase and standard error, by share; none for an arm without runs."""
     found = ((float(keep), losses.increase(keep, arm)) for keep in losses.increase_nats)

@@ -45,11 +45,10 @@ from emotrain.evaluation.settings import SweepSettings
 from emotrain.evaluation.tables import tables
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
+from emotrain.modular.counts import counted_experts, experts_kept
 from emotrain.modular.select import (
     Subsets,
-    counted_experts,
     cross_domain,
-    experts_kept,
     greedy_select,
     own_experts,
     random_select,
@@ -87,11 +86,7 @@ def evaluate(
             is not there.
     """
     settings = settings or SweepSettings()
-    if micro_batch < 0:
-        raise UserError(
-            f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of "
-            f"training"
-        )
+    rows_of(micro_batch, 1)
     target = choose_device(device)
     checkpoint_folder = find(checkpoint)
     config, model = load_model(checkpoint_folder, target)
@@ -105,7 +100,7 @@ def evaluate(
         domains,
         settings,
         config.data.sequence_length,
-        micro_batch or config.training.micro_batch,
+        rows_of(micro_batch, config.training.micro_batch),
         precision_on(config, target),
         track,
     )
@@ -321,6 +316,20 @@ def choose_device(name: str) -> torch.device:
             "device=cuda needs a GPU and a CUDA build of torch, none was found; use --device cpu"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def rows_of(micro_batch: int, of_training: int) -> int:
+    """Rows of one forward pass: those asked for; for 0 those of training.
+
+    Raises:
+        UserError: fewer than 0.
+    """
+    if micro_batch < 0:
+        raise UserError(
+            f"micro_batch={micro_batch} must be a positive number of rows, or 0 for that of "
+            f"training"
+        )
+    return micro_batch or of_training
 
 
 def precision_on(config: Config, device: torch.device) -> torch.dtype | None:

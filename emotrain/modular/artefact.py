@@ -62,6 +62,20 @@ class Fidelity:
 
 
 @dataclass(frozen=True)
+class Parent:
+    """A subset that another one was made of."""
+
+    file: str
+    """Where it was."""
+    fingerprint: str
+    """sha256 of the file."""
+    method: str
+    domain: str
+    weight: float = 1.0
+    """Of its scores in a merge."""
+
+
+@dataclass(frozen=True)
 class Subset:
     """Which experts of a model are kept."""
 
@@ -72,10 +86,11 @@ class Subset:
     """E of each layer of the full model."""
     num_shared_experts: int
     method: str
+    """By which the experts were chosen, or the operation on `parents`: `union`, …"""
     precision: str
-    """Of the weights that were scored: `fp32` or `bf16`."""
+    """Of the weights that were scored: `fp32` or `bf16`; `mixed` where those of parents differ."""
     budget: str
-    """What was asked for."""
+    """What was asked for; empty for an operation that has none."""
     checkpoint: str
     """Folder of the full model, where it was."""
     checkpoint_fingerprint: str
@@ -89,6 +104,8 @@ class Subset:
     """Passes of the calibration text through the model."""
     seed: int = 0
     fidelity: Fidelity | None = None
+    parents: tuple[Parent, ...] = ()
+    """The subsets that this one was made of, in their order; empty for one that was selected."""
 
     def __post_init__(self) -> None:
         _check(self)

@@ -10,7 +10,7 @@ import numpy as np
 
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
-from emotrain.modular.select import check_counts, experts_kept
+from emotrain.modular.counts import check_counts, experts_kept
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Bytes of a unit of memory."""

@@ -14,7 +14,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
-from emotrain.evaluation.sweep import choose_device
+from emotrain.evaluation.sweep import choose_device, rows_of
 from emotrain.files import sha256_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Calibration, Subset, kept_of
@@ -103,6 +103,7 @@ def select(
             f"{folder}: its layers share experts (model.experts.sharing="
             f"{config.model.experts.sharing}), of which a layer has no subset of its own"
         )
+    rows = rows_of(micro_batch, config.training.micro_batch)
     budget = (
         read_keep(settings.keep, config.model)
         if settings.keep
@@ -121,7 +122,6 @@ def select(
     )
 
     def packed(documents: Sequence[Any]) -> list[PackedBatch]:
-        rows = micro_batch or config.training.micro_batch
         length = min(config.data.sequence_length, max(map(len, documents)))
         batches = pack(documents, length, rows, config.model.attention.document_mask)
         return [replace(batch, domain=domain) for batch in batches]
