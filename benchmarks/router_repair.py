@@ -109,6 +109,7 @@ def measure(arm: Arm, domain: str, args: argparse.Namespace) -> Cell:
     subset, small = out / f"{stem}.json", out / f"{stem}-extracted"
     tuned = out / f"{domain}-{arm.name.replace(', ', '-').replace(' ', '-')}"
     if not (small / "manifest.json").is_file():
+        subset.unlink(missing_ok=True)  # of a run that was stopped
         command("select", run, "--calibration", data, "--domain", domain, "--keep", args.keep,
                 "--method", arm.method, "--documents", args.calibration_documents,
                 "--document-tokens", args.document_tokens, "--out", subset)  # fmt: skip

@@ -242,14 +242,17 @@ def test_answers_are_of_the_domain_too(run, added, tmp_path, capsys):
 def test_a_subset_of_the_domain_has_them_and_is_a_model_like_any_other(
     trained, tiny_data, tmp_path, capsys
 ):
-    select = ["select", trained, "--calibration", tiny_data, "--out", tmp_path / "it.json"]
+    select = ["select", trained, "--calibration", tiny_data]
     for method in ("router", "reap", "random"):
-        asked(capsys, *select, "--domain", "kitchen", "--keep", 5, "--method", method)
-        subset = read_subset(tmp_path / "it.json")
+        out = tmp_path / f"{method}.json"
+        words = ["--domain", "kitchen", "--keep", 5, "--method", method, "--out", out]
+        asked(capsys, *select, *words)
+        subset = read_subset(out)
         for layer in (0, 1):
             assert {7, 8} < set(subset.routed(layer)) and len(subset.routed(layer)) == 4
     # All that the kitchen uses, as a plain checkpoint: the same model for its text.
-    everything = asked(capsys, *select, "--domain", "kitchen", "--keep", 10)
+    words = ["--domain", "kitchen", "--keep", 10, "--out", tmp_path / "it.json"]
+    everything = asked(capsys, *select, *words)
     assert everything["fidelity"]["kl_nats"] == 0
     told = asked(
         capsys, "extract", trained, tmp_path / "it.json", "--out", tmp_path / "small", "--check"
@@ -272,7 +275,8 @@ def test_a_subset_of_the_domain_has_them_and_is_a_model_like_any_other(
     assert loss[trained]["loss_nats"] == loss[tmp_path / "small"]["loss_nats"]
     asked(capsys, "export", tmp_path / "small", "--out", tmp_path / "hf", "--layout", "published")
     # Others never get them.
-    garden = asked(capsys, *select, "--domain", "garden", "--keep", 8)
+    words = ["--domain", "garden", "--keep", 8, "--out", tmp_path / "garden.json"]
+    garden = asked(capsys, *select, *words)
     assert garden["experts_kept_per_layer"] == [[0, 1, 2, 3, 4, 5, 6, 9]] * 2
 
 
