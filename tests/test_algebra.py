@@ -117,7 +117,8 @@ def test_a_merge_keeps_the_best_of_the_union(given, data):
         for of, weight in zip(given, weights, strict=True):
             scores = of.subset.scores_per_layer[layer]
             for i in range(routed):
-                weighted[i] += weight * scores[i] / (sum(scores) or 1) / sum(weights)
+                # The share first: half of the smallest float is 0.
+                weighted[i] += weight * (scores[i] / (sum(scores) or 1)) / sum(weights)
         union = set().union(*(of.subset.routed(layer) for of in given))
         assert kept <= union and len(kept) == min(counts[layer] - SHARED, len(union))
         left_out = [weighted[i] for i in union - kept]
