@@ -305,6 +305,10 @@ def test_what_cannot_be_is_one_line_and_nothing_written(run, added, tiny_data, t
         (["experts", "add", run, "--domain", "", "--out", out], "give a name"),
         ([*add, "--init", "zero"], "choose one of random, mean, nearest"),
         ([*add, "--init", "nearest"], "--calibration DATA"),
+        (
+            [*add, "--init", "nearest", "--calibration", tiny_data, "--micro-batch", -1],
+            "positive number of rows",
+        ),
         ([*add, "--calibration", tiny_data], "leave out --calibration"),
         (["experts", "remove", added, "--domain", "garden", "--out", out], "has them for kitchen"),
         (["export", added, "--out", out, "--layout", "published"], "emotrain experts remove"),

@@ -333,6 +333,7 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         (("reinsert", small, tuned, subset, "--out", out), "was selected from"),
         (("reinsert", run, run, subset, "--out", out), "is not the model of this subset"),
         (("reinsert", run, tuned, subset, "--out", tiny_data), "exists"),
+        ((*back, "--data", "nowhere"), "nowhere"),
     ):
         assert fault in refused(capsys, *words), words
         assert not (out / "checkpoints").exists() and not (out / "manifest.json").exists()

@@ -237,7 +237,7 @@ def test_pools_of_training_make_choices_more_local(tiny_data, tmp_path, capsys):
         (["--segments", "1"], "segments=1: a segment has 2 tokens or more"),
         (["--documents", "1"], "documents=1 gives no standard error"),
         (["--domains", "rust"], "no held-out documents of domain 'rust'"),
-        (["--micro-batch", "-1"], "micro_batch=-1 is no number of rows"),
+        (["--micro-batch", "-1"], "micro_batch=-1 must be a positive number of rows"),
         (["--compare", "nowhere"], "nowhere"),
     ],
 )

@@ -112,10 +112,10 @@ def run(args: argparse.Namespace) -> int:
     from emotrain.modular.budget import read_size
     from emotrain.modular.lazy_experts import store_of
 
-    memory = read_size(args.memory) if args.memory else None
-    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
     if args.subset and args.domain:
         raise UserError("give --subset or --domain: a subset says by itself which experts it has")
+    memory = read_size(args.memory) if args.memory else None
+    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
     subset = load_subset(args.subset, folder, config) if args.subset else None
     if args.domain:
         subset = experts_of_domain(args.domain, config)

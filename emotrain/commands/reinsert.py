@@ -70,12 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.evaluation.settings import SweepSettings
-    from emotrain.subsets.consequences import changes
+    from emotrain.subsets.consequences import changes, read_held_out
     from emotrain.subsets.reinsertion import reinsert
 
     settings = SweepSettings(
         documents=args.documents, document_tokens=args.document_tokens, calibration_documents=1
     )
+    domains = read_held_out(args.checkpoint, args.data, settings) if args.data else None
     with ProgressBar("files") as bar:
         done = reinsert(
             args.checkpoint,
@@ -100,10 +101,10 @@ def run(args: argparse.Namespace) -> int:
         f"wrote {done.path}: {len(done.changed_tensors)} of {done.tensors} tensors changed, "
         f"{done.changed_parameters:,} numbers in them"
     )
-    if args.data:
+    if domains is not None:
         with ProgressBar("batches") as bar:
             found = changes(
-                args.checkpoint, done.path, args.data, settings, device=args.device, track=bar.track
+                args.checkpoint, done.path, domains, device=args.device, track=bar.track
             )
         result["domains"] = {name: asdict(change) for name, change in found.items()}
         table = Table(

@@ -30,7 +30,7 @@ from emotrain.evaluation.locality_tally import Order, Tally, curve, summary, tal
 from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import choose_device, precision_on
+from emotrain.evaluation.sweep import choose_device, precision_on, rows_of
 from emotrain.model.router import RoutingRequest, training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.locality import count_slots
@@ -145,8 +145,7 @@ def measure_locality(
     Raises:
         UserError: settings, a checkpoint or data that cannot be used.
     """
-    if micro_batch < 0:
-        raise UserError(f"micro_batch={micro_batch} is no number of rows; give 1 or more, or 0")
+    rows_of(micro_batch, 1)
     folder, target = find(checkpoint), choose_device(device)
     config, model = load_model(folder, target)
     layers = [i for i in range(config.model.num_layers) if config.model.routed_in_layer(i)]
@@ -154,7 +153,7 @@ def measure_locality(
     domains = read_domains(data, config, folder, settings.reading())
 
     def route(documents: Sequence[np.ndarray]) -> RoutedDocuments:
-        rows = micro_batch or config.training.micro_batch
+        rows = rows_of(micro_batch, config.training.micro_batch)
         return route_documents(model, config, documents, settings.pool, step, rows, track)
 
     tallies, counts = tally(route, domains, config.model, settings)

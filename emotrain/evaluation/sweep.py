@@ -132,7 +132,7 @@ def sweep(
     def packed(documents: Sequence[Sequence[np.ndarray]]) -> tuple[list[PackedBatch], Tensor]:
         mask = model.config.attention.document_mask
         batches = pack_groups(documents, exclusive, row_length, rows_per_batch, mask)
-        return batches, _group_of_each(documents)
+        return batches, group_of_each(documents)
 
     calibration_batches, calibration_group_U = packed([domains[n].calibration for n in names])
     batches, group_U = packed([domains[name].held_out for name in names])
@@ -289,7 +289,7 @@ def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
     return sums_J.index_add_(0, group_U, values_U)
 
 
-def _group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:
+def group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:
     """int64 [U]: the group of each document of all groups."""
     lengths = torch.tensor([len(group) for group in documents])
     return torch.repeat_interleave(torch.arange(len(documents)), lengths)

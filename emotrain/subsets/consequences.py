@@ -3,6 +3,7 @@ after, on held-out documents."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 
 from emotrain.batch import PackedBatch
 from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack
-from emotrain.evaluation.reading import read_domains
+from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import choose_device, mean_increase, precision_on
+from emotrain.evaluation.sweep import choose_device, group_of_each, mean_increase, precision_on
 from emotrain.progress import Track, untracked
 from emotrain.training.checkpoint import find, load_model
+from emotrain.training.checkpoint_folders import read_config
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,39 @@ class DomainChange:
     documents: int
 
 
-def changes(
-    before: str | Path,
-    after: str | Path,
-    data: str | Path,
-    settings: SweepSettings,
-    *,
-    device: str = "auto",
-    track: Track[PackedBatch] = untracked,
-) -> dict[str, DomainChange]:
-    """The change of every domain of a prepared data set from one checkpoint to another.
+def read_held_out(
+    checkpoint: str | Path, data: str | Path, settings: SweepSettings
+) -> dict[str, DomainDocuments]:
+    """The documents of a prepared data set on which `changes` measures a checkpoint.
 
     Raises:
         UserError: data of another tokenizer, or too few documents.
     """
-    target, folder = choose_device(device), find(before)
+    folder = find(checkpoint)
+    return read_domains(data, read_config(folder), folder, settings)
+
+
+def changes(
+    before: str | Path,
+    after: str | Path,
+    domains: Mapping[str, DomainDocuments],
+    *,
+    device: str = "auto",
+    track: Track[PackedBatch] = untracked,
+) -> dict[str, DomainChange]:
+    """The change of every domain from one checkpoint to another.
+
+    Args:
+        domains: of `read_held_out`.
+    """
+    target = choose_device(device)
+    groups = [domains[name].held_out for name in domains]
+    group_U, sizes = group_of_each(groups), list(map(len, groups))
     losses: list[DocumentLosses] = []
-    for checkpoint, name in ((folder, "before"), (find(after), "after")):
+    for checkpoint, name in ((find(before), "before"), (find(after), "after")):
         config, model = load_model(checkpoint, target)
         if not losses:
-            domains = read_domains(data, config, folder, settings)
-            documents = [ids for name in domains for ids in domains[name].held_out]
-            sizes = [len(domains[name].held_out) for name in domains]
-            group_U = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+            documents = [ids for group in groups for ids in group]
             rows, length = config.training.micro_batch, config.data.sequence_length
             batches = pack(documents, length, rows, config.model.attention.document_mask)
         losses.append(

@@ -10,7 +10,7 @@ import torch
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
-from emotrain.evaluation.sweep import choose_device
+from emotrain.evaluation.sweep import choose_device, rows_of
 from emotrain.modular.scores import collect_scores
 from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import read_calibration
@@ -86,10 +86,10 @@ def _most_used(
     most first."""
     folder, target = find(checkpoint), choose_device(device)
     config = read_config(folder)
+    rows = rows_of(micro_batch, config.training.micro_batch)
     of_domain = domain if Path(calibration).is_dir() else ""
     text = read_calibration(calibration, (), config, folder, of_domain, documents, document_tokens)
     found = [*text.choose, *(text.measure if text.held_back else ())]
-    rows = micro_batch or config.training.micro_batch
     length = min(config.data.sequence_length, max(map(len, found)))
     batches = pack(found, length, rows, config.model.attention.document_mask)
     _, model = load_model(folder, target)
