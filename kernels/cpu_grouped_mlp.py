@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from emotrain.kernels.cpu_library import compiled
-
-log = logging.getLogger("emotrain")
+from emotrain.kernels.cpu_library import load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WIDTH_MULTIPLE = 32
@@ -185,14 +181,8 @@ def _call(function: str, *arguments: Tensor | int) -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, and one line in the log, where it cannot be compiled or loaded."""
-    try:
-        loaded = ctypes.CDLL(str(compiled(SOURCE)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        log.warning(
-            "experts run in torch, at about half the speed: no kernel for this CPU (%s)",
-            " ".join(reason.split())[:300],
-        )
+    loaded = load(SOURCE, "experts run in torch, at about half the speed")
+    if loaded is None:
         return None
     loaded.scratch_size.restype = loaded.tile_rows.restype = ctypes.c_int64
     loaded.forward.restype = loaded.backward.restype = None

@@ -3,6 +3,7 @@ know nothing of torch but the addresses of tensors."""
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -28,6 +29,20 @@ FLAGS = (
     "-fPIC",
     "-shared",
 )
+
+
+def load(source: Path, otherwise: str) -> ctypes.CDLL | None:
+    """The compiled kernel; None, and one line in the log, where it cannot be compiled or loaded.
+
+    Args:
+        otherwise: what happens without it, in words.
+    """
+    try:
+        return ctypes.CDLL(str(compiled(source)))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        log.warning("%s: no kernel for this CPU (%s)", otherwise, " ".join(reason.split())[:300])
+        return None
 
 
 def compiled(source: Path) -> Path:

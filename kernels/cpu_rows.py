@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import subprocess
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from emotrain.kernels.cpu_library import compiled
-
-log = logging.getLogger("emotrain")
+from emotrain.kernels.cpu_library import load
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 WORTH_A_THREAD = 1 << 16
@@ -39,14 +35,8 @@ _ARGUMENTS = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None, and one line in the log, where it cannot be compiled or loaded."""
-    try:
-        loaded = ctypes.CDLL(str(compiled(SOURCE)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        log.warning(
-            "tokens are generated in torch, more slowly: no kernel for this CPU (%s)",
-            " ".join(reason.split())[:300],
-        )
+    loaded = load(SOURCE, "tokens are generated in torch, more slowly")
+    if loaded is None:
         return None
     for name, arguments in _ARGUMENTS.items():
         function = getattr(loaded, name)

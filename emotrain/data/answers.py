@@ -37,15 +37,18 @@ MULTIPLE = 8
 def is_answers(path: str | Path) -> bool:
     """Whether a path is a file of prompts and answers: its first line is such a pair."""
     path = Path(path)
-    if not path.is_file():
-        return False
+    return path.is_file() and "answer" in first_item(path)
+
+
+def first_item(path: Path) -> dict[str, Any]:
+    """The object in the first line of a file that is not empty; nothing where that is none."""
     with open(path, encoding="utf-8", errors="replace") as stream:
         first = next((line for line in stream if line.strip()), "")
     try:
         item = json.loads(first)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(item, dict) and "answer" in item
+        return {}
+    return item if isinstance(item, dict) else {}
 
 
 class AnswerLoader:

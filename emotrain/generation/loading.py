@@ -10,10 +10,9 @@ from emotrain.config import Config
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
 from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation.sweep import choose_device
-from emotrain.generation.request import masks_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
-from emotrain.modular.select import allowed_experts
+from emotrain.modular.select import allowed_experts, masks_of
 from emotrain.subsets.lazy_model import load_lazy
 from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import find, load_model

@@ -6,13 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
 from emotrain.generation.sampling import Sampling
-from emotrain.modular.artefact import Subset
 from emotrain.modular.budget import read_keep
 
 
@@ -45,16 +43,6 @@ class GenerationRequest:
     """For each layer bool [N], the routed experts that may be used; None for all."""
     pool: PoolOfText | None = None
     """Inside of the subset."""
-
-
-def masks_of(subset: Subset) -> list[Tensor]:
-    """For each layer bool [N]: the routed experts of a subset."""
-    masks = []
-    for layer, count in enumerate(subset.experts_per_layer):
-        mask_N = torch.zeros(count - subset.num_shared_experts, dtype=torch.bool)
-        mask_N[list(subset.routed(layer))] = True
-        masks.append(mask_N)
-    return masks
 
 
 def read_pool(experts: str, pool: str, config: ModelConfig) -> PoolOfText | None:

@@ -25,6 +25,7 @@ from emotrain.model.attention import TokenView
 from emotrain.model.router import LayerRequest, select_pool, sum_by_document
 from emotrain.model.subset import own_range
 from emotrain.model.transformer import Block, Transformer
+from emotrain.modular.artefact import Subset
 from emotrain.modular.counts import check_counts
 from emotrain.progress import Track, untracked
 
@@ -50,6 +51,16 @@ def allowed_experts(config: ModelConfig, domain: str = "") -> list[Tensor]:
     masks = [mask_JN[0] for mask_JN in own_experts(config, [domain])]
     for layer, mask_N in enumerate(masks):
         mask_N[: config.common_in_layer(layer)] = True
+    return masks
+
+
+def masks_of(subset: Subset) -> list[Tensor]:
+    """For each layer bool [N]: the routed experts of a subset."""
+    masks = []
+    for layer, count in enumerate(subset.experts_per_layer):
+        mask_N = torch.zeros(count - subset.num_shared_experts, dtype=torch.bool)
+        mask_N[list(subset.routed(layer))] = True
+        masks.append(mask_N)
     return masks
 
 

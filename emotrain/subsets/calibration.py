@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from emotrain.config import Config
+from emotrain.data.answers import first_item
 from emotrain.data.documents import DocumentReader
 from emotrain.data.formats import Dataset
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
@@ -146,13 +147,8 @@ def _asks_questions(path: Path) -> bool:
     """Whether the first line of a file is a task's item."""
     if path.suffix not in (".jsonl", ".json"):
         return False
-    with open(path, encoding="utf-8", errors="replace") as stream:
-        first = next((line for line in stream if line.strip()), "")
-    try:
-        item = json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(item, dict) and "question" in item and "text" not in item
+    item = first_item(path)
+    return "question" in item and "text" not in item
 
 
 def _prompts(path: Path) -> Iterator[str]:

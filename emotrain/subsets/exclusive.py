@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emotrain.batch import PackedBatch
 from emotrain.config import Config, Counts, config_from_dict, config_to_dict
 from emotrain.errors import UserError
 from emotrain.interop.folder_tensors import BLOCK_BYTES
 from emotrain.interop.import_folder import in_files, index_entry
 from emotrain.model.initial import fill_normal
+from emotrain.model.parts import layer_of
 from emotrain.model.subset import own_range
 from emotrain.model.transformer import Transformer
 from emotrain.progress import ProgressBar
 from emotrain.staging import Staging
-from emotrain.subsets.extraction import BY_EXPERT, CHECK_TOKENS
+from emotrain.subsets.extraction import BY_EXPERT, check_batch
 from emotrain.training.checkpoint import load_model, load_state, verified_model
 from emotrain.training.checkpoint_folders import commit_checkpoint, find, read_config
 from emotrain.training.safetensors_file import TensorSpec, write_safetensors
@@ -255,7 +255,7 @@ def _contents(
     if not name.endswith(BY_EXPERT):
         yield from old.blocks(name, 0, rows)
         return
-    layer = int(name.split(".")[1])
+    layer = layer_of(name)
     routed = config.model.routed_in_layer(layer)
     if filler is None:
         own = own_range(config.model.experts.exclusive, routed, domain)
@@ -274,9 +274,7 @@ def max_difference(before: Path, after: Path, domain: str) -> float:
     """Largest difference of a logit between two checkpoints on a few tokens of no exclusive domain,
     and of every one that both have, in fp32 on the CPU."""
     (config, old), (_, new) = load_model(before), load_model(after)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(old.config.vocab_size, (2, CHECK_TOKENS // 2), generator=generator)
-    batch = PackedBatch.from_rows(tokens)
+    batch = check_batch(old)
     worst = 0.0
     for name in ("", *dict(config.model.experts.exclusive)):
         if name != domain:

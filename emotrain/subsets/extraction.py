@@ -14,6 +14,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
 from emotrain.errors import ExistingFileError
 from emotrain.model.counts import parameter_counts
+from emotrain.model.parts import layer_of
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Subset, read_subset
@@ -105,7 +106,7 @@ def _rows(name: str, subset: Subset) -> Sequence[int] | None:
     """Rows of the full parameter that the extracted one has; None for all."""
     if not name.endswith(BY_EXPERT):
         return None
-    layer = int(name.split(".")[1])
+    layer = layer_of(name)
     if name.endswith(".weight_ED"):
         return subset.experts_kept_per_layer[layer]
     return subset.routed(layer)
@@ -140,15 +141,20 @@ def _commit(staging: Staging, tensors: dict[str, Tensor], source: Path, config: 
     save_parts({name: TensorPart.of(tensor) for name, tensor in tensors.items()}, writer)
 
 
+def check_batch(model: Transformer) -> PackedBatch:
+    """A few tokens that a model knows, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, CHECK_TOKENS // 2)
+    return PackedBatch.from_rows(torch.randint(model.config.vocab_size, shape, generator=generator))
+
+
 @torch.inference_mode()
 def max_difference(checkpoint: Path, subset: Subset, extracted: Path) -> float:
     """Largest difference of a logit between an extracted model and the full one with the other
     experts masked, on a few tokens, in fp32 on the CPU."""
     _, full = load_model(checkpoint)
     _, small = load_model(extracted)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(full.config.vocab_size, (2, CHECK_TOKENS // 2), generator=generator)
-    batch = PackedBatch.from_rows(tokens)
+    batch = check_batch(full)
     experts = [torch.tensor(subset.routed(layer)) for layer in range(full.config.num_layers)]
     masked = full.logits(full(batch, RoutingRequest(subset=experts)))
     return float((masked - small.logits(small(batch))).abs().max())

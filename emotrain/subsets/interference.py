@@ -23,11 +23,17 @@ from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import document_losses, pack_groups
 from emotrain.evaluation.reading import read_domains
 from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import choose_device, mean_increase, precision_on, rows_of
+from emotrain.evaluation.sweep import (
+    choose_device,
+    group_of_each,
+    mean_increase,
+    precision_on,
+    rows_of,
+)
 from emotrain.model.transformer import Transformer
 from emotrain.modular.algebra import Operand, combine, read_operands
 from emotrain.modular.artefact import Subset
-from emotrain.modular.select import Subsets, allowed_experts
+from emotrain.modular.select import Subsets, allowed_experts, masks_of
 from emotrain.progress import Track, untracked
 from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import find, load_model
@@ -119,7 +125,7 @@ def interference(
     _require_allowed(operands, names, whole, config)
     _, model = load_model(folder, target)
     arms, targets_U = _losses(model, held_out, names, operands, whole, config, target, rows, track)
-    group_U = _groups(held_out)
+    group_U = group_of_each(held_out)
     return Interference(
         checkpoint=str(folder),
         data=str(data),
@@ -161,12 +167,6 @@ def _require_allowed(
                     )
 
 
-def _groups(documents: Sequence[Sequence[Any]]) -> Tensor:
-    return torch.repeat_interleave(
-        torch.arange(len(documents)), torch.tensor([len(group) for group in documents])
-    )
-
-
 def _losses(
     model: Transformer,
     held_out: Sequence[Sequence[Any]],
@@ -185,7 +185,7 @@ def _losses(
     see the same batches: where masks are equal, losses are to the bit. Exclusive experts stay with
     their domain.
     """
-    group_U = _groups(held_out)
+    group_U = group_of_each(held_out)
     known = dict(config.model.experts.exclusive)
     batches = pack_groups(
         held_out,
@@ -208,15 +208,7 @@ def _losses(
 
 def _masks(subsets: Sequence[Subset]) -> Subsets:
     """For each layer bool [J, N]: the routed experts that each of these subsets keeps."""
-    masks = []
-    for layer, experts in enumerate(subsets[0].experts_per_layer):
-        mask_JN = torch.zeros(
-            len(subsets), experts - subsets[0].num_shared_experts, dtype=torch.bool
-        )
-        for mask_N, subset in zip(mask_JN, subsets, strict=True):
-            mask_N[list(subset.routed(layer))] = True
-        masks.append(mask_JN)
-    return tuple(masks)
+    return tuple(map(torch.stack, zip(*map(masks_of, subsets), strict=True)))
 
 
 def _summary(

@@ -19,6 +19,7 @@ from emotrain.interop.folder_tensors import FLOATING, tensors_of_file
 from emotrain.interop.huggingface import CONFIG, HuggingFaceFolder, fill
 from emotrain.interop.import_folder import run_config
 from emotrain.interop.layouts import parameters_of
+from emotrain.model.parts import layer_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.expert_store import ExpertStore, Piece, WeightFile
 from emotrain.modular.lazy_experts import LazyExperts
@@ -180,7 +181,7 @@ def _pieces_of_checkpoint(stored: StoredTensors, files: dict[str, WeightFile]) -
 
 def _place_of(name: str) -> tuple[int, int]:
     """First layer of the bank that a parameter is of, and which matrix of its experts it holds."""
-    return int(name.split(".")[1]), MATRICES.index(name.rsplit(".", 1)[-1])
+    return layer_of(name), MATRICES.index(name.rsplit(".", 1)[-1])
 
 
 def _pieces_of_folder(read: HuggingFaceFolder) -> Pieces:
