@@ -88,7 +88,7 @@ def test_text_comes_from_data_documents_questions_or_a_prompt(run, tiny_data, tm
     questions = tmp_path / "questions.jsonl"
     questions.write_text(
         '{"question": "bread or salt?", "choices": ["bread", "salt"], "answer": 0}\n\n'
-        '{"question": "tide?", "choices": ["a", "b"], "answer": 1}\n'
+        '{"prompt": "tide?", "answer": "anchor"}\n'
     )
     found = {}
     for name, words in {
@@ -129,6 +129,7 @@ def test_the_same_text_and_weights_give_the_same_file(run, tiny_data, tmp_path):
         (["--prompt", "", "--keep", "4"], "prompt: has no text to choose experts by"),
         (["--calibration", "nowhere", "--keep", "4"], "nowhere: no such calibration data"),
         (["--calibration", "DATA", "--domain", "sea", "--keep", "4"], "has no training documents"),
+        (["--prompt", "salt", "--domain", "sea", "--keep", "4"], "questions are of no domain"),
         (["--prompt", "salt", "--keep", "99"], "--keep 99: the largest layer has 8 experts"),
         (["--prompt", "salt", "--keep", "0"], "layer 0 cannot keep 0 of its 8 experts; keep 2"),
         (["--prompt", "salt", "--memory", "1KB"], "--memory 1KB: the smallest subset"),
@@ -151,6 +152,28 @@ def test_a_subset_that_exists_is_left_alone(run, tmp_path, capsys):
     assert main(["select", str(run), "--prompt", "salt", "--keep", "4", "--out", str(out)]) == 2
     assert "exists; remove it or choose another --out" in capsys.readouterr().err
     assert out.read_text() == "mine"
+
+
+def test_answers_choose_no_experts(run, tmp_path):
+    """Of a question that alone is read. What may be a document with the answer in it is refused."""
+    files = {}
+    for name, line in {
+        "bare": '{"question": "salt?"}',
+        "answered": '{"question": "salt?", "choices": ["bread", "salt"], "answer": 1}',
+        "prompt": '{"prompt": "salt?", "answer": "salt"}',
+        "both": '{"question": "salt?", "text": "salt? salt"}',
+    }.items():
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text(line)
+    bare, *others = (
+        select(run, files[name], SelectSettings(keep="4")).calibration.fingerprint
+        for name in ("bare", "answered", "prompt")
+    )
+    assert others == [bare, bare]
+    with pytest.raises(UserError, match="line 1 has a text and a question"):
+        select(run, files["both"], SelectSettings(keep="4"))
+    with pytest.raises(UserError, match="questions are of no domain"):
+        select(run, files["bare"], SelectSettings(keep="4", domain="kitchen"))
 
 
 def test_a_broken_file_of_questions_is_named_with_its_line(run, tmp_path):

@@ -249,8 +249,8 @@ class DocumentReader:
     def _skip(self, reason: str, path: Path, where: str, fault: str) -> None:
         if self.strict:
             raise UserError(
-                f"{path}: {where} {fault}; repair it, or run without --strict to skip and count "
-                f"such documents"
+                f"{path}: {where} {fault}; repair it, or have emotrain prepare skip and count such "
+                f"documents, which it does without --strict"
             )
         self.skipped[reason] += 1
 

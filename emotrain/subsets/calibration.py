@@ -64,15 +64,24 @@ def read_calibration(
 
     Args:
         source: a folder written by `emotrain prepare` (its train split), or a JSONL file of
-            documents (`text`) or of questions (`question`, of which the prompt alone is read).
+            documents (`text`) or of questions (`question` or `prompt`, which alone is read: no
+            choices and no answer).
         prompts: texts given instead.
-        domain: of a data set, or of a file's documents that name theirs; empty takes all.
+        domain: of a data set, or of a file's documents that name theirs; empty takes all. Prompts
+            and questions have none, but may have the exclusive experts of one.
         document_tokens: tokens of a document that count, from its start; 0 for all.
     Raises:
         UserError: nothing to read, another tokenizer than the model's, or ids that it lacks.
     """
     if (source is None) == (not prompts):
         raise UserError("give calibration text once: --calibration DATA or --prompt TEXT")
+    is_file = source is not None and Path(source).is_file()
+    of_no_domain = bool(prompts) or (is_file and _asks_questions(Path(source or "")))
+    if of_no_domain and domain and domain not in dict(config.model.experts.exclusive):
+        raise UserError(
+            f"--domain {domain}: prompts and questions are of no domain, and the model has no "
+            f"exclusive experts of it; leave it out"
+        )
     if prompts:
         texts: Iterator[str] = iter(prompts)
         documents = _encoded(texts, _tokenizer_of(checkpoint), config)
@@ -81,7 +90,7 @@ def read_calibration(
         documents, name = _of_dataset(Path(source or ""), domain, config, checkpoint), str(source)
     else:
         path = Path(source or "")
-        if not path.is_file():
+        if not is_file:
             raise MissingFileError(
                 f"{path}: no such calibration data; give a folder of emotrain prepare or a JSONL "
                 f"file"
@@ -144,11 +153,22 @@ def _texts(path: Path, domain: str) -> Iterator[str]:
 
 
 def _asks_questions(path: Path) -> bool:
-    """Whether the first line of a file is a task's item."""
+    """Whether the first line of a file is a task's item.
+
+    Raises:
+        UserError: it is a document, too: whether its text has the answer nobody can tell.
+    """
     if path.suffix not in (".jsonl", ".json"):
         return False
     item = first_item(path)
-    return "question" in item and "text" not in item
+    if not {"question", "prompt"} & item.keys():
+        return False
+    if "text" in item:
+        raise UserError(
+            f"{path}: line 1 has a text and a question; leave one, so that it is a document or a "
+            f"question"
+        )
+    return True
 
 
 def _prompts(path: Path) -> Iterator[str]:
@@ -158,9 +178,9 @@ def _prompts(path: Path) -> Iterator[str]:
                 continue
             try:
                 item: Any = json.loads(line)
-                question = item["question"]
+                question = item["prompt"] if "prompt" in item else item["question"]
                 if not isinstance(question, str) or not question.strip():
-                    raise ValueError("its question is not a text")
+                    raise ValueError("what it asks is not a text")
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise UserError(
                     f"{path}: line {number} is not a question ({error}); repair it"
