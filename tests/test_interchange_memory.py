@@ -1,5 +1,6 @@
 """Proves that a model of the released shapes passes through `emotrain import` and `emotrain export`
-in half a gigabyte beside what one layer has, and in 4 GB. Its files are sparse: a few elements of
+in half a gigabyte beside what one layer has, and in 4 GB, and `emotrain extract` in half a gigabyte
+beside what the subset has. Its files are sparse: a few elements of
 each tensor are numbers, the rest are holes, which the files that are written have too."""
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from safetensors import safe_open
 from emotrain.config import config_from_dict
 from emotrain.interop.config_json import write_config
 from emotrain.interop.layouts import links, shape_of, tensors_of
+from emotrain.model.counts import parameter_counts
+from emotrain.modular.artefact import Calibration, Subset, kept_of
+from emotrain.subsets.extraction import config_of
+from emotrain.subsets.selection import tokenizer_fingerprint
+from emotrain.training.checkpoint_folders import find, identity, read_config
 from tests.conftest import ROOT
 
 SHARD_BYTES = 5_000_000_000
@@ -107,6 +113,28 @@ def write_sparse(folder: Path, num_layers: int) -> list[str]:
     return list(tensors)
 
 
+def write_subset(checkpoint: Path, file: Path) -> tuple[Path, int]:
+    """A file that keeps every eighth expert, and the bytes of the checkpoint with those alone."""
+    checkpoint = find(checkpoint)
+    config = read_config(checkpoint)
+    model = config.model
+    kept = kept_of(range(0, model.experts.routed, 8), model.experts.routed, model.experts.shared)
+    subset = Subset(
+        experts_kept_per_layer=(kept,) * model.num_layers,
+        experts_per_layer=(model.experts.routed + model.experts.shared,) * model.num_layers,
+        num_shared_experts=model.experts.shared,
+        method="random",
+        precision="fp32",
+        budget=str(len(kept)),
+        checkpoint=str(checkpoint),
+        checkpoint_fingerprint=identity(checkpoint),
+        tokenizer_fingerprint=tokenizer_fingerprint(checkpoint),
+        calibration=Calibration("none", "", 0, 0, ""),
+    )
+    parameters = parameter_counts(config_of(config, subset).model)["total_parameters"]
+    return subset.save(file), 4 * parameters
+
+
 def peak_bytes(*words: str | Path) -> int:
     """Peak resident memory of a command."""
     done = subprocess.run(
@@ -135,6 +163,10 @@ def test_the_released_shapes_pass_through_in_little_memory(tmp_path: Path, num_l
     imported = peak_bytes("import", tmp_path / "folder", "--out", tmp_path / "in")
     print(f"{num_layers} layers: import {imported / 1e9:.2f} GB", flush=True)
     assert imported <= bar
+    subset, subset_bytes = write_subset(tmp_path / "in", tmp_path / "subset.json")
+    extracted = peak_bytes("extract", tmp_path / "in", subset, "--out", tmp_path / "small")
+    print(f"{num_layers} layers: extract {extracted / 1e9:.2f} GB", flush=True)
+    assert extracted <= subset_bytes + 500_000_000
     exported = peak_bytes(
         "export", tmp_path / "in", "--out", tmp_path / "out", "--layout", "published"
     )
