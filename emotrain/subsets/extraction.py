@@ -13,6 +13,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
 from emotrain.errors import ExistingFileError
+from emotrain.interop.folder_tensors import BLOCK_BYTES
 from emotrain.model.counts import parameter_counts
 from emotrain.model.parts import layer_of
 from emotrain.model.router import RoutingRequest
@@ -115,8 +116,14 @@ def _rows(name: str, subset: Subset) -> Sequence[int] | None:
 def _read(
     folder: Path, stored: StoredTensors, name: str, rows: Sequence[int] | None, target: Tensor
 ) -> None:
-    """Fill `target` with rows of a stored tensor, an expert at a time; with all of it for None."""
-    boxes = [(0, target)] if rows is None else zip(rows, target.split(1), strict=True)
+    """Fill `target` with rows of a stored tensor, an expert at a time; with all of it, in blocks,
+    for None."""
+    if rows is None:
+        count = max(1, BLOCK_BYTES // target[:1].nbytes)
+        blocks = target.split(count)
+        boxes = zip(range(0, len(target), count), blocks, strict=True)
+    else:
+        boxes = zip(rows, target.split(1), strict=True)
     metadata: Any = stored.metadata.state_dict_metadata[name]
     for row, values in boxes:
         offsets = torch.Size([row, *[0] * (target.ndim - 1)])
