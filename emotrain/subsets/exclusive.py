@@ -30,8 +30,8 @@ from emotrain.subsets.extraction import BY_EXPERT, check_batch
 from emotrain.training.checkpoint import load_model, load_state, verified_model
 from emotrain.training.checkpoint_folders import commit_checkpoint, find, read_config
 from emotrain.training.safetensors_file import TensorSpec, write_safetensors
-from emotrain.training.tensor_files import load_parts
-from emotrain.training.tensor_index import StoredTensors, TensorPart
+from emotrain.training.tensor_files import read_box
+from emotrain.training.tensor_index import StoredTensors
 
 INITS = ("random", "mean", "nearest")
 NOISE = 0.1
@@ -179,9 +179,7 @@ class _Rows:
     def read(self, name: str, first: int, stop: int) -> Tensor:
         size = self.size(name)
         values = torch.empty(stop - first, *size[1:])
-        part = TensorPart(values, torch.Size([first, *[0] * (len(size) - 1)]), size)
-        load_parts({name: part}, self.folder, self.stored, distributed=False)
-        return values
+        return read_box(name, [first, *[0] * (len(size) - 1)], values, self.folder, self.stored)
 
     def blocks(self, name: str, first: int, stop: int) -> Iterator[Tensor]:
         """As `read`, a few rows at a time."""

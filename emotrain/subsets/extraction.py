@@ -25,7 +25,7 @@ from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import load_model, load_state, verified_model
 from emotrain.training.checkpoint_folders import commit_checkpoint, find
 from emotrain.training.safetensors_file import WrittenFile
-from emotrain.training.tensor_files import TensorFilesWriter, load_parts, save_parts
+from emotrain.training.tensor_files import TensorFilesWriter, read_box, save_parts
 from emotrain.training.tensor_index import StoredTensors, TensorPart
 
 BY_EXPERT = (".moe.experts.gate_up_NFD", ".moe.experts.down_NHD", ".moe.router.weight_ED")
@@ -124,11 +124,8 @@ def _read(
         boxes = zip(range(0, len(target), count), blocks, strict=True)
     else:
         boxes = zip(rows, target.split(1), strict=True)
-    metadata: Any = stored.metadata.state_dict_metadata[name]
     for row, values in boxes:
-        offsets = torch.Size([row, *[0] * (target.ndim - 1)])
-        part = TensorPart(values, offsets, metadata.size)
-        load_parts({name: part}, folder, stored, distributed=False)
+        read_box(name, [row, *[0] * (target.ndim - 1)], values, folder, stored)
 
 
 def _refuse(out: Path) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from emotrain.config import Config
 from emotrain.config.finetune import PARTS, FinetuneConfig
 from emotrain.errors import UserError
+from emotrain.interop.folder_tensors import BLOCK_BYTES
 from emotrain.model.parts import layer_of, part_of
 from emotrain.modular.artefact import Subset, read_subset
 from emotrain.progress import Track, untracked
@@ -29,11 +30,8 @@ from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import load_state, verified_model
 from emotrain.training.checkpoint_folders import commit_checkpoint, find, read_config
 from emotrain.training.safetensors_file import TensorSpec, WrittenFile, write_safetensors
-from emotrain.training.tensor_files import load_parts
-from emotrain.training.tensor_index import StoredTensors, TensorPart, stem_of
-
-BLOCK_BYTES = 64 << 20
-"""Of a tensor that is not of experts, in memory at a time."""
+from emotrain.training.tensor_files import read_box
+from emotrain.training.tensor_index import StoredTensors, stem_of
 
 
 @dataclass(frozen=True)
@@ -137,9 +135,7 @@ class _Stored:
         """A box of a tensor."""
         metadata: Any = self.tensors.metadata.state_dict_metadata[name]
         values = torch.empty(tuple(shape), dtype=metadata.properties.dtype)
-        part = TensorPart(values, torch.Size(offsets), metadata.size)
-        load_parts({name: part}, self.folder, self.tensors, distributed=False)
-        return values
+        return read_box(name, offsets, values, self.folder, self.tensors)
 
 
 _Boxes = dict[str, ChunkStorageMetadata]

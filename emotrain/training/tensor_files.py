@@ -19,12 +19,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -105,6 +106,21 @@ def load_parts(
             planner=_LoadPlanner(),
             no_dist=not distributed,
         )
+
+
+def read_box(
+    name: str, offsets: Sequence[int], into: Tensor, folder: Path, stored: StoredTensors
+) -> Tensor:
+    """Fill `into` with the box of a tensor that begins at `offsets` and is as large, wherever the
+    ranks that wrote it left its parts. On this process alone; returns `into`.
+
+    Raises:
+        ValueError: a file contradicts the index or cannot be read.
+    """
+    metadata: Any = stored.metadata.state_dict_metadata[name]
+    part = TensorPart(into, torch.Size(offsets), metadata.size)
+    load_parts({name: part}, folder, stored, distributed=False)
+    return into
 
 
 class TensorFilesWriter(StorageWriter):
