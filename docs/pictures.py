@@ -215,6 +215,7 @@ ROOMS = (
     ("interop", "Hugging Face folders, read and written"),
     ("evaluation", "loss of expert subsets; the report"),
     ("subsets", "experts chosen and taken out"),
+    ("analysis", "what experts learned: clusters, coverage"),
     ("generation", "KV cache, sampling, continuous batching"),
     ("serving", "subsets of one model over HTTP"),
     ("planning", "dry run, cost model, search of layouts"),

@@ -224,6 +224,7 @@ ROOMS = (
     "interop",
     "evaluation",
     "subsets",
+    "analysis",
     "generation",
     "serving",
     "planning",
