@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="DATA",
-        help="a folder written by `emotrain prepare` (its training documents), or a JSONL file of "
-        "documents (text) or questions (question)",
+        help="a folder written by `emotrain prepare` (its training documents), a cluster of them "
+        "(clusters.parquet:7, of `emotrain cluster`), or a JSONL file of documents (text) or "
+        "questions (question)",
     )
     parser.add_argument(
         "--prompt",

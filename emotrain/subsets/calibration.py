@@ -1,9 +1,11 @@
-"""The text that chooses experts: documents of a prepared data set, of a file, or a prompt."""
+"""The text that chooses experts: documents of a prepared data set, of one of its clusters, of a
+file, or a prompt."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +16,7 @@ import numpy as np
 
 from emotrain.config import Config
 from emotrain.data.answers import first_item
+from emotrain.data.document_clusters import DOCUMENTS, documents_of_cluster
 from emotrain.data.documents import DocumentReader
 from emotrain.data.formats import Dataset
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
@@ -22,6 +25,9 @@ from emotrain.evaluation.reading import check_vocabulary
 
 HELD_BACK = 4
 """One of so many documents measures the choice and has no part in it."""
+
+CLUSTER = re.compile(r"(.*\.parquet):([0-9]{1,9})", re.DOTALL)
+"""A cluster of documents: the file of `emotrain cluster` and a number."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,10 @@ def read_calibration(
     """Read calibration text, in the order in which it lies; a prepared data set is shuffled.
 
     Args:
-        source: a folder written by `emotrain prepare` (its train split), or a JSONL file of
-            documents (`text`) or of questions (`question` or `prompt`, which alone is read: no
-            choices and no answer).
+        source: a folder written by `emotrain prepare` (its train split); a cluster of its
+            documents, as `clusters.parquet:7` (`emotrain cluster`); or a JSONL file of documents
+            (`text`) or of questions (`question` or `prompt`, which alone is read: no choices and no
+            answer).
         prompts: texts given instead.
         domain: of a data set, or of a file's documents that name theirs; empty takes all. Prompts
             and questions have none, but may have the exclusive experts of one.
@@ -88,6 +95,10 @@ def read_calibration(
         name = "prompt"
     elif Path(source or "").is_dir():
         documents, name = _of_dataset(Path(source or ""), domain, config, checkpoint), str(source)
+    elif not is_file and (named := CLUSTER.fullmatch(str(source))):
+        documents, name = _of_cluster(named, domain, config, checkpoint), str(source)
+    elif is_file and Path(source or "").name == DOCUMENTS:
+        raise UserError(f"{source}: say which cluster chooses experts, for example {source}:7")
     else:
         path = Path(source or "")
         if not is_file:
@@ -118,6 +129,22 @@ def _of_dataset(data: Path, domain: str, config: Config, checkpoint: Path) -> It
             f"{', '.join(sorted(dataset.domains['train']))}"
         )
     return (ids for _, ids, _ in dataset.documents("train", domain or None))
+
+
+def _of_cluster(
+    named: re.Match[str], domain: str, config: Config, checkpoint: Path
+) -> Iterator[np.ndarray]:
+    path, cluster = named.groups()
+    dataset, split, documents = documents_of_cluster(
+        Path(path), int(cluster), domain, config.data.verify_checksums
+    )
+    check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+    if split != "train":
+        raise UserError(
+            f"{path}: clusters of {split} documents choose no experts, which are measured on them; "
+            f"run `emotrain cluster` with --split train"
+        )
+    return documents
 
 
 def _tokenizer_of(checkpoint: Path) -> TextTokenizer:
