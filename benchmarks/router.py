@@ -25,7 +25,8 @@ from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
 from emotrain.config import config_from_dict
-from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics, draw_pool_sizes
+from emotrain.model.report import LayerStatistics
+from emotrain.model.router import DocumentPoolRouter, LayerRequest, draw_pool_sizes
 
 
 def loop_over_documents(

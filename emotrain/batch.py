@@ -140,3 +140,17 @@ class PackedBatch:
             torch.from_numpy(flat_ids),
             bool(is_padding_BS.any()),
         )
+
+
+def mix64(key: Tensor) -> Tensor:
+    """splitmix64's step and finaliser on int64, whose arithmetic wraps: every bit of the key
+    moves every bit of the result."""
+    key = key + -7046029254386353131
+    key = (key ^ _shift_right(key, 30)) * -4658895280553007687
+    key = (key ^ _shift_right(key, 27)) * -7723592293110705685
+    return key ^ _shift_right(key, 31)
+
+
+def _shift_right(key: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64's own keeps the sign."""
+    return (key >> bits) & ((1 << (64 - bits)) - 1)

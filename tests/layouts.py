@@ -49,6 +49,22 @@ MODELS: dict[str, dict[str, Any]] = {
         "router": {"pool": {"kind": "uniform", "min": 1, "max": 4}},
     },
     "one bank": {"experts": {"sharing": "all"}},
+    "pools of parts": {
+        "router": {
+            "pool": {
+                **{"kind": "uniform", "min": 1, "max": 7, "unit": "segment:5"},
+                **{"chosen_by": "other_part", "scores": "unmasked"},
+            }
+        }
+    },
+    "pools by a prefix": {
+        "router": {
+            "pool": {
+                **{"kind": "fixed", "size": 3, "chosen_by": "prefix:4"},
+                **{"none_share": 0.2, "warmup_steps": 2},
+            }
+        }
+    },
 }
 """What differs from `config()`, whose pools have one to seven experts for two choices."""
 

@@ -18,6 +18,7 @@ from emotrain.config import RepetitionFilterConfig
 from emotrain.data.formats import Dataset
 from emotrain.data.loader import Loader, keyed, mix64, permute
 from emotrain.data.packing import pack_documents
+from emotrain.data.prefetch import prefetch
 
 SEQUENCE = 16
 
@@ -226,10 +227,10 @@ def test_filtered_sequences_keep_their_tokens_and_lose_their_targets(folder):
         (lambda path: Loader(path, SEQUENCE, 0).step(0, 8, 2, 2, 2), "rank 2 of 2"),
         (lambda path: Loader(path, SEQUENCE, 0).step(-1, 8, 2), "step -1"),
         (
-            lambda path: Loader(path, SEQUENCE, 0).prefetch(0, 3, 7, 2),
+            lambda path: next(prefetch(Loader(path, SEQUENCE, 0), 0, 3, 7, 2)),
             "global_batch=7 is not a multiple",
         ),
-        (lambda path: Loader(path, SEQUENCE, 0).prefetch(0, -1, 8, 2), "num_steps=-1"),
+        (lambda path: prefetch(Loader(path, SEQUENCE, 0), 0, -1, 8, 2), "num_steps=-1"),
     ],
 )
 def test_mistakes_get_one_line(folder, call, message):
@@ -243,7 +244,7 @@ def loader_threads():
 
 
 def test_prefetch_gives_the_same_steps_and_ends(loader):
-    with loader.prefetch(4, 9, 6, 3) as steps:
+    with prefetch(loader, 4, 9, 6, 3) as steps:
         ahead = list(steps)
     assert len(ahead) == 9
     assert all(
@@ -255,7 +256,7 @@ def test_prefetch_gives_the_same_steps_and_ends(loader):
 
 
 def test_prefetch_can_be_left_early(loader):
-    with loader.prefetch(0, 10**9, 6, 3, depth=1) as steps:
+    with prefetch(loader, 0, 10**9, 6, 3, depth=1) as steps:
         next(steps)
     assert not loader_threads()
     assert list(steps) == []
@@ -267,7 +268,7 @@ def test_prefetch_raises_where_the_step_would_have_come(loader, monkeypatch):
     monkeypatch.setattr(
         loader, "step", lambda index, *args: real(index, *args) if index < 2 else 1 / 0
     )
-    with loader.prefetch(0, 5, 6, 3) as steps:
+    with prefetch(loader, 0, 5, 6, 3) as steps:
         assert len([next(steps), next(steps)]) == 2
         with pytest.raises(ZeroDivisionError) as caught:
             next(steps)
@@ -279,7 +280,7 @@ def test_prefetch_raises_where_the_step_would_have_come(loader, monkeypatch):
 def test_closing_waits_for_one_step_and_no_more(loader, monkeypatch):
     made, go_on = [], threading.Event()
     monkeypatch.setattr(loader, "step", lambda index, *_: (go_on.wait(10), made.append(index)))
-    with loader.prefetch(0, 100, 6, 3, depth=8):
+    with prefetch(loader, 0, 100, 6, 3, depth=8):
         threading.Timer(0.05, go_on.set).start()
     assert made == [0] and not loader_threads()
 
@@ -288,7 +289,7 @@ def test_prefetch_works_while_the_consumer_does(loader, monkeypatch):
     made = threading.Semaphore(0)
     real = loader.step
     monkeypatch.setattr(loader, "step", lambda *args: (made.release(), real(*args))[1])
-    with loader.prefetch(0, 100, 6, 3, depth=2) as steps:
+    with prefetch(loader, 0, 100, 6, 3, depth=2) as steps:
         next(steps)
         assert all(made.acquire(timeout=10) for _ in range(3))
         time.sleep(0.05)

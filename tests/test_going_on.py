@@ -15,7 +15,6 @@ import torch
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict
-from emotrain.data.loader import Loader
 from emotrain.distributed.joining import join
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import DivergedError, RunError, UserError
@@ -326,13 +325,13 @@ def test_data_change_on_purpose(tiny_data, tmp_path, said, monkeypatch):
     ):
         train(command)
     command["data"]["allow_change"] = True
-    positions, real = [], Loader.prefetch
+    positions, real = [], run_module.prefetch
 
     def prefetch(loader, first_step, *arguments):
         positions.append(first_step)
         return real(loader, first_step, *arguments)
 
-    monkeypatch.setattr(Loader, "prefetch", prefetch)
+    monkeypatch.setattr(run_module, "prefetch", prefetch)
     assert stopped_after(command, 4, monkeypatch)["step"] == 4
     assert "the data are read from their start, at step 2" in said.text
     assert train(command)["step"] == 6

@@ -62,7 +62,10 @@ def test_settings_can_be_searched(capsys: pytest.CaptureFixture[str]) -> None:
     assert keys() == [key for key, _ in flatten(Config())]
     assert keys("router.pool.") == [
         f"model.router.pool.{name}"
-        for name in ("kind", "min", "max", "size", "per", "allow_larger")
+        for name in (
+            *("kind", "min", "max", "size", "per", "allow_larger", "unit", "chosen_by"),
+            *("none_share", "warmup_steps", "scores"),
+        )
     ]
     assert "optimizer.warmup_steps" in keys("Warm-Up")
     assert main(["settings", "zzz"]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import typing
 from typing import Any, Literal
 
@@ -154,6 +155,19 @@ def _check_exclusive(model: ModelConfig) -> None:
 def pool_fault(model: ModelConfig) -> str:
     """What is wrong with the sizes of document pools, in one line; empty if nothing is."""
     key, pool, drawn = "model.router.pool", model.router.pool, model.pool
+    for name, value, words in (
+        ("unit", pool.unit, ("document", "segment:N")),
+        ("chosen_by", pool.chosen_by, ("document", "prefix:N", "other_part")),
+    ):
+        word, colon, number = value.partition(":")
+        known = f"{word}:N" if colon else word
+        if known not in words or (colon and not re.fullmatch("[1-9][0-9]{0,8}", number)):
+            return f"{key}.{name}={value} is not known; give {' or '.join(words)}, N from 1"
+    if pool.none_share >= 1:
+        return (
+            f"{key}.none_share={pool.none_share:g} leaves no document with a pool, which is a "
+            f"standard MoE; lower it below 1, or set {key}.kind=none"
+        )
     if pool.max and pool.min > pool.max:
         return f"{key}.min={pool.min} is above {key}.max={pool.max}; swap them"
     if drawn.kind == "none":

@@ -37,6 +37,21 @@ class PoolConfig:
     """Whether pools may be larger than the routed experts of a layer. Such a pool restricts
     nothing. The published models drew 8 to 128 of 127; elsewhere a larger pool is a mistake and is
     refused."""
+    unit: str = "document"
+    """What has a pool: a `document`, or `segment:N`, each N tokens of one. The published models
+    have a pool a document. A pool's size is its document's either way."""
+    chosen_by: str = "document"
+    """Which tokens choose the pool of a unit: all of it (`document`, the published rule), its
+    first N tokens (`prefix:N`), or `other_part`: each half of it gets the pool that the other half
+    chooses."""
+    none_share: NonNegativeFloat = 0.0
+    """Share of documents that get no pool and may use all experts, drawn anew in every step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps in which the share of documents with a pool rises from none to what it stays."""
+    scores: Literal["masked", "unmasked"] = "masked"
+    """What routing weights, load balance and the router z-loss read: probabilities inside of the
+    pool (`masked`, as the published models), or those over all experts (`unmasked`), of which the
+    pool then only says which may be chosen."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ import numpy as np
 
 from emotrain.batch import IGNORE, PADDING_ID, PackedBatch
 from emotrain.data.loader import Loader, keyed, permute
-from emotrain.data.prefetch import Prefetcher
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
 from emotrain.errors import UserError
 
@@ -133,23 +132,17 @@ class AnswerLoader:
             packed.targets_BS[row, : sizes[row] - self._answers[number] - 1] = IGNORE
         return replace(packed, domain=self.domain)
 
-    def prefetch(
+    def step(
         self,
-        start_step: int,
-        num_steps: int,
+        step_index: int,
         global_batch: int,
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
-    ) -> Prefetcher:
-        """As `Loader.prefetch`."""
-
-        def make(step: int) -> list[PackedBatch]:
-            blocks = Loader.micro_batches(step, global_batch, micro_batch, rank, world_size)
-            return [self.batch(positions) for positions in blocks]
-
-        Loader.micro_batches(start_step, global_batch, micro_batch, rank, world_size)
-        return Prefetcher(make, range(start_step, start_step + num_steps), 2)
+    ) -> list[PackedBatch]:
+        """As `Loader.step`."""
+        blocks = Loader.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
+        return [self.batch(positions) for positions in blocks]
 
 
 def _encode(encoder: TextTokenizer, prompt: str, answer: str, most: int) -> tuple[np.ndarray, int]:

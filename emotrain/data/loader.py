@@ -27,8 +27,8 @@
    window, as the reference does (spec 4.3).
 6. **Filter.** A window that repeats itself keeps its tokens and loses all its targets (`filters`,
   spec 4.4).
-7. **Ahead of time.** `prefetch` does all of this for the coming steps on a thread, while the device
-  computes.
+7. **Ahead of time.** `prefetch` does all of this for the coming steps on a thread, while the
+   device computes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
 from emotrain.data.formats import Dataset
 from emotrain.data.manifest import TOKENIZER
-from emotrain.data.prefetch import Prefetcher
 from emotrain.errors import UserError
 
 
@@ -198,35 +197,6 @@ class Loader:
         """
         blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
         return [self.batch(positions) for positions in blocks]
-
-    def prefetch(
-        self,
-        start_step: int,
-        num_steps: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        depth: int = 2,
-    ) -> Prefetcher:
-        """The results of `step` for `num_steps` steps from `start_step`, made ahead of time on a
-        thread.
-
-        Up to `depth` steps are held ready. Use it in a `with` block, or close it, so that the
-        thread ends; an exception on the thread is raised where its step would have come. Arguments
-        are checked at once; see `step`.
-        """
-        self.micro_batches(start_step, global_batch, micro_batch, rank, world_size)
-        if num_steps < 0 or depth < 1:
-            raise UserError(
-                f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at "
-                f"least 1"
-            )
-
-        def make(step: int) -> list[PackedBatch]:
-            return self.step(step, global_batch, micro_batch, rank, world_size)
-
-        return Prefetcher(make, range(start_step, start_step + num_steps), depth)
 
     def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The domain of each document; see `Dataset.document_domains`."""

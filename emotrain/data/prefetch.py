@@ -8,6 +8,35 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
 from emotrain.batch import PackedBatch
+from emotrain.data.source import DataSource
+from emotrain.errors import UserError
+
+
+def prefetch(
+    source: DataSource,
+    start_step: int,
+    num_steps: int,
+    global_batch: int,
+    micro_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    depth: int = 2,
+) -> Prefetcher:
+    """The results of `source.step` for `num_steps` steps from `start_step`, made ahead of time on a
+    thread.
+
+    Up to `depth` steps are held ready. Use it in a `with` block, or close it, so that the thread
+    ends; an exception on the thread is raised where its step would have come.
+    """
+    if num_steps < 0 or depth < 1:
+        raise UserError(
+            f"num_steps={num_steps}, depth={depth}: steps must be at least 0 and depth at least 1"
+        )
+
+    def make(step: int) -> list[PackedBatch]:
+        return source.step(step, global_batch, micro_batch, rank, world_size)
+
+    return Prefetcher(make, range(start_step, start_step + num_steps), depth)
 
 
 class Prefetcher(Iterator[list[PackedBatch]]):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -39,15 +37,18 @@ class DataSource(Protocol):
         """Text that changes when any position holds another sequence: a run goes on with the same
         one. The seed of the order is not part of it."""
 
-    def prefetch(
+    def step(
         self,
-        start_step: int,
-        num_steps: int,
+        step_index: int,
         global_batch: int,
         micro_batch: int,
         rank: int = 0,
         world_size: int = 1,
-    ) -> AbstractContextManager[Iterator[list[PackedBatch]]]:
-        """This rank's micro-batches of each step, in order. Step s of all ranks is positions
+    ) -> list[PackedBatch]:
+        """This rank's micro-batches of a step, in order. Step s of all ranks is positions
         [s * global_batch, (s + 1) * global_batch): nothing but the number of a step is needed to
-        go on, on any number of ranks."""
+        go on, on any number of ranks.
+
+        Raises:
+            UserError: sizes that do not divide, or numbers out of range.
+        """

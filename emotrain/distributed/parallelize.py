@@ -24,7 +24,7 @@ from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collec
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.parts import freeze
-from emotrain.model.router import LayerStatistics, RoutingReport
+from emotrain.model.report import LayerStatistics, RoutingReport
 from emotrain.model.transformer import ModelOutput, Transformer
 
 # FSDP2 gathers parameters for backward by hooks on the tensors of what a module returns. In torch

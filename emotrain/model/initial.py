@@ -18,7 +18,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from emotrain.model.router import mix64
+from emotrain.batch import mix64
 
 CUT = 3.0
 """Deviations at which the normal distribution ends (spec 1.4)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Counts
 from emotrain.kernels import HeadGradient, OfBlock, linear_cross_entropy
-from emotrain.model.router import RoutingReport
+from emotrain.model.report import RoutingReport
 from emotrain.model.transformer import Head, ModelOutput
 
 

@@ -14,7 +14,8 @@ from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.kernels import Decision, SortedSlots, grouped_mlp, sort_slots, swiglu_down
 from emotrain.kernels.backends import choose_backend
-from emotrain.model.router import DocumentPoolRouter, LayerRequest, LayerStatistics
+from emotrain.model.report import LayerStatistics
+from emotrain.model.router import DocumentPoolRouter, LayerRequest
 
 Result = TypeVar("Result")
 

@@ -17,13 +17,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from emotrain.batch import PackedBatch
+from emotrain.batch import PackedBatch, mix64
 from emotrain.config import ModelConfig, PoolConfig, RouterConfig
 from emotrain.errors import UserError
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.decision import TRITON_GATINGS, TRITON_POOLS, Decision, decided
 from emotrain.kernels.rowwise import wide_linear
+from emotrain.model.pool_units import PoolUnits, pool_units
+from emotrain.model.report import LayerStatistics, RoutingDetails
 from emotrain.model.subset import among_all, experts_of_domain, without_exclusive
+
+NO_POOL = 2**30
+"""Pool size of a document that may use all experts, however many a layer has."""
 
 # ---- what is asked of a router
 
@@ -48,6 +53,8 @@ class LayerRequest:
     """int64, ascending: the only experts there are, for every document."""
     num_forced: int = 0
     """How many of the last experts are in every drawn pool, beyond its size."""
+    units: PoolUnits | None = None
+    """What has a pool and what chooses it; None: a document, and its own tokens."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class RoutingRequest:
     subset: Sequence[Tensor] | None = None
     """For each layer int64 [n], ascending: the experts of a subset. The layer computes what one
     that was extracted with these experts computes, to the bit where both run the same kernels."""
+    units: PoolUnits | None = None
 
     def layer(self, index: int, num_documents: int) -> LayerRequest:
         return LayerRequest(
@@ -75,6 +83,7 @@ class RoutingRequest:
             self.details,
             self.choices,
             None if self.subset is None else self.subset[index],
+            units=self.units,
         )
 
 
@@ -86,32 +95,43 @@ def training_request(
     if pool.kind == "none":
         return RoutingRequest(z_logits=z_logits)
     sizes_LG = draw_pool_sizes(pool, batch.document_ids_G, model.num_layers, seed, step)
-    return RoutingRequest(pool, sizes_LG, z_logits=z_logits)
+    published = pool.unit == pool.chosen_by == "document"
+    units = None if published else pool_units(pool, batch)
+    return RoutingRequest(pool, sizes_LG, z_logits=z_logits, units=units)
 
 
 def draw_pool_sizes(
     pool: PoolConfig, document_ids_G: Tensor, num_layers: int, seed: int, step: int
 ) -> Tensor | None:
     """Pool size of every document in every layer -> int64 [L, G], or None where the pool is off
-    (spec 2.3d).
+    (spec 2.3d). A document without a pool has the size `NO_POOL`.
 
     A pure function of (seed, step, layer, permanent document id): the same for every layout, after
     a resume and under recomputation. The draw is a splitmix64 hash of the four numbers.
     """
     if pool.kind == "none":
         return None
-    if pool.kind == "fixed":
-        return torch.full(
-            (num_layers, document_ids_G.shape[0]), pool.size, device=document_ids_G.device
-        )
-    assert pool.min <= pool.max, "a setting of 0 is resolved by ModelConfig.pool"
     layers_L = torch.arange(num_layers, device=document_ids_G.device)
-    layer_key_L = layers_L if pool.per == "layer" else torch.zeros_like(layers_L)
     key = mix64(mix64(torch.full((), seed, device=document_ids_G.device)) + step)
-    hash_LG = mix64(mix64(key + layer_key_L)[:, None] + document_ids_G)
-    # The upper 31 bits times the width, shifted down: uniform to 1 part in 2^31 / width, and no
-    # division.
-    return pool.min + (((hash_LG >> 33) & 0x7FFFFFFF) * (pool.max - pool.min + 1) >> 31)
+    if pool.kind == "fixed":
+        sizes_LG = torch.full((num_layers, len(document_ids_G)), pool.size, device=key.device)
+    else:
+        assert pool.min <= pool.max, "a setting of 0 is resolved by ModelConfig.pool"
+        layer_key_L = layers_L if pool.per == "layer" else torch.zeros_like(layers_L)
+        hash_LG = mix64(mix64(key + layer_key_L)[:, None] + document_ids_G)
+        sizes_LG = pool.min + _below(pool.max - pool.min + 1, hash_LG)
+    warm = min(1.0, step / pool.warmup_steps) if pool.warmup_steps else 1.0
+    if without := round((1 - warm * (1 - pool.none_share)) * 2**31):
+        # -1 keys no layer: another draw than those of sizes.
+        drawn_G = _below(2**31, mix64(mix64(key - 1) + document_ids_G))
+        sizes_LG = torch.where(drawn_G < without, NO_POOL, sizes_LG)
+    return sizes_LG
+
+
+def _below(count: int, hashes: Tensor) -> Tensor:
+    """Draws from {0..count - 1}, uniform to 1 part in 2^31 / count: the upper 31 bits times the
+    count, shifted down. No division."""
+    return ((hashes >> 33) & 0x7FFFFFFF) * count >> 31
 
 
 # ---- the method
@@ -134,15 +154,17 @@ def decide(
             rules that they list.
     """
     kind = "none" if request.pool is None else request.pool.kind
+    scores = "masked" if request.pool is None else request.pool.scores
     in_triton = kind in TRITON_POOLS and config.gating in TRITON_GATINGS
+    in_triton = in_triton and scores == "masked" and request.units is None
     if backend == "auto" and not in_triton:
         backend = "torch"
     if choose_backend(backend, logits_TN, logits_TN.shape[1]) != "triton":
         return decide_in_torch(logits_TN, batch, num_chosen, config, request)
     if not in_triton:
         raise UserError(
-            f"experts.backend=triton does not route with pool.kind={kind} and "
-            f"gating={config.gating}; use auto or torch"
+            f"experts.backend=triton does not route with pool.kind={kind}, gating={config.gating} "
+            f"and these pool.unit, pool.chosen_by and pool.scores; use auto or torch"
         )
     from emotrain.kernels.triton_routing import decide_in_triton
 
@@ -168,21 +190,24 @@ def decide_in_torch(
 ) -> Decision:
     """`decide`, to be read: the same as the Triton kernels, and for every rule."""
     document_T, valid_T, num_routed = batch.document_T, batch.valid_T, logits_TN.shape[1]
-    pool_GN, scores_GN = request.kept_GN, None
+    if request.kept_GN is not None:
+        logits_TN = logits_TN.masked_fill(~request.kept_GN[document_T], -torch.inf)
+    scores_GN, pool_GN, pool_TN = None, request.kept_GN, None
     if request.pool is not None:
         with torch.no_grad():
-            free_TN = logits_TN if pool_GN is None else _mask(logits_TN, pool_GN, document_T)
-            scores_GN = sum_by_document(
-                torch.softmax(free_TN, dim=1), document_T, batch.num_documents
-            )
-            common = logits_TN.shape[1] - request.num_forced
-            drawn_GN = decided(POOL_RULES[request.pool.kind](scores_GN[:, :common], request))
-            drawn_GN = nn.functional.pad(drawn_GN, (0, request.num_forced), value=True)
-            pool_GN = drawn_GN if pool_GN is None else drawn_GN & pool_GN
-    if pool_GN is not None:
-        logits_TN = _mask(logits_TN, pool_GN, document_T)
+            free_TN = torch.softmax(logits_TN, dim=1)
+            scores_GN = sum_by_document(free_TN, document_T, batch.num_documents)
+            if request.units is None:
+                drawn_GN = _draw(scores_GN, request.pool_size_G, request)
+                pool_GN = drawn_GN if pool_GN is None else drawn_GN & pool_GN
+                pool_TN = pool_GN[document_T]
+            else:
+                scores_UN, sizes_U = request.units.scores(free_TN, request.pool_size_G)
+                pool_TN = _draw(scores_UN, sizes_U, request)[request.units.unit_T]
+        if request.pool.scores == "masked":
+            logits_TN, pool_TN = logits_TN.masked_fill(~pool_TN, -torch.inf), None
     probabilities_TN, weights_TK, experts_TK = route(
-        logits_TN, num_chosen, config.gating, config.normalize_weights
+        logits_TN, num_chosen, config.gating, config.normalize_weights, pool_TN
     )
     if valid_T is not None:
         weights_TK = torch.where(valid_T[:, None], weights_TK, 0)
@@ -199,9 +224,13 @@ def decide_in_torch(
     )
 
 
-def _mask(logits_TN: Tensor, pool_GN: Tensor, document_T: Tensor) -> Tensor:
-    """-inf outside of the pool of the token's document."""
-    return logits_TN.masked_fill(~pool_GN[document_T], -torch.inf)
+def _draw(scores_GN: Tensor, pool_size_G: Tensor | None, request: LayerRequest) -> Tensor:
+    """The pool of each document, or of each part of one that has its own, bool [G, N], by the rule
+    that was asked for."""
+    assert request.pool is not None
+    rule, common = POOL_RULES[request.pool.kind], scores_GN.shape[1] - request.num_forced
+    drawn_GN = decided(rule(scores_GN[:, :common], replace(request, pool_size_G=pool_size_G)))
+    return nn.functional.pad(drawn_GN, (0, request.num_forced), value=True)
 
 
 def _valid(values_TN: Tensor, valid_T: Tensor | None) -> Tensor:
@@ -230,10 +259,14 @@ def select_pool(scores_GN: Tensor, pool_size_G: Tensor) -> Tensor:
 
 
 def route(
-    logits_TN: Tensor, num_chosen: int, gating: str, normalize: bool
+    logits_TN: Tensor,
+    num_chosen: int,
+    gating: str,
+    normalize: bool,
+    pool_TN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts by their probability; logits of -inf are never chosen (spec 2.3, steps 5 and
-    6).
+    6), nor are experts outside of `pool_TN`, bool, whose probabilities stay.
 
     Returns:
         probabilities [T, N]; weights [T, K]; experts int64 [T, K] with N in empty slots, whose
@@ -245,7 +278,9 @@ def route(
         probabilities_TN = torch.softmax(logits_TN, dim=1)
     else:
         probabilities_TN = torch.where(logits_TN == -torch.inf, 0, torch.sigmoid(logits_TN) + 1e-7)
-    best_TK, experts_TK = torch.topk(probabilities_TN.detach(), num_chosen, dim=1)
+    best_TN = probabilities_TN.detach()
+    best_TN = best_TN if pool_TN is None else torch.where(pool_TN, best_TN, 0)
+    best_TK, experts_TK = torch.topk(best_TN, num_chosen, dim=1)
     # A pool smaller than K leaves slots whose expert is outside it. A probability of zero inside
     # the pool is one too: it underflowed, and its expert would add nothing.
     experts_TK = decided(torch.where(best_TK > 0, experts_TK, num_routed))
@@ -267,75 +302,6 @@ POOL_RULES: dict[str, Callable[[Tensor, LayerRequest], Tensor]] = {
 }
 """`pool.kind` -> the function of a document's scores and the request that gives its pool, bool
 [G, N]. Without gradient."""
-
-
-# ---- what losses and readers get
-
-
-@dataclass(frozen=True)
-class RoutingDetails:
-    """Everything about one layer's routing, token by token. Only on request: it is larger than the
-    activations of the layer."""
-
-    logits_TN: Tensor
-    """Router logits before any mask, without gradient."""
-    weights_TK: Tensor
-    """Routing weight of each slot, 0 in empty ones."""
-    experts_TK: Tensor
-    """int64 routed expert of each slot; N marks an empty slot."""
-    document_scores_GN: Tensor
-    """Sum over each document's tokens of the probabilities before a pool was drawn: what the pool
-    is chosen by, and what selection, coverage and clustering read."""
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """One layer's routing of a micro-batch in numbers an expert [N] and a document [G], over the
-    valid (not padding) tokens."""
-
-    counts_N: Tensor
-    """int64 slots that went to each routed expert."""
-    probability_sum_N: Tensor
-    """Sum over tokens of the routing probabilities among the experts whose load is balanced, which
-    sum to 1 a token. With gradient."""
-    z_sum: Tensor
-    """Sum over tokens of logsumexp(logits)^2, with gradient."""
-    entropy_sum: Tensor
-    """Sum over tokens of the entropy of the routing probabilities, in nats."""
-    effective_experts_G: Tensor
-    """exp(entropy of a document's mean routing before a pool was drawn), for each document."""
-    pool_size_G: Tensor | None
-    """int64 pool size of each document; None without drawn sizes."""
-    bank: int
-    """The bank of routed experts that the layer uses: load is balanced over a bank."""
-    details: RoutingDetails | None
-    """Token by token, where the request asked for it."""
-    chosen_TK: Tensor | None
-    """int32: the routed experts of each token, where the request asked for choices."""
-
-    def detached(self) -> LayerStatistics:
-        """The same without gradients, so that it holds no activation."""
-        return replace(
-            self, probability_sum_N=self.probability_sum_N.detach(), z_sum=self.z_sum.detach()
-        )
-
-
-@dataclass(frozen=True)
-class RoutingReport:
-    """What every reader of routing gets: the layers' statistics, and what they are over."""
-
-    layers: tuple[LayerStatistics, ...]
-    """One entry a layer with routed experts, in order."""
-    num_tokens: Tensor
-    """int64 scalar: valid tokens of the batch."""
-    document_tokens_G: Tensor
-    """int64 tokens of each document."""
-    real_G: Tensor
-    """bool, False for the pseudo-document of padding."""
-
-    def detached(self) -> RoutingReport:
-        """The same without gradients."""
-        return replace(self, layers=tuple(layer.detached() for layer in self.layers))
 
 
 # ---- the module
@@ -433,17 +399,3 @@ class DocumentPoolRouter(nn.Module):
         if self.config.shared_weight == "one" or logits_TE.shape[1] - self.num_routed < 2:
             return None
         return torch.softmax(logits_TE[:, self.num_routed :], dim=1)
-
-
-def mix64(key: Tensor) -> Tensor:
-    """splitmix64's step and finaliser on int64, whose arithmetic wraps: every bit of the key
-    moves every bit of the result."""
-    key = key + -7046029254386353131
-    key = (key ^ _shift_right(key, 30)) * -4658895280553007687
-    key = (key ^ _shift_right(key, 27)) * -7723592293110705685
-    return key ^ _shift_right(key, 31)
-
-
-def _shift_right(key: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64's own keeps the sign."""
-    return (key >> bits) & ((1 << (64 - bits)) - 1)

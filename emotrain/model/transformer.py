@@ -16,13 +16,8 @@ from emotrain.kernels import rms_norm
 from emotrain.model.attention import Attention, TokenView
 from emotrain.model.initial import fill_normal
 from emotrain.model.moe import MoELayer, RoutedExperts
-from emotrain.model.router import (
-    LayerRequest,
-    LayerStatistics,
-    RoutingReport,
-    RoutingRequest,
-    sum_by_document,
-)
+from emotrain.model.report import LayerStatistics, RoutingReport
+from emotrain.model.router import LayerRequest, RoutingRequest, sum_by_document
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import MissingPackageError, UserError
 from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.router import RoutingReport, RoutingRequest
+from emotrain.model.report import RoutingReport
+from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint
 from emotrain.training.deepspeed_options import (

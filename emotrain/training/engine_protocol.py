@@ -13,7 +13,8 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums
-from emotrain.model.router import RoutingReport, RoutingRequest
+from emotrain.model.report import RoutingReport
+from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint
 

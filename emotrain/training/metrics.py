@@ -18,7 +18,7 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.errors import WriteError
 from emotrain.files import json_text, write_whole
 from emotrain.model.counts import parameter_counts
-from emotrain.model.router import RoutingReport
+from emotrain.model.report import RoutingReport
 from emotrain.progress import ProgressBar
 
 if TYPE_CHECKING:

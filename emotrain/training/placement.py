@@ -27,7 +27,7 @@ from emotrain.config import Config
 from emotrain.distributed.mesh import Layout
 from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
-from emotrain.model.router import RoutingReport
+from emotrain.model.report import RoutingReport
 from emotrain.modular.placement import (
     Traffic,
     count_together,

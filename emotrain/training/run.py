@@ -13,6 +13,7 @@ from typing import Any
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, save_config
+from emotrain.data.prefetch import prefetch
 from emotrain.data.source import DataSource
 from emotrain.distributed.faults import collective_errors, report_not_finite
 from emotrain.distributed.joining import join
@@ -172,7 +173,8 @@ def _batches(
 ) -> AbstractContextManager[Iterator[list[PackedBatch]]]:
     """This rank's micro-batches of every step that is left."""
     setup = config.training
-    return loader.prefetch(
+    return prefetch(
+        loader,
         state.step - state.data_start_step,
         last_step - state.step,
         setup.global_batch,

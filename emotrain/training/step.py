@@ -12,7 +12,8 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
-from emotrain.model.router import RoutingReport, training_request
+from emotrain.model.report import RoutingReport
+from emotrain.model.router import training_request
 from emotrain.training.engine import Phase, part
 from emotrain.training.engine_protocol import Engine
 
@@ -90,7 +91,7 @@ def train_step(
             engine.backward(loss, is_last)
         means = (sums.cross_entropy / num_targets, sums.z / num_targets)
         terms.append([term.detach() for term in (loss, *means, balance, router_z)])
-        reports.append(report.detached())
+        reports.append(detached(report))
 
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         passes = [forward(batch) for batch in micro_batches]
@@ -115,6 +116,15 @@ def train_step(
     return StepResult(
         *means, int(targets), update.grad_norm, reports, shares, stops > 0, update.applied
     )
+
+
+def detached(report: RoutingReport) -> RoutingReport:
+    """The same without gradients, so that it holds no activation."""
+    layers = tuple(
+        replace(of, probability_sum_N=of.probability_sum_N.detach(), z_sum=of.z_sum.detach())
+        for of in report.layers
+    )
+    return replace(report, layers=layers)
 
 
 def global_counts(micro_batches: Sequence[PackedBatch], ranks: Ranks) -> Tensor:

@@ -12,7 +12,8 @@ from emotrain.config import Config
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.router import RoutingReport, RoutingRequest
+from emotrain.model.report import RoutingReport
+from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint_folders import TrainingState
 from emotrain.training.engine import NativeEngine, Phase, part
