@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import evaluate
+from emotrain.evaluation.measure import evaluate
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.files import json_text
 from emotrain.subsets.exclusive import INITS, add_experts, remove_experts
 from emotrain.subsets.tuning import TuneSettings, tuning_config
@@ -100,7 +100,7 @@ def losses(
     checkpoint: str | Path, args: argparse.Namespace, others: bool = False
 ) -> dict[str, float | None]:
     """Held-out loss of the domain and, with `others`, of all others, each by itself."""
-    settings = SweepSettings(
+    settings = EvaluationSettings(
         keep=(1.0,),
         calibration_documents=1,
         documents=args.documents,

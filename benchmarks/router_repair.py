@@ -29,7 +29,7 @@ from emotrain.cli import main as emotrain
 from emotrain.data.formats import Dataset
 from emotrain.evaluation.perplexity import document_losses, pack
 from emotrain.evaluation.reading import read_domains
-from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.files import json_text, write_whole
 from emotrain.training.checkpoint import find, load_model
 
@@ -89,7 +89,7 @@ def command(*words: object) -> None:
 def loss_of(checkpoint: Path, data: Path, domain: str, args: argparse.Namespace) -> tuple:
     """Mean loss of a domain's held-out documents, and how many documents and targets they are."""
     config, model = load_model(find(checkpoint))
-    settings = SweepSettings(
+    settings = EvaluationSettings(
         calibration_documents=1,
         documents=args.documents,
         document_tokens=args.document_tokens,

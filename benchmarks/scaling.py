@@ -290,7 +290,7 @@ def plan_tables(rows: Sequence[dict[str, Any]]) -> str:
 def plan_figure(rows: Sequence[dict[str, Any]]) -> bytes:
     """Tokens/s, gigabytes in collectives and memory of a GPU over their number: a line an ep, a
     row for each way to hold the batch."""
-    from emotrain.evaluation.plots import COLORS, _png
+    from emotrain.evaluation.plots import COLORS, png
 
     panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("tokens/s a GPU", lambda row: row["tokens_per_second_per_gpu"]),
@@ -337,7 +337,7 @@ def plan_figure(rows: Sequence[dict[str, Any]]) -> bytes:
         grid[0][0].legend(fontsize="small", frameon=False)
         figure.suptitle("A model (emotrain plan), not a measurement", fontsize="medium")
 
-    return _png(draw, (11, 6.4), dark=False)
+    return png(draw, (11, 6.4), dark=False)
 
 
 def main() -> None:

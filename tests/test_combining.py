@@ -14,10 +14,10 @@ from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.evaluation.measure import mean_increase
 from emotrain.evaluation.perplexity import document_losses, pack
 from emotrain.evaluation.reading import read_domains
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import mean_increase
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.modular.artefact import read_subset
 from emotrain.subsets.extraction import extract
 from emotrain.subsets.interference import interference
@@ -83,7 +83,7 @@ def test_interference_is_the_difference_of_losses_one_by_one(run, files, tiny_da
     names = [files[name] for name in DOMAINS]
     found = interference(run, tiny_data, names, documents=6)
     config, model = load_model(find(run))
-    settings = SweepSettings(calibration_documents=1, documents=6, domains=DOMAINS)
+    settings = EvaluationSettings(calibration_documents=1, documents=6, domains=DOMAINS)
     documents = read_domains(tiny_data, config, find(run), settings)
     union = masks_of(read_subset(files["union"]))
     for of, name in zip(found.subsets, DOMAINS, strict=True):

@@ -11,11 +11,17 @@ from helpers import pools_of, tiny_model
 from torch.nn import functional as F
 
 from emotrain.batch import PackedBatch
-from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack, token_losses
+from emotrain.evaluation.measure import mean_increase, measure, routing_summary
+from emotrain.evaluation.perplexity import (
+    DocumentLosses,
+    document_losses,
+    losses_of_arms,
+    pack,
+    token_losses,
+)
 from emotrain.evaluation.reading import DomainDocuments
 from emotrain.evaluation.results import ARMS, ByArm
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import mean_increase, routing_summary, sweep
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.model.transformer import Transformer
 from emotrain.modular.counts import experts_kept
 from emotrain.modular.select import greedy_select, random_select
@@ -106,6 +112,60 @@ def test_all_experts_kept_is_the_full_model():
     assert torch.equal(full.loss_U, kept.loss_U)
 
 
+def one_pass_an_arm(model, batches, group_U, subsets):
+    """Losses and routing of each document by a forward pass of the whole model: what
+    `losses_of_arms` shares between arms is computed anew."""
+    loss_U = torch.zeros(len(group_U), dtype=torch.float64)
+    routing = []
+    for batch in batches:
+        ids_G = batch.document_ids_G.clamp(min=0)
+        kept = None if subsets is None else [mask_JN[group_U[ids_G]] for mask_JN in subsets]
+        with torch.no_grad():
+            output = model(batch, pools_of(None, kept, details=True))
+            loss_T = F.cross_entropy(
+                model.logits(output), batch.targets_BS.reshape(-1), reduction="none"
+            )
+        loss_U.index_add_(0, ids_G[batch.document_T], loss_T.double())
+        for layer, found in enumerate(output.routing.layers):
+            if len(routing) == layer:
+                routing.append(torch.zeros(len(group_U), found.details.logits_TN.shape[1]).double())
+            routing[layer].index_add_(0, ids_G, found.details.document_scores_GN.double())
+    return loss_U, routing
+
+
+@pytest.mark.parametrize("rows_per_pass", [0, 1, 5])
+@pytest.mark.parametrize("mask", [True, False])
+def test_arms_that_share_a_pass_lose_what_each_loses_alone(mask, rows_per_pass):
+    """And up to the first experts nothing is computed twice."""
+    model = tiny_model(model__attention__document_mask=mask, model__num_layers=3)
+    documents, group_U = documents_of(9, seed=1), torch.tensor([0, 1, 2, 0, 1, 2, 2, 0, 1])
+    some, few = (
+        random_select(model.config, 3, experts_kept(model.config, share), seed=0)
+        for share in (0.6, 0.3)
+    )
+    arms = [few, None, some]
+    batches = pack(documents, ROW, 2, mask)
+    assert any(batch.has_padding for batch in batches)
+    rows = [0, 0, 0]
+    for layer, block in enumerate(model.blocks):
+
+        def count(_module, inputs, _output, layer=layer):
+            rows[layer] += len(inputs[0])
+
+        block.attention.register_forward_hook(count)
+    found = losses_of_arms(model, batches, group_U, arms, rows_per_pass=rows_per_pass)
+    one = sum(len(batch.tokens_BS) for batch in batches)
+    assert rows == [one, 3 * one, 3 * one]
+    for index, (losses, subsets) in enumerate(zip(found, arms, strict=True)):
+        loss_U, routing = one_pass_an_arm(model, batches, group_U, subsets)
+        torch.testing.assert_close(losses.loss_U, loss_U, rtol=1e-6, atol=1e-6)
+        assert losses.targets_U.tolist() == [len(d) - -(-len(d) // ROW) for d in documents]
+        assert len(losses.routing) == (0 if index else len(routing))
+        for sum_UN, expected_UN in zip(losses.routing, routing, strict=index == 0):
+            torch.testing.assert_close(sum_UN, expected_UN, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0].loss_U, found[2].loss_U, rtol=1e-3), "arms must differ"
+
+
 def sliced(model, kept):
     """A model that holds only the kept routed experts and the shared ones."""
     config, shared = model.config, model.config.experts.shared
@@ -185,11 +245,11 @@ def domain_loss(model, documents, kept=None):
     return sum(loss for loss, _ in sums) / sum(targets for _, targets in sums)
 
 
-def test_the_sweep_is_what_its_words_say():
-    """Every number of a sweep, from one domain at a time."""
+def test_the_evaluation_is_what_its_words_say():
+    """Every number of an evaluation, from one domain at a time."""
     model, domains = tiny_model(), domains_of(3)
-    settings = SweepSettings(keep=(1.0, 0.5), random_seeds=2, seed=5, cross_domain="all")
-    result = sweep(model, domains, settings, ROW, 2)
+    settings = EvaluationSettings(keep=(1.0, 0.5), random_seeds=2, seed=5, cross_domain="all")
+    result = measure(model, domains, settings, ROW, 2)
     names, counts = sorted(domains), experts_kept(model.config, 0.5)
     chosen = {
         name: [
@@ -240,7 +300,7 @@ def test_the_sweep_is_what_its_words_say():
 
 def test_cross_domain_next_uses_the_next_name():
     model, domains = tiny_model(), domains_of(3)
-    result = sweep(model, domains, SweepSettings(keep=(0.5,), random_seeds=0), ROW, 2)
+    result = measure(model, domains, EvaluationSettings(keep=(0.5,), random_seeds=0), ROW, 2)
     counts = experts_kept(model.config, 0.5)
     code = [
         mask_JN[0]
@@ -295,7 +355,7 @@ def test_routing_summary_of_domains_that_share_all_or_nothing():
 
 
 def test_one_domain_has_no_cross_domain_control():
-    result = sweep(tiny_model(), domains_of(1), SweepSettings(keep=(1.0, 0.5)), ROW, 2)
+    result = measure(tiny_model(), domains_of(1), EvaluationSettings(keep=(1.0, 0.5)), ROW, 2)
     for keep in ("1.0", "0.5"):
         assert result.mean.increase_nats[keep].cross_domain is None
     assert result.routing.domain_cosine is None
@@ -313,4 +373,4 @@ def test_one_domain_has_no_cross_domain_control():
 )
 def test_settings_that_cannot_be_are_one_line(settings, message):
     with pytest.raises(ValueError, match=message):
-        SweepSettings(**settings)
+        EvaluationSettings(**settings)

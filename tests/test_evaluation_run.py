@@ -17,6 +17,7 @@ from emotrain.data.manifest import SPLITS, write_manifest
 from emotrain.data.shards import write_shard
 from emotrain.evaluation import plots
 from emotrain.evaluation.findings import findings
+from emotrain.evaluation.measure import measure
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments
 from emotrain.evaluation.report import write_report
@@ -24,13 +25,12 @@ from emotrain.evaluation.results import (
     ByArm,
     DomainLosses,
     ExpertCounts,
+    Measurement,
     RoutingSummary,
     SubsetLosses,
-    SweepResult,
     read_evaluation,
 )
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import sweep
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.tables import mean_table
 from emotrain.model.transformer import Transformer
 from emotrain.modular.counts import experts_kept
@@ -310,8 +310,8 @@ def result_with(selected, random, cross_domain, error=0.01):
         "increase_nats": increase,
         "standard_error_nats": {"0.5": ByArm(error, error, error)},
     }
-    return SweepResult(
-        settings=SweepSettings(keep=(0.5,)),
+    return Measurement(
+        settings=EvaluationSettings(keep=(0.5,)),
         experts=ExpertCounts(per_layer=(8,), shared=0, per_token=2, kept_per_layer={"0.5": (4,)}),
         domains={"law": DomainLosses(**losses, documents=9, targets=99, calibration_documents=8)},
         mean=SubsetLosses(**losses),
@@ -367,7 +367,7 @@ def small_result(seed):
         name: DomainDocuments(documents[:2], documents[i : i + 4])
         for i, name in enumerate(("a", "b"))
     }
-    return sweep(tiny_model(seed), domains, SweepSettings(keep=(1.0, 0.5, 0.25)), 16, 2)
+    return measure(tiny_model(seed), domains, EvaluationSettings(keep=(1.0, 0.5, 0.25)), 16, 2)
 
 
 def test_evaluations_are_compared_in_one_table_and_one_plot():
@@ -422,7 +422,7 @@ def test_many_domains_fit_one_plot():
         f"domain {i}": DomainDocuments(documents[:1], documents[1:])
         for i in range(plots.MAX_NAMED_LINES + 2)
     }
-    result = sweep(tiny_model(), domains, SweepSettings(keep=(0.5,), random_seeds=0), 16, 4)
+    result = measure(tiny_model(), domains, EvaluationSettings(keep=(0.5,), random_seeds=0), 16, 4)
     for dark in (False, True):
         assert plots.subset_figure([("", result)], dark).startswith(PNG)
 

@@ -15,8 +15,8 @@ from emotrain.data.answers import AnswerLoader
 from emotrain.data.formats import Dataset
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import evaluate
+from emotrain.evaluation.measure import evaluate
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.folders import read_manifest
 from emotrain.modular.artefact import read_subset
 from emotrain.subsets.extraction import extract
@@ -288,7 +288,7 @@ def test_it_says_what_every_domain_has_lost(run, tuned, subset, tiny_data, tmp_p
         "--documents", 4,
     )  # fmt: skip
     assert set(result["domains"]) == {"garden", "harbour", "kitchen"}
-    settings = SweepSettings(keep=(1.0,), documents=4, document_tokens=512)
+    settings = EvaluationSettings(keep=(1.0,), documents=4, document_tokens=512)
     told = {
         "before": evaluate(run, tiny_data, settings),
         "after": evaluate(tmp_path / "back", tiny_data, settings),

@@ -15,9 +15,9 @@ import pytest
 
 from emotrain.cli import main
 from emotrain.errors import UserError
+from emotrain.evaluation.measure import measure
 from emotrain.evaluation.results import ARMS, Evaluation, read_evaluation
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import sweep
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.files import json_text
 from tests.conftest import ROOT
 from tests.helpers import tiny_model
@@ -34,7 +34,7 @@ def old_result() -> dict[str, Any]:
 
 def test_json_keys_are_stable() -> None:
     """Scripts and pages read these; a renamed key is a broken promise."""
-    found = sweep(tiny_model(), domains_of(2), SweepSettings(keep=(1, 0.25)), ROW, 2)
+    found = measure(tiny_model(), domains_of(2), EvaluationSettings(keep=(1, 0.25)), ROW, 2)
     evaluation = Evaluation(
         **vars(found), checkpoint="run/step", step=7, data="data", sequence_length=ROW
     )

@@ -18,6 +18,8 @@ from emotrain.modular import select
 from emotrain.modular.counts import experts_kept
 from emotrain.modular.select import (
     cross_domain,
+    greedy_ranking,
+    greedy_rankings,
     greedy_select,
     random_select,
 )
@@ -181,6 +183,29 @@ def test_carrying_hidden_states_changes_no_choice(seed):
         "attention": layers * len(batches),
         "experts": (layers - 1) * len(batches),
     }
+
+
+@pytest.mark.parametrize("routed_per_layer", [(8, 4, 6), (0, 8, 6)])
+def test_several_sizes_at_once_are_chosen_as_one_by_one(routed_per_layer):
+    """And the first attention is computed once for all of them."""
+    experts = dataclasses.replace(TINY.experts, routed_per_layer=routed_per_layer)
+    model = Transformer(dataclasses.replace(TINY, experts=experts)).initialize(1)
+    groups = documents_of(3, 4)
+    batches = pack([d for group in groups for d in group], 32, 3)
+    group_U = torch.arange(3).repeat_interleave(4)
+    sizes = [experts_kept(model.config, share) for share in (0.3, 0.8, 0.5)]
+    alone = [greedy_ranking(model, batches, group_U, 3, counts) for counts in sizes]
+    calls = Counter()
+    for layer, block in enumerate(model.blocks):
+        block.attention.register_forward_hook(lambda *_, layer=layer: calls.update([layer]))
+    together = greedy_rankings(model, batches, group_U, 3, sizes)
+    for (subsets, scores), (expected, expected_scores) in zip(together, alone, strict=True):
+        for mask_JN, expected_JN in zip(subsets, expected, strict=True):
+            assert torch.equal(mask_JN, expected_JN)
+        for score_JN, expected_JN in zip(scores, expected_scores, strict=True):
+            torch.testing.assert_close(score_JN, expected_JN)
+    assert calls == {layer: len(batches) * (3 if layer else 1) for layer in range(3)}
+    assert not torch.equal(together[0][1][-1], together[1][1][-1]), "sizes must part ways"
 
 
 def test_later_layers_are_ranked_behind_the_restricted_earlier_ones():

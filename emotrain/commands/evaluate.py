@@ -13,7 +13,7 @@ from emotrain.commands.common import (
     add_micro_batch,
     finish,
 )
-from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.progress import ProgressBar
 
 DESCRIPTION = """\
@@ -34,7 +34,7 @@ other two."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    default = SweepSettings()
+    default = EvaluationSettings()
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
     add_checkpoint_and_data(parser)
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _add_settings(parser: argparse.ArgumentParser, default: SweepSettings) -> None:
+def _add_settings(parser: argparse.ArgumentParser, default: EvaluationSettings) -> None:
     """What is measured, and how surely."""
     parser.add_argument(
         "--calibration-documents",
@@ -107,11 +107,11 @@ def _add_settings(parser: argparse.ArgumentParser, default: SweepSettings) -> No
 
 
 def run(args: argparse.Namespace) -> int:
-    from emotrain.evaluation.sweep import default_folder, evaluate, write_results
+    from emotrain.evaluation.measure import default_folder, evaluate, write_results
     from emotrain.evaluation.tables import tables
     from emotrain.training.checkpoint import find
 
-    settings = SweepSettings(
+    settings = EvaluationSettings(
         keep=tuple(args.keep),
         calibration_documents=args.calibration_documents,
         documents=args.documents,

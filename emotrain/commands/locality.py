@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         measure_locality,
     )
     from emotrain.evaluation.locality_tables import locality_json, locality_tables, write_locality
-    from emotrain.evaluation.sweep import default_folder
+    from emotrain.evaluation.measure import default_folder
     from emotrain.files import make_writable
     from emotrain.training.checkpoint import find
 

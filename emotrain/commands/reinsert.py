@@ -69,11 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from emotrain.evaluation.settings import SweepSettings
+    from emotrain.evaluation.settings import EvaluationSettings
     from emotrain.subsets.consequences import changes, read_held_out
     from emotrain.subsets.reinsertion import reinsert
 
-    settings = SweepSettings(
+    settings = EvaluationSettings(
         documents=args.documents, document_tokens=args.document_tokens, calibration_documents=1
     )
     domains = read_held_out(args.checkpoint, args.data, settings) if args.data else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from emotrain.evaluation.results import Arm, SweepResult
+from emotrain.evaluation.results import Arm, Measurement
 
 NOISE = 2.0
 """An effect counts as seen when it is this many standard errors from zero."""
@@ -28,12 +28,12 @@ CONTROLS: tuple[tuple[Arm, str, str, str], ...] = (
 it is not."""
 
 
-def findings(result: SweepResult) -> list[str]:
+def findings(result: Measurement) -> list[str]:
     """One sentence a finding."""
     return list(_findings(result))
 
 
-def _findings(result: SweepResult) -> Iterator[str]:
+def _findings(result: Measurement) -> Iterator[str]:
     keeps = [keep for keep in result.smaller_keeps if result.mean.increase(keep, "selected")]
     for keep in keeps:
         yield _subset_sentence(result, keep)
@@ -54,7 +54,7 @@ def _findings(result: SweepResult) -> Iterator[str]:
         )
 
 
-def _subset_sentence(result: SweepResult, keep: str) -> str:
+def _subset_sentence(result: Measurement, keep: str) -> str:
     increase, error = _increase(result, keep, "selected")
     base = (
         f"With {result.experts.label(keep)} experts, chosen by "
@@ -74,7 +74,7 @@ def _subset_sentence(result: SweepResult, keep: str) -> str:
 
 
 def _control_sentence(
-    result: SweepResult, keep: str, arm: Arm, kept: str, if_worse: str, if_equal: str
+    result: Measurement, keep: str, arm: Arm, kept: str, if_worse: str, if_equal: str
 ) -> str:
     (own, own_error), (other, other_error) = (
         _increase(result, keep, which) for which in ("selected", arm)
@@ -101,7 +101,7 @@ def _extremes_sentence(cost: dict[str, float], experts: str) -> str:
     )
 
 
-def _increase(result: SweepResult, keep: str, arm: Arm) -> tuple[float, float]:
+def _increase(result: Measurement, keep: str, arm: Arm) -> tuple[float, float]:
     increase = result.mean.increase(keep, arm)
     assert increase is not None, f"{arm} has no runs"
     return increase

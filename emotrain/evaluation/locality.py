@@ -27,10 +27,10 @@ import torch
 from emotrain.config import Config, ModelConfig
 from emotrain.errors import UserError
 from emotrain.evaluation.locality_tally import Order, Tally, curve, summary, tally_layer
+from emotrain.evaluation.measure import choose_device, precision_on, rows_of
 from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.evaluation.reading import DomainDocuments, read_domains
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import choose_device, precision_on, rows_of
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.model.router import RoutingRequest, training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.locality import count_slots
@@ -76,9 +76,9 @@ class LocalitySettings:
             raise UserError(f"pool={self.pool} is not known; choose one of none, trained")
         self.reading()
 
-    def reading(self) -> SweepSettings:
+    def reading(self) -> EvaluationSettings:
         """Which documents are read."""
-        return SweepSettings(
+        return EvaluationSettings(
             calibration_documents=self.calibration_documents,
             documents=self.documents,
             document_tokens=self.document_tokens,

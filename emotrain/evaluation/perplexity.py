@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.batch import IGNORE, PackedBatch
+from emotrain.config import ModelConfig
 from emotrain.data.packing import pack_documents
+from emotrain.model.attention import TokenView
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import Subsets, group_of_documents
@@ -37,7 +40,8 @@ class DocumentLosses:
     targets_U: Tensor
     """int64: positions with a target."""
     routing: tuple[Tensor, ...]
-    """For each layer with routed experts, float64 [U, N]: sum of the routing probabilities."""
+    """For each layer with routed experts, float64 [U, N]: sum of the routing probabilities. Empty
+    where it was not asked for."""
 
 
 def pack(
@@ -108,7 +112,6 @@ def _split_rows(batch: PackedBatch, rows_per_batch: int) -> list[PackedBatch]:
     return parts
 
 
-@torch.inference_mode()
 def document_losses(
     model: Transformer,
     batches: Sequence[PackedBatch],
@@ -118,42 +121,128 @@ def document_losses(
     description: str = "held-out documents",
     precision: torch.dtype | None = None,
 ) -> DocumentLosses:
-    """Loss and routing of every document, without a document pool, as at inference (spec 2.5).
+    """`losses_of_arms` of one arm."""
+    [losses] = losses_of_arms(
+        model, batches, document_group_U, [subsets], track, description, precision
+    )
+    return losses
+
+
+@torch.no_grad()
+def losses_of_arms(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    document_group_U: Tensor,
+    arms: Sequence[Subsets | None],
+    track: Track[PackedBatch] = untracked,
+    description: str = "held-out documents",
+    precision: torch.dtype | None = None,
+    rows_per_pass: int = 0,
+) -> list[DocumentLosses]:
+    """Loss of every document with the subsets of every arm, without a document pool, as at
+    inference (spec 2.5); and the routing with those of the first arm.
+
+    Up to the first experts all arms compute the same: it is computed once. From there on a document
+    is in the batch once for each arm, every time with another mask.
 
     Args:
         batches: of `pack`; `document_ids_G` in [0, U), or -1 for padding.
         document_group_U: int64, the group of each document.
-        subsets: for each layer, the routed experts that each group keeps; None keeps all.
+        arms: of each, for each layer the routed experts that each group keeps; None keeps all.
         track, description: show progress.
         precision: run under autocast in this dtype; None means in the model's own.
+        rows_per_pass: most rows that go through the experts at once, if a batch has no more; 0 for
+            those of all arms.
+    Returns:
+        for each arm its losses; `routing` is empty but for the first.
     """
     device, num_documents = model.head.weight.device, len(document_group_U)
     document_group_U = document_group_U.to(device)
-    subsets = None if subsets is None else tuple(mask_JN.to(device) for mask_JN in subsets)
-    loss_U = torch.zeros(num_documents, dtype=torch.float64, device=device)
+    masks = _masks_of_arms(model.config, arms, device)
+    loss_XU = torch.zeros(len(arms), num_documents, dtype=torch.float64, device=device)
     targets_U = torch.zeros(num_documents, dtype=torch.int64, device=device)
     routing = [
-        torch.zeros(
-            num_documents, model.config.routed_in_layer(layer), dtype=torch.float64, device=device
-        )
-        for layer in range(model.config.num_layers)
-        if model.config.routed_in_layer(layer)
+        torch.zeros(num_documents, routed, dtype=torch.float64, device=device)
+        for routed in map(model.config.routed_in_layer, range(model.config.num_layers))
+        if routed
     ]
     for batch in track(batches, description):
         batch = batch.to(device)
-        group_G = group_of_documents(batch, document_group_U)
-        with autocast(device, precision):
-            kept = None if subsets is None else [mask_JN[group_G] for mask_JN in subsets]
-            output = model(batch, RoutingRequest(kept=kept, details=True))
-            loss_T = token_losses(output.hidden_TD, model.head.weight, batch.targets_BS.reshape(-1))
         # Padding has no targets and no routing scores: adding it to document 0 adds zeros.
         document_G = batch.document_ids_G.clamp(min=0)
-        document_T = document_G[batch.document_T]
-        loss_U.index_add_(0, document_T, loss_T.double())
-        targets_U.index_add_(0, document_T, (batch.targets_BS.reshape(-1) != IGNORE).long())
-        for sum_UN, layer in zip(routing, output.routing.layers, strict=True):
-            sum_UN.index_add_(0, document_G, layer.details.document_scores_GN.double())
-    return DocumentLosses(loss_U.cpu(), targets_U.cpu(), tuple(sum_UN.cpu() for sum_UN in routing))
+        has_target_T = (batch.targets_BS.reshape(-1) != IGNORE).long()
+        targets_U.index_add_(0, document_G[batch.document_T], has_target_T)
+        at_once = max(1, rows_per_pass // len(batch.tokens_BS)) if rows_per_pass else len(arms)
+        with autocast(device, precision):
+            h_BSD = model.blocks[0].attend(*model.embed(batch))
+            for first in range(0, len(arms), at_once):
+                arm_X = range(first, min(first + at_once, len(arms)))
+                copies = _repeated(batch, len(arm_X))
+                kept = None
+                if masks is not None:
+                    group_G = group_of_documents(batch, document_group_U)
+                    kept = [
+                        mask_XJN[first : arm_X.stop, group_G].flatten(0, 1) for mask_XJN in masks
+                    ]
+                hidden_TD, scores = _after_first_attention(
+                    model, copies, h_BSD.repeat(len(arm_X), 1, 1), kept
+                )
+                targets_T = copies.targets_BS.reshape(-1)
+                loss_T = model.head(hidden_TD, partial(token_losses, targets_T=targets_T))
+                for arm, loss_t in zip(arm_X, loss_T.double().chunk(len(arm_X)), strict=True):
+                    loss_XU[arm].index_add_(0, document_G[batch.document_T], loss_t)
+                if first == 0:
+                    for sum_UN, scores_GN in zip(routing, scores, strict=True):
+                        sum_UN.index_add_(0, document_G, scores_GN[: len(document_G)].double())
+    measured = tuple(sum_UN.cpu() for sum_UN in routing)
+    return [
+        DocumentLosses(loss_U, targets_U.cpu(), () if arm else measured)
+        for arm, loss_U in enumerate(loss_XU.cpu())
+    ]
+
+
+def _masks_of_arms(
+    config: ModelConfig, arms: Sequence[Subsets | None], device: torch.device
+) -> list[Tensor] | None:
+    """For each layer bool [X, J, N]: what each group keeps in each arm; None where all keep all."""
+    some = next((subsets for subsets in arms if subsets is not None), None)
+    if some is None:
+        return None
+    everything = tuple(torch.ones_like(mask_JN) for mask_JN in some)
+    by_layer = zip(*(subsets or everything for subsets in arms), strict=True)
+    return [torch.stack([mask_JN.to(device) for mask_JN in of_arms]) for of_arms in by_layer]
+
+
+def _after_first_attention(
+    model: Transformer, batch: PackedBatch, h_BSD: Tensor, kept: Sequence[Tensor] | None
+) -> tuple[Tensor, list[Tensor]]:
+    """The rest of a forward pass -> normed final hidden states [T, D], and for each layer with
+    routed experts [G, N], the routing probabilities summed over each document."""
+    request, scores = RoutingRequest(kept=kept, details=True), []
+    view = TokenView.of(batch, model.head_dim, model.config)
+    x_BSD = h_BSD
+    for index, block in enumerate(model.blocks):
+        asked = request.layer(index, batch.num_documents)
+        x_BSD, statistics = (
+            block(x_BSD, batch, view, asked) if index else block.use_experts(x_BSD, batch, asked)
+        )
+        if statistics is not None:
+            assert statistics.details is not None, "asked for above"
+            scores.append(statistics.details.document_scores_GN)
+    return model.norm(x_BSD.flatten(0, 1)), scores
+
+
+def _repeated(batch: PackedBatch, copies: int) -> PackedBatch:
+    """The rows of a batch so many times, one copy after the other. Documents of a copy are other
+    documents, with the same permanent ids."""
+    shift_X11 = batch.num_documents * torch.arange(copies, device=batch.document_BS.device)
+    return replace(
+        batch,
+        tokens_BS=batch.tokens_BS.repeat(copies, 1),
+        targets_BS=batch.targets_BS.repeat(copies, 1),
+        document_BS=(batch.document_BS + shift_X11[:, None, None]).flatten(0, 1),
+        document_ids_G=batch.document_ids_G.repeat(copies),
+    )
 
 
 def token_losses(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tensor:

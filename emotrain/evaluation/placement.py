@@ -20,9 +20,9 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig
 from emotrain.data.loader import Loader
 from emotrain.errors import UserError
+from emotrain.evaluation.measure import choose_device, precision_on
 from emotrain.evaluation.perplexity import autocast
 from emotrain.evaluation.reading import check_vocabulary
-from emotrain.evaluation.sweep import choose_device, precision_on
 from emotrain.model.router import training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.placement import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from emotrain.errors import MissingPackageError
-from emotrain.evaluation.results import Arm, SubsetLosses, SweepResult
+from emotrain.evaluation.results import Arm, Measurement, SubsetLosses
 from emotrain.evaluation.tables import ARM_NAMES
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ MAX_NAMED_LINES = 12
 """Of more domains than this only the worst and the best are named; the others are thin grey
 lines."""
 
-Evaluations = Sequence[tuple[str, SweepResult]]
-"""(label, result of `sweep`) pairs."""
+Evaluations = Sequence[tuple[str, Measurement]]
+"""(label, result of `measure`) pairs."""
 
 
 def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
@@ -59,7 +59,7 @@ def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(fontsize="small", frameon=False)
 
-    return _png(draw, (10, 4), dark)
+    return png(draw, (10, 4), dark)
 
 
 PANELS = (
@@ -109,7 +109,7 @@ def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) ->
             if key != "cross_entropy":
                 axes.set_ylim(bottom=0)
 
-    return _png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
+    return png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
 
 
 CACHES = (
@@ -132,11 +132,11 @@ def locality_figure(models: Sequence[tuple[str, LocalityResult]], dark: bool = F
                 rates = [point[f"{arm}_hit_rate"] for point in result.curve]
                 axes.plot(shares, rates, line, color=COLORS[index], linewidth=1.6, label=name)
             axes.plot(shares, shares, color="0.6", linewidth=0.8, label="at random")
-            axes.set(title=_shown(label), xlabel="share of a layer's experts at hand", ylim=(0, 1))
+            axes.set(title=shown(label), xlabel="share of a layer's experts at hand", ylim=(0, 1))
             axes.legend(fontsize="small", frameon=False)
         panels[0].set_ylabel("hit rate (share of routed slots)")
 
-    return _png(draw, (5 * len(models) + 0.5, 4), dark)
+    return png(draw, (5 * len(models) + 0.5, 4), dark)
 
 
 def overlap_figure(
@@ -171,7 +171,7 @@ def overlap_figure(
         figure.colorbar(image, label="Jaccard index")
 
     side = 3 + 0.7 * len(names)
-    return _png(draw, (side + 1.5, side), dark)
+    return png(draw, (side + 1.5, side), dark)
 
 
 def _points(losses: SubsetLosses, arm: Arm) -> list[tuple[float, float, float]]:
@@ -192,7 +192,7 @@ def _increase_line(
             yerr=error,
             color=color,
             linestyle=style,
-            label=_shown(label),
+            label=shown(label),
             marker="o",
             markersize=3.5,
             linewidth=1.6,
@@ -200,12 +200,12 @@ def _increase_line(
         )
 
 
-def _shown(label: str) -> str:
+def shown(label: str) -> str:
     """A label as it is: a legend leaves out those that begin with an underscore."""
     return f"\u200b{label}" if label.startswith("_") else label
 
 
-def _domain_lines(axes: Axes, result: SweepResult) -> None:
+def _domain_lines(axes: Axes, result: Measurement) -> None:
     points = {name: _points(domain, "selected") for name, domain in result.domains.items()}
     # By the increase at the smallest share, from the worst.
     ordered = sorted(
@@ -228,7 +228,7 @@ def _domain_lines(axes: Axes, result: SweepResult) -> None:
         )
 
 
-def _domain_band(axes: Axes, result: SweepResult, color: str, label: str) -> None:
+def _domain_band(axes: Axes, result: Measurement, color: str, label: str) -> None:
     increases: dict[float, list[float]] = {}
     for domain in result.domains.values():
         for share, increase, _ in _points(domain, "selected"):
@@ -272,7 +272,7 @@ def _keep_axis(axes: Axes, evaluations: Evaluations) -> None:
     )
 
 
-def _png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) -> bytes:
+def png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) -> bytes:
     """Draw on a figure of its own, without matplotlib's global state.
 
     Raises:

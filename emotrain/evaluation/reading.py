@@ -16,7 +16,7 @@ import numpy as np
 from emotrain.config import Config
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
-from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger("emotrain")
 
@@ -32,7 +32,7 @@ class DomainDocuments:
 
 
 def read_domains(
-    data: str | Path, config: Config, checkpoint: Path, settings: SweepSettings
+    data: str | Path, config: Config, checkpoint: Path, settings: EvaluationSettings
 ) -> dict[str, DomainDocuments]:
     """Calibration documents (train split) and held-out documents (valid split) of every domain of
     the valid split.
@@ -47,10 +47,7 @@ def read_domains(
     check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
 
     def take(split: str, domain: str, count: int) -> list[np.ndarray]:
-        if domain not in dataset.domains[split]:
-            return []
-        whole = (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1)
-        return [ids[: settings.document_tokens or None] for ids in islice(whole, count)]
+        return documents_of(dataset, split, domain, count, settings.document_tokens)
 
     names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
     if not names:
@@ -81,11 +78,22 @@ def read_domains(
     return found
 
 
+def documents_of(
+    dataset: Dataset, split: str, domain: str, count: int, document_tokens: int = 0
+) -> list[np.ndarray]:
+    """The first documents of a domain in which there is something to predict: token ids of at most
+    `count`, and at most `document_tokens` (0: all) of each. None of an unknown domain."""
+    if domain not in dataset.domains[split]:
+        return []
+    whole = (ids for _, ids, _ in dataset.documents(split, domain) if len(ids) > 1)
+    return [ids[: document_tokens or None] for ids in islice(whole, count)]
+
+
 def _too_few(
     name: str,
     calibration: Sequence[np.ndarray],
     held_out: Sequence[np.ndarray],
-    settings: SweepSettings,
+    settings: EvaluationSettings,
 ) -> str | None:
     """What a domain lacks, in words."""
     wanted = settings.calibration_documents

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from emotrain.errors import UserError
-from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.settings import EvaluationSettings
 
 FORMAT = 1
 
 Arm = Literal["selected", "random", "cross_domain"]
 ARMS: tuple[Arm, ...] = typing.get_args(Arm)
-"""Who chose the experts that are kept; see `emotrain.evaluation.sweep`."""
+"""Who chose the experts that are kept; see `emotrain.evaluation.measure`."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,10 @@ class RoutingSummary:
 
 
 @dataclass(frozen=True)
-class SweepResult:
-    """What `emotrain.evaluation.sweep.sweep` finds out about a model."""
+class Measurement:
+    """What `emotrain.evaluation.measure.measure` finds out about a model."""
 
-    settings: SweepSettings
+    settings: EvaluationSettings
     """As measured: shares in falling order, domains by name."""
     experts: ExpertCounts
     domains: dict[str, DomainLosses]
@@ -121,8 +121,8 @@ class SweepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation(SweepResult):
-    """A sweep, and what was evaluated on what."""
+class Evaluation(Measurement):
+    """What was measured, of what, on what."""
 
     checkpoint: str
     step: int
@@ -175,7 +175,7 @@ def read_evaluation(file: Path) -> Evaluation:
     return Evaluation.from_json(value, file)
 
 
-LATER_KEYS = {SweepSettings: ("document_tokens", "domains")}
+LATER_KEYS = {EvaluationSettings: ("document_tokens", "domains")}
 """Fields that files of before lack. Their defaults say what was done then."""
 
 

@@ -8,7 +8,7 @@ from emotrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class SweepSettings:
+class EvaluationSettings:
     """What to measure."""
 
     keep: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)

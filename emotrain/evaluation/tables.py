@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emotrain.evaluation.results import Arm, SweepResult
+from emotrain.evaluation.results import Arm, Measurement
 from emotrain.tables import Table
 
 ARM_NAMES: dict[Arm, str] = {
@@ -12,19 +12,19 @@ ARM_NAMES: dict[Arm, str] = {
     "random": "random",
     "cross_domain": "another domain's",
 }
-"""What a reader calls the arms of a sweep."""
+"""What a reader calls the arms of an evaluation."""
 
 
-def tables(result: SweepResult) -> list[Table]:
+def tables(result: Measurement) -> list[Table]:
     """All that is shown of one evaluation; what sums it up comes last."""
     return [domain_table(result), routing_table(result), mean_table([("", result)])]
 
 
-def mean_table(evaluations: Sequence[tuple[str, SweepResult]]) -> Table:
+def mean_table(evaluations: Sequence[tuple[str, Measurement]]) -> Table:
     """Mean loss increase over domains, one line a model and share of experts kept.
 
     Args:
-        evaluations: (label, result of `sweep`); one evaluation needs no label.
+        evaluations: (label, result of `measure`); one evaluation needs no label.
     """
     several = len(evaluations) > 1
     rows = [
@@ -48,7 +48,7 @@ def mean_table(evaluations: Sequence[tuple[str, SweepResult]]) -> Table:
     )
 
 
-def domain_table(result: SweepResult) -> Table:
+def domain_table(result: Measurement) -> Table:
     """Each domain's full loss, and the increase with the experts it chose itself."""
     keeps = result.smaller_keeps
     rows = tuple(
@@ -72,7 +72,7 @@ def domain_table(result: SweepResult) -> Table:
     )
 
 
-def routing_table(result: SweepResult) -> Table:
+def routing_table(result: Measurement) -> Table:
     """Per layer with routed experts: likeness of the domains' routing, and the spread of one
     document."""
     routing = result.routing

@@ -9,7 +9,7 @@ from torch import Tensor
 from emotrain.config import Config
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
 from emotrain.errors import MissingFileError, UserError
-from emotrain.evaluation.sweep import choose_device
+from emotrain.evaluation.measure import choose_device
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
 from emotrain.modular.select import allowed_experts, masks_of

@@ -12,7 +12,7 @@ for each document, one pass serves them all. Two letters besides those of the pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,10 @@ def greedy_select(
     return greedy_ranking(model, batches, document_group_U, num_groups, counts, track, domains)[0]
 
 
-@torch.no_grad()
+Ranking = tuple[Subsets, tuple[Tensor, ...]]
+"""Subsets, and for each layer the mean routing probabilities that chose them, float64 [J, N]."""
+
+
 def greedy_ranking(
     model: Transformer,
     batches: Sequence[PackedBatch],
@@ -93,24 +96,42 @@ def greedy_ranking(
     counts: Sequence[int],
     track: Track[Any] = untracked,
     domains: Sequence[str] = (),
-) -> tuple[Subsets, tuple[Tensor, ...]]:
-    """The published selection: layer by layer, keep the experts that a group's tokens give the most
-    routing probability -> the subsets, and for each layer these mean probabilities, float64 [J, N].
+) -> Ranking:
+    """`greedy_rankings` of one size."""
+    sizes = [counts]
+    [found] = greedy_rankings(model, batches, document_group_U, num_groups, sizes, track, domains)
+    return found
+
+
+@torch.no_grad()
+def greedy_rankings(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    document_group_U: Tensor,
+    num_groups: int,
+    sizes: Sequence[Sequence[int]],
+    track: Track[Any] = untracked,
+    domains: Sequence[str] = (),
+) -> list[Ranking]:
+    """The published selection, for several sizes at once: layer by layer, keep the experts that a
+    group's tokens give the most routing probability.
 
     While a layer is ranked, the layers below it already run with the experts that each group keeps,
     so that it is ranked on the hidden states it will see. Ties go to the lower index. Hidden states
-    of all documents are carried from layer to layer: one pass for any depth.
+    of all documents are carried from layer to layer: one pass for any depth. The sizes part ways at
+    the first experts; what is below them is computed once for all.
 
     Args:
         batches: calibration documents; padding is left out of the scores.
         document_group_U: int64, the group of each document.
-        counts: for each layer, experts to keep, shared ones included (`experts_kept`).
+        sizes: of each, for each layer experts to keep, shared ones included (`experts_kept`).
         track: shows progress.
         domains: of each group, whose exclusive experts stay; none by default.
     Raises:
         UserError: counts that the model cannot keep, or a group without tokens.
     """
-    check_counts(model.config, counts)
+    for counts in sizes:
+        check_counts(model.config, counts)
     device, shared = model.head.weight.device, model.config.experts.shared
     document_group_U = document_group_U.to(device)
     carried = [
@@ -118,24 +139,43 @@ def greedy_ranking(
         for batch in track(batches, "reading calibration documents")
     ]
     own = own_experts(model.config, domains or [""] * num_groups)
+    # Groups of each size, [X, J, N] a layer.
     subsets: list[Tensor] = []
     scores: list[Tensor] = []
-    for layer, (block, count) in enumerate(zip(model.blocks, counts, strict=True)):
-        for state in track(carried, f"ranking experts of layer {layer + 1}/{len(counts)}"):
+    num_layers = model.config.num_layers
+    for layer, block in enumerate(model.blocks):
+        for state in track(carried, f"ranking experts of layer {layer + 1}/{num_layers}"):
             state.x_BSD = block.attend(state.x_BSD, state.view)
         num_routed = model.config.routed_in_layer(layer)
-        score_JN = torch.zeros(num_groups, 0, dtype=torch.float64, device=device)
-        chosen_JN = score_JN.bool()
+        score_XJN = torch.zeros(len(sizes), num_groups, 0, dtype=torch.float64, device=device)
+        chosen_XJN = score_XJN.bool()
         if num_routed:
-            score_JN = _mean_routing(block, carried, num_groups)
-            chosen_JN = best_experts(score_JN, own[layer].to(device), count - shared)
-        subsets.append(chosen_JN)
-        scores.append(score_JN)
-        if layer + 1 < len(counts):
+            score_JN = _mean_routing(block, carried, num_groups * (len(sizes) if layer else 1))
+            score_XJN = score_JN.unflatten(0, (-1, num_groups)).expand(len(sizes), -1, -1)
+            own_JN = own[layer].to(device)
+            chosen_XJN = torch.stack(
+                [
+                    best_experts(of_size_JN, own_JN, counts[layer] - shared)
+                    for of_size_JN, counts in zip(score_XJN, sizes, strict=True)
+                ]
+            )
+        if layer == 0:
+            carried = [
+                replace(state, group_G=state.group_G + size * num_groups)
+                for size in range(len(sizes))
+                for state in carried
+            ]
+        subsets.append(chosen_XJN)
+        scores.append(score_XJN)
+        if layer + 1 < num_layers:
             for state in carried:
-                request = LayerRequest(kept_GN=chosen_JN[state.group_G] if num_routed else None)
+                kept_GN = chosen_XJN.flatten(0, 1)[state.group_G] if num_routed else None
+                request = LayerRequest(kept_GN=kept_GN)
                 state.x_BSD, _ = block.use_experts(state.x_BSD, state.batch, request)
-    return tuple(subsets), tuple(scores)
+    return [
+        (tuple(mask_XJN[x] for mask_XJN in subsets), tuple(score_XJN[x] for score_XJN in scores))
+        for x in range(len(sizes))
+    ]
 
 
 @dataclass
@@ -145,7 +185,7 @@ class _Carried:
     batch: PackedBatch
     view: TokenView
     group_G: Tensor
-    """int64: the group of each document."""
+    """int64: the group of each document; those of the second size follow those of the first."""
     x_BSD: Tensor
     """Hidden states, as far as the layers have run."""
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from emotrain.batch import PackedBatch
+from emotrain.evaluation.measure import choose_device, group_of_each, mean_increase, precision_on
 from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack
 from emotrain.evaluation.reading import DomainDocuments, read_domains
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import choose_device, group_of_each, mean_increase, precision_on
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.progress import Track, untracked
 from emotrain.training.checkpoint import find, load_model
 from emotrain.training.checkpoint_folders import read_config
@@ -33,7 +33,7 @@ class DomainChange:
 
 
 def read_held_out(
-    checkpoint: str | Path, data: str | Path, settings: SweepSettings
+    checkpoint: str | Path, data: str | Path, settings: EvaluationSettings
 ) -> dict[str, DomainDocuments]:
     """The documents of a prepared data set on which `changes` measures a checkpoint.
 

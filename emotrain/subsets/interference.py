@@ -20,16 +20,16 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.errors import UserError
-from emotrain.evaluation.perplexity import document_losses, pack_groups
-from emotrain.evaluation.reading import read_domains
-from emotrain.evaluation.settings import SweepSettings
-from emotrain.evaluation.sweep import (
+from emotrain.evaluation.measure import (
     choose_device,
     group_of_each,
     mean_increase,
     precision_on,
     rows_of,
 )
+from emotrain.evaluation.perplexity import document_losses, pack_groups
+from emotrain.evaluation.reading import read_domains
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.model.transformer import Transformer
 from emotrain.modular.algebra import Operand, combine, read_operands
 from emotrain.modular.artefact import Subset
@@ -114,7 +114,7 @@ def interference(
         require_same_model(operand.subset, folder, config)
     whole = extra[0].subset if extra else combine("union", operands)
     names = _domains(operands, domains)
-    settings = SweepSettings(
+    settings = EvaluationSettings(
         calibration_documents=1,
         documents=documents,
         document_tokens=document_tokens,

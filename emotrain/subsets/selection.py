@@ -13,8 +13,8 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig
 from emotrain.errors import UserError
+from emotrain.evaluation.measure import choose_device, rows_of
 from emotrain.evaluation.perplexity import pack
-from emotrain.evaluation.sweep import choose_device, rows_of
 from emotrain.files import sha256_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Calibration, Subset, kept_of

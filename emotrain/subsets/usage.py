@@ -9,8 +9,8 @@ import torch
 
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
+from emotrain.evaluation.measure import choose_device, rows_of
 from emotrain.evaluation.perplexity import pack
-from emotrain.evaluation.sweep import choose_device, rows_of
 from emotrain.modular.scores import collect_scores
 from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import read_calibration

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config
+from emotrain.config import Config, ModelConfig
 from emotrain.errors import UserError
-from emotrain.evaluation.perplexity import DocumentLosses, autocast, document_losses, pack_groups
+from emotrain.evaluation.perplexity import DocumentLosses, autocast, losses_of_arms, pack_groups
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.results import (
@@ -37,11 +37,11 @@ from emotrain.evaluation.results import (
     DomainLosses,
     Evaluation,
     ExpertCounts,
+    Measurement,
     RoutingSummary,
     SubsetLosses,
-    SweepResult,
 )
-from emotrain.evaluation.settings import SweepSettings
+from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.tables import tables
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
@@ -49,7 +49,7 @@ from emotrain.modular.counts import counted_experts, experts_kept
 from emotrain.modular.select import (
     Subsets,
     cross_domain,
-    greedy_select,
+    greedy_rankings,
     own_experts,
     random_select,
 )
@@ -66,7 +66,7 @@ arm; None without runs."""
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,
-    settings: SweepSettings | None = None,
+    settings: EvaluationSettings | None = None,
     *,
     device: str = "auto",
     micro_batch: int = 0,
@@ -85,7 +85,7 @@ def evaluate(
         ValueError: settings, checkpoint or data that cannot be used; FileNotFoundError: one of them
             is not there.
     """
-    settings = settings or SweepSettings()
+    settings = settings or EvaluationSettings()
     rows_of(micro_batch, 1)
     target = choose_device(device)
     checkpoint_folder = find(checkpoint)
@@ -95,7 +95,7 @@ def evaluate(
     domains = read_domains(data, config, checkpoint_folder, settings)
     if folder is not None:
         make_writable(folder)
-    result = sweep(
+    result = measure(
         model,
         domains,
         settings,
@@ -116,68 +116,64 @@ def evaluate(
 
 
 @torch.no_grad()
-def sweep(
+def measure(
     model: Transformer,
     domains: Mapping[str, DomainDocuments],
-    settings: SweepSettings,
+    settings: EvaluationSettings,
     row_length: int,
     rows_per_batch: int,
     precision: torch.dtype | None = None,
     track: Track[PackedBatch] = untracked,
-) -> SweepResult:
-    """Select experts for all domains at once and measure every arm; see `evaluate`."""
-    names = sorted(domains)
-    exclusive = [name if name in dict(model.config.experts.exclusive) else "" for name in names]
+) -> Measurement:
+    """Select experts for all domains and shares at once, and measure every arm in one pass; see
+    `evaluate`."""
+    names, has_own = sorted(domains), dict(model.config.experts.exclusive)
+    exclusive = [name if name in has_own else "" for name in names]
 
-    def packed(documents: Sequence[Sequence[np.ndarray]]) -> tuple[list[PackedBatch], Tensor]:
-        mask = model.config.attention.document_mask
-        batches = pack_groups(documents, exclusive, row_length, rows_per_batch, mask)
-        return batches, group_of_each(documents)
+    def packed(documents: Sequence[Sequence[np.ndarray]], copies: int = 1) -> list[PackedBatch]:
+        rows, mask = max(1, rows_per_batch // copies), model.config.attention.document_mask
+        return pack_groups(documents, exclusive, row_length, rows, mask)
 
-    calibration_batches, calibration_group_U = packed([domains[n].calibration for n in names])
-    batches, group_U = packed([domains[name].held_out for name in names])
-    own = own_experts(model.config, exclusive)
     counts = {
         str(float(fraction)): experts_kept(model.config, fraction)
         for fraction in sorted(set(settings.keep), reverse=True)
     }
-
-    def losses(subsets: Subsets | None, description: str) -> DocumentLosses:
-        subsets = None if subsets is None else _with_own(subsets, own)
-        return document_losses(model, batches, group_U, subsets, track, description, precision)
-
-    def select(keep: str) -> Subsets:
-        groups = calibration_group_U, len(names), counts[keep]
+    everything = counted_experts(model.config)
+    sizes = {keep: kept for keep, kept in counts.items() if kept != everything}
+    selected: dict[str, Subsets] = {}
+    if sizes:
+        documents = [domains[name].calibration for name in names]
+        groups = group_of_each(documents), len(names), list(sizes.values())
         with autocast(model.head.weight.device, precision):
-            return greedy_select(model, calibration_batches, *groups, track, exclusive)
-
-    full = losses(None, "full model")
-    arms: ArmLosses = {}
-    for keep, kept in counts.items():
-        if kept == counted_experts(model.config):
-            # Nothing is left out: every arm is the full model, by definition and bit for bit.
-            arms[keep] = {
-                arm: full.loss_U if _has_arm(arm, settings, len(names)) else None for arm in ARMS
-            }
-            continue
-        selected = select(keep)
-        shifts = range(1, len(names))[: 1 if settings.cross_domain == "next" else None]
-        subsets_of = {
-            "selected": [selected],
-            "random": [
-                random_select(model.config, len(names), kept, settings.seed + run)
-                for run in range(settings.random_seeds)
-            ],
-            "cross_domain": [cross_domain(selected, shift) for shift in shifts],
-        }
-        arms[keep] = {
-            arm: _mean(
-                [losses(subsets, f"keep {keep}, {arm}").loss_U for subsets in subsets_of[arm]]
-            )
+            found = greedy_rankings(model, packed(documents), *groups, track, exclusive)
+        selected = {keep: subsets for keep, (subsets, _) in zip(sizes, found, strict=True)}
+    own = own_experts(model.config, exclusive)
+    runs = {
+        (keep, arm): [with_own(subsets, own) for subsets in of_arm]
+        for keep, kept in sizes.items()
+        for arm, of_arm in _arms(model.config, selected[keep], kept, settings).items()
+    }
+    each = [None, *(subsets for of_arm in runs.values() for subsets in of_arm)]
+    documents = [domains[name].held_out for name in names]
+    group_U, batches = group_of_each(documents), packed(documents, len(each))
+    what = f"full model and {len(each) - 1} subsets"
+    full, *others = losses_of_arms(
+        model, batches, group_U, each, track, what, precision, rows_per_batch
+    )
+    rest = iter(others)
+    losses = {key: _mean([next(rest).loss_U for _ in of_arm]) for key, of_arm in runs.items()}
+    # Where nothing is left out, every arm is the full model, by definition and bit for bit.
+    arms: ArmLosses = {
+        keep: {
+            arm: losses[keep, arm]
+            if keep in sizes
+            else (full.loss_U if _has_arm(arm, settings, len(names)) else None)
             for arm in ARMS
         }
+        for keep in counts
+    }
     by_domain, mean = _summary(names, domains, full, arms, group_U)
-    return SweepResult(
+    return Measurement(
         settings=dataclasses.replace(
             settings, keep=tuple(map(float, counts)), domains=tuple(names)
         ),
@@ -191,6 +187,22 @@ def sweep(
         mean=mean,
         routing=routing_summary(full, group_U, len(names)),
     )
+
+
+def _arms(
+    config: ModelConfig, selected: Subsets, kept: Sequence[int], settings: EvaluationSettings
+) -> dict[Arm, list[Subsets]]:
+    """The subsets of each arm that keep as many experts, one a run."""
+    num_groups = len(selected[0])
+    shifts = range(1, num_groups)[: 1 if settings.cross_domain == "next" else None]
+    return {
+        "selected": [selected],
+        "random": [
+            random_select(config, num_groups, kept, settings.seed + run)
+            for run in range(settings.random_seeds)
+        ],
+        "cross_domain": [cross_domain(selected, shift) for shift in shifts],
+    }
 
 
 def _summary(
@@ -295,7 +307,7 @@ def group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(documents)), lengths)
 
 
-def _with_own(subsets: Subsets, own: Subsets) -> Subsets:
+def with_own(subsets: Subsets, own: Subsets) -> Subsets:
     """Subsets with the exclusive experts of each domain, which are in all that it gets."""
     return tuple(a_JN | b_JN.to(a_JN.device) for a_JN, b_JN in zip(subsets, own, strict=True))
 
@@ -304,7 +316,7 @@ def _mean(runs: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(runs)).mean(dim=0) if runs else None
 
 
-def _has_arm(arm: Arm, settings: SweepSettings, num_groups: int) -> bool:
+def _has_arm(arm: Arm, settings: EvaluationSettings, num_groups: int) -> bool:
     return {"selected": True, "random": settings.random_seeds > 0, "cross_domain": num_groups > 1}[
         arm
     ]
