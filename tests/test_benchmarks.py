@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from emotrain.analysis.cluster import ClusterSettings
+from emotrain.config import config_from_dict
+from emotrain.training.checkpoint import find
+from emotrain.training.run import train
+from tests.conftest import tiny_settings
 from tests.processes import run_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -216,6 +221,43 @@ def test_placement_trains_both_models_and_prints_rows_and_load(
     given = ["--checkpoints", str(tmp_path / "emo"), str(tmp_path / "standard")]
     assert placement.main([*folders, *sizes, "--json", *given]) == 0
     assert json.loads(capsys.readouterr().out) == result
+
+
+def test_clusters_compares_the_pair(tiny_data, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import clusters
+
+    for name in ("emo", "stdmoe"):
+        settings = tiny_settings(tiny_data, tmp_path / "pair" / name, steps=2)
+        if name == "stdmoe":
+            settings["model"]["router"]["pool"] = {"kind": "none"}
+        train(config_from_dict(settings))
+    capsys.readouterr()
+    all_of = clusters.variants_of
+    found = all_of(ClusterSettings(4), find(tmp_path / "pair/emo"))
+    assert list(found) == [
+        *("layer 0 alone", "layer 1 alone", "2 clusters", "8 clusters", "held-out documents")
+    ]
+    monkeypatch.setattr(
+        clusters, "variants_of", lambda *given: dict(list(all_of(*given).items())[1:3])
+    )
+    out, few = tmp_path / "out", ["--clusters", "4", "--documents", "60", "--seeds", "2"]
+    command = [str(tmp_path / "pair"), "--data", str(tiny_data), "--out", str(out), *few]
+    assert clusters.main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result == json.loads((out / "clusters.json").read_text())
+    for key in ("domain_nmi", "token_identity_nmi", "document_domain_nmi"):
+        by_seed = [of[key] for of in result["models"]["EMO"]["by_seed"]]
+        assert result[f"emo_{key}"] == pytest.approx(sum(by_seed) / 2)
+        difference = result[f"emo_{key}"] - result[f"standard_{key}"]
+        assert result[f"emo_minus_standard_{key}"] == pytest.approx(difference)
+    variants = result["models"]["standard MoE"]["variants"]
+    assert list(variants) == ["layer 1 alone", "2 clusters"]
+    assert variants["layer 1 alone"]["documents"] == 60
+    assert {path.name for path in out.iterdir()} == {
+        f"clusters.{ending}" for ending in ("json", "md", "csv", "png")
+    }
 
 
 def test_lazy_experts_prints_memory_speed_and_the_cost_of_a_cold_expert():

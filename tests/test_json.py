@@ -52,6 +52,8 @@ KEYS = {
     "report": "report",
     "locality": "format checkpoint step data settings routed_experts_per_layer experts_per_token "
     "documents tokens overall domains layers curve compared_with",
+    "cluster": "format domain_nmi domain_ami domain_nmi_shuffled domain_purity token_identity_nmi "
+    "token_identity_ami document_domain_nmi checkpoint step data split documents tokens levels",
     "placement": "format checkpoint step data ep rows_per_token contiguous_rows_per_token "
     "rows_over_contiguous load_max_over_mean exchange_load_max_over_mean layers",
     "plan": "gpu nodes gpus_per_node fits peak_gib usable_gib memory_gib tokens_per_second_per_gpu "
@@ -93,6 +95,7 @@ def test_json_is_all_of_stdout_with_stable_keys(
         "evaluate": [run_dir, "--data", data, "--keep", 0.5, "--random-seeds", 0],
         "report": [run_dir],
         "locality": [run_dir, "--data", data, "--documents", 2],
+        "cluster": [run_dir, "--data", data, "--clusters", 4],
         "placement": [run_dir, "--data", data, "--ep", 2, "--out", tmp_path / "placement.json"],
         "plan": [config, "--gpus-per-node", 1],
         "verify": [run_dir],

@@ -20,6 +20,7 @@ COMMANDS = {
     "subsets": "combine subsets: union, merge and others, what they share, what each loses",
     "report": "write a run's curves and subsets as one HTML page",
     "locality": "measure how few experts serve a document: hit rates of caches and pins",
+    "cluster": "group documents and tokens by their experts: subjects, or words?",
     "placement": "choose which experts share a rank, so that fewer tokens travel",
     "plan": "predict memory, traffic and speed of a run on a cluster without one",
     "verify": "check a checkpoint's files against its checksums",
