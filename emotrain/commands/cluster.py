@@ -32,9 +32,9 @@ The folder has clusters.parquet (a row a document), tokens.parquet (a row a toke
 .md, and two pictures with their numbers as .csv. docs/analysis.md says what is in them.
 
 Reading it: normalised mutual information (NMI) is 1 where clusters are the labels and 0 where they
-know nothing of them; `shuffled` is what labels in any order give. Modules have a high domain_nmi
-and a low token_identity_nmi. Both are of the clusters of tokens; document_domain_nmi is of those of
-documents, in which the words of 100 tokens come together, and is high for every model."""
+know nothing of them; `shuffled` is what labels in any order give. Experts that have learned
+subjects give a high domain_nmi and a low token_identity_nmi. Both are of the clusters of tokens;
+document_domain_nmi is of those of documents."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
