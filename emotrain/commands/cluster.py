@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from emotrain.analysis.cluster import ClusterSettings, cluster
     from emotrain.analysis.cluster_tables import cluster_tables, write_clusters
-    from emotrain.evaluation.sweep import default_folder
+    from emotrain.evaluation.measure import default_folder
     from emotrain.files import make_writable
     from emotrain.training.checkpoint import find
 
