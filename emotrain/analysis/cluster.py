@@ -28,8 +28,8 @@ from emotrain.data.document_clusters import Origin
 from emotrain.data.formats import Dataset
 from emotrain.data.manifest import TOKENIZER
 from emotrain.errors import UserError
-from emotrain.evaluation.reading import check_vocabulary
 from emotrain.evaluation.measure import choose_device, rows_of
+from emotrain.evaluation.reading import check_vocabulary
 from emotrain.progress import Track, untracked
 from emotrain.training.checkpoint import find, load_model, load_state
 from emotrain.training.checkpoint_folders import identity, read_config

@@ -14,8 +14,8 @@ import torch
 from emotrain.analysis.spherical import row_blocks
 from emotrain.config import Config
 from emotrain.errors import WriteError
-from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.evaluation.measure import precision_on
+from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.model.router import RoutingRequest, route
 from emotrain.model.transformer import Transformer
 from emotrain.progress import Track, untracked
