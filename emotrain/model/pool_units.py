@@ -53,7 +53,7 @@ def pool_units(pool: PoolConfig, batch: PackedBatch) -> PoolUnits:
     """The units of a batch by `pool.unit` and `pool.chosen_by`. Their number follows from the shape
     of the batch, so that no host waits for it; some have no tokens."""
     document_T = batch.document_T
-    place_T, length_T = _places(document_T, batch.num_documents)
+    place_T, length_T = places(document_T, batch.num_documents)
     unit_T, per_document = document_T, 1
     if pool.unit != "document":
         size = _number(pool.unit)
@@ -76,7 +76,7 @@ def pool_units(pool: PoolConfig, batch: PackedBatch) -> PoolUnits:
     return PoolUnits(unit_T, units // per_document, chooser_U, counts_T)
 
 
-def _places(document_T: Tensor, num_documents: int) -> tuple[Tensor, Tensor]:
+def places(document_T: Tensor, num_documents: int) -> tuple[Tensor, Tensor]:
     """The place of each token in its document, from 0, and the length of that, both int64 [T].
     Documents follow one another."""
     length_G = document_T.new_zeros(num_documents)
