@@ -87,16 +87,34 @@ def read_plan(file: Path) -> Plan:
         raise UserError(f"{file}: not readable as a plan ({reason})") from None
     _check_keys(file, "the plan", plan, PLAN_KEYS, {"base", "standard", "rows"})
     _check_keys(file, "rows", plan["rows"], None, {plan["standard"]})
-    rows = []
+    rows: list[Row] = []
     for name, row in plan["rows"].items():
         _check_keys(file, f"row {name!r}", row, ROW_KEYS, set())
         begins = row.get("from", "")
         if begins and begins not in [of.name for of in rows]:
             raise UserError(f"{file}: row {name!r} is from {begins!r}, which is no row above it")
-        seeds = tuple(row.get("seeds", plan.get("seeds", [0])))
-        keep = tuple(row.get("keep", plan.get("keep", [])))
-        rows.append(Row(str(name), tuple(row.get("settings", ())), seeds, keep, begins))
+        seeds, keep = (
+            row.get(key, plan.get(key, otherwise))
+            for key, otherwise in (("seeds", [0]), ("keep", []))
+        )
+        settings = row.get("settings", [])
+        for what, values, fits in (
+            ("a list of key=value settings", settings, lambda of: isinstance(of, str)),
+            ("seeds, a list of numbers from 0", seeds, lambda of: type(of) is int and of >= 0),
+            (
+                "shares to keep, a list of numbers below 1",
+                keep,
+                lambda of: isinstance(of, float) and 0 < of < 1,
+            ),
+        ):
+            if not isinstance(values, list) or not all(map(fits, values)):
+                raise UserError(f"{file}: row {name!r} needs {what}, not {values!r}")
+        rows.append(Row(str(name), tuple(settings), tuple(seeds), tuple(keep), begins))
     return Plan(Path(plan["base"]), plan["standard"], tuple(rows))
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < 1
 
 
 def _check_keys(
@@ -129,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--documents", type=int, default=24, help="of a domain (%(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing, write the tables")
     add_json(parser)
-    args = parser.parse_args(arguments)
+    # Settings may stand after options.
+    args = parser.parse_intermixed_args(arguments)
     return guarded(lambda: run(args))
 
 
@@ -270,7 +289,7 @@ def summary(plan: Plan, out: Path) -> dict[str, Any]:
         for row in plan.rows
     }
     standard = cells[plan.standard]
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for row in plan.rows:
         found = cells[row.name]
         for seed, values in found.items():
