@@ -11,7 +11,7 @@ EVALUATE ?= --documents 8 --calibration-documents 6 --document-tokens 512
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-long lint modularity benchmarks cluster-benchmarks clean
+.PHONY: help install quickstart test test-long lint modularity ablations benchmarks cluster-benchmarks clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ lint: $(VENV)/.installed  ## the formatter, the linter and the type checker, non
 
 modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
 	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity
+
+ablations: $(DATA)/dataset.json  ## which pool teaches modules best: some 25 runs of the quickstart's size, resumable
+	$(BIN)/python benchmarks/ablations.py configs/ablations/pools.yaml --data $(DATA)
 
 benchmarks: $(DATA)/dataset.json  ## router, step and expert timings, also against transformers (on an idle machine), and the kernels' roofline
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e '.[bench]'
