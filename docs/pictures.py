@@ -218,6 +218,7 @@ ROOMS = (
     ("analysis", "what experts learned: clusters, coverage"),
     ("generation", "KV cache, sampling, continuous batching"),
     ("serving", "subsets of one model over HTTP"),
+    ("sweeps", "evaluations of many models and subsets"),
     ("planning", "dry run, cost model, search of layouts"),
     ("commands", "the subcommands of emotrain"),
 )

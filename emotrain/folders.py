@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +117,22 @@ class StagedFolder:
 
 def _hidden(path: Path, why: str, token: str = "") -> Path:
     return path.with_name(f".{path.name}.{why}-{token or secrets.token_hex(4)}")
+
+
+@contextmanager
+def exclusive_lock(path: Path) -> Iterator[bool]:
+    """Within the block no other process has this lock file -> whether that is so. The lock ends
+    with the process, however that ends. On a file system without locks there is a warning."""
+    with open(path, "a") as lock:
+        alone = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                alone = False
+            else:
+                log.warning("%s: this file system has no locks (%s)", path.parent, error.strerror)
+        yield alone
 
 
 def exchange(one: Path, other: Path) -> None:

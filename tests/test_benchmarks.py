@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from emotrain.analysis.cluster import ClusterSettings
-from emotrain.config import config_from_dict
+from emotrain.config import config_from_dict, save_config
 from emotrain.training.checkpoint import find
 from emotrain.training.run import train
 from tests.conftest import tiny_settings
@@ -315,3 +315,28 @@ def test_generation_prints_its_ratios():
         "subset_over_full",
     ):
         assert result[key] > 0
+
+
+def test_evaluate_counts_what_is_shared_and_changes_no_number(tiny_data, tmp_path):
+    settings = tiny_settings(tiny_data, tmp_path / "run")
+    settings["model"]["init_std"] = 0.3
+    save_config(config_from_dict(settings), tmp_path / "config.yaml")
+    done = run_script(
+        BENCHMARKS / "evaluate.py",
+        *("--json", "--data", str(tiny_data), "--config", str(tmp_path / "config.yaml")),
+        *("--documents", "3", "--calibration-documents", "2", "--document-tokens", "24"),
+        *("--keep", "1.0", "0.75", "0.5"),
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    terms = result["terms_forward_equivalents"]
+    assert sum(terms.values()) == pytest.approx(result["forward_equivalents"])
+    assert terms["full model"] == 1 and terms["arms, first attention"] == 0
+    # Six arms do the whole head and the second of two layers; a pass of its own is a full one.
+    share = result["forward_share_by_part"]
+    assert terms["arms, head"] == pytest.approx(6 * share["head"])
+    before = 7 + result["before_selection_forward_equivalents"]
+    assert result["before_forward_equivalents"] == pytest.approx(before)
+    saved = 6 * share["attention"] / 2
+    assert result["forward_equivalents"] < before - saved
+    assert result["largest_difference_nats"] < 1e-5

@@ -227,6 +227,7 @@ ROOMS = (
     "analysis",
     "generation",
     "serving",
+    "sweeps",
     "planning",
     "commands",
 )

@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train EMO, a standard MoE or a dense model",
     "inspect": "count a configuration's parameters, memory and FLOPs without building it",
     "evaluate": "loss of each domain with all experts and with its best subsets",
+    "sweep": "evaluate many models, subsets and seeds, as tables and figures",
     "select": "choose the experts that some text needs, as one small file",
     "extract": "write a checkpoint with only the experts of a subset",
     "experts": "add, remove and list experts that one domain has to itself",

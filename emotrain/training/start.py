@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.folders import exclusive_lock
 from emotrain.modular.placement import check_orders, read_fitting
 from emotrain.training.checkpoint_folders import (
     TrainingState,
@@ -122,27 +121,18 @@ def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         UserError: another run holds it. On all ranks.
     """
-    lock, problem = None, None
-    if ranks.is_first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(run_dir / LOCK, "a")  # noqa: SIM115 - it lives as long as the block
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+    problem = None
+    with ExitStack() as stack:
+        if ranks.is_first:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if not stack.enter_context(exclusive_lock(run_dir / LOCK)):
                 problem = (
                     f"{run_dir}: another process trains in this folder; wait for its end or choose "
                     f"another training.run_dir"
                 )
-            else:
-                log.warning("%s: this file system has no locks (%s)", run_dir, error.strerror)
-    try:
         if problem := next(filter(None, ranks.gather(problem)), None):
             raise UserError(problem)
         yield
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def find_source(config: Config, ranks: Ranks) -> Source | None:
