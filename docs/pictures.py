@@ -216,6 +216,7 @@ ROOMS = (
     ("evaluation", "loss of expert subsets; the report"),
     ("subsets", "experts chosen and taken out"),
     ("analysis", "what experts learned: clusters, coverage"),
+    ("explorer", "documents and experts as a page to look at"),
     ("generation", "KV cache, sampling, continuous batching"),
     ("serving", "subsets of one model over HTTP"),
     ("sweeps", "evaluations of many models and subsets"),

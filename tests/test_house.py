@@ -93,6 +93,8 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         "deepspeed",
         "vllm",
         "sklearn",
+        "umap",
+        "playwright",
         "scipy",
         "prometheus_client",
     }
@@ -225,6 +227,7 @@ ROOMS = (
     "evaluation",
     "subsets",
     "analysis",
+    "explorer",
     "generation",
     "serving",
     "sweeps",
