@@ -4,7 +4,8 @@ seed and tokens.
 Trains both (in parallel, one core each by default), evaluates both with the same held-out documents
 and the same subset sizes, and prints both curves: loss increase by share of experts kept, for each
 domain and on average, with two controls (random experts, and the experts of another domain). Writes
-modularity.json, modularity.md and modularity.png. Interrupted, it goes on where it was.
+modularity.json, modularity.md, modularity.png and its numbers as modularity.csv. Interrupted, it
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.evaluation.plots import subset_figure
-    from emotrain.evaluation.tables import domain_table, mean_table
+    from emotrain.evaluation.tables import domain_table, mean_table, subset_csv
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -84,9 +85,10 @@ def run(args: argparse.Namespace) -> int:
         encoding="utf-8",
     )
     (out / "modularity.png").write_bytes(subset_figure(evaluations))
+    (out / "modularity.csv").write_text(subset_csv(evaluations), encoding="utf-8")
     (out / "modularity.json").write_text(json_text(whole, indent=1), encoding="utf-8")
     print((out / "modularity.md").read_text(encoding="utf-8"), file=sys.stderr)
-    print(f"results in {out}/modularity.md, .png and .json", file=sys.stderr)
+    print(f"results in {out}/modularity.md, .png, .csv and .json", file=sys.stderr)
     if args.json:
         print(json_text(whole))
     return 0

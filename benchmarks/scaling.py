@@ -290,7 +290,7 @@ def plan_tables(rows: Sequence[dict[str, Any]]) -> str:
 def plan_figure(rows: Sequence[dict[str, Any]]) -> bytes:
     """Tokens/s, gigabytes in collectives and memory of a GPU over their number: a line an ep, a
     row for each way to hold the batch."""
-    from emotrain.evaluation.plots import COLORS, png
+    from emotrain.evaluation.figures import COLORS, STYLES, png
 
     panels: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
         ("tokens/s a GPU", lambda row: row["tokens_per_second_per_gpu"]),
@@ -315,6 +315,7 @@ def plan_figure(rows: Sequence[dict[str, Any]]) -> bytes:
                         [row["gpus"] for row in found],
                         [value(row) for row in found],
                         color=COLORS[index],
+                        linestyle=STYLES[index % len(STYLES)],
                         label=f"ep {ep}",
                         linewidth=1.4,
                     )
@@ -337,7 +338,24 @@ def plan_figure(rows: Sequence[dict[str, Any]]) -> bytes:
         grid[0][0].legend(fontsize="small", frameon=False)
         figure.suptitle("A model (emotrain plan), not a measurement", fontsize="medium")
 
-    return png(draw, (11, 6.4), dark=False)
+    return png(draw, (11, 6.4))
+
+
+def plan_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The numbers of the picture."""
+    from emotrain.tables import csv_text
+
+    header = ("batch", "ep", "gpus", "tokens_per_second_per_gpu", "communication_bytes_per_step",
+              "peak_gib", "fits")  # fmt: skip
+    found = (row for row in rows if "impossible" not in row)
+    return csv_text(
+        header,
+        (
+            (*(row[key] for key in header[:4]), sum(row["communication_bytes_by_axis"].values()))
+            + (row["peak_gib"], row["fits"])
+            for row in found
+        ),
+    )
 
 
 def main() -> None:
@@ -434,8 +452,8 @@ def main() -> None:
     option("--jobs", type=int, default=2, help="layouts planned at a time (default: %(default)s)")
     option(
         "--out",
-        help="folder for scaling.json and, of the plan, scaling.md and scaling.png (needs "
-        "matplotlib)",
+        help="folder for scaling.json and, of the plan, scaling.md, scaling.png (needs "
+        "matplotlib) and its numbers as scaling.csv",
     )
     args = parser.parse_args()
     if args.full:
@@ -468,6 +486,7 @@ def main() -> None:
         if "plan" in results:
             (out / "scaling.md").write_text(plan_tables(results["plan"]), encoding="utf-8")
             (out / "scaling.png").write_bytes(plan_figure(results["plan"]))
+            (out / "scaling.csv").write_text(plan_csv(results["plan"]), encoding="utf-8")
     if timings:
         single = {
             key: value for key, value in results.items() if not isinstance(value, (dict, list))

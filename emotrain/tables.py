@@ -1,12 +1,15 @@
 """The one table: for a terminal, for a plain stream, for Markdown. (For HTML: the template of
-`emotrain.evaluation.report`.)"""
+`emotrain.report`.) And the one CSV."""
 
 from __future__ import annotations
 
+import csv
+import io
 import sys
 import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import rich.table
@@ -96,3 +99,12 @@ class Table:
 
 def _on_one_line(cell: str) -> str:
     return cell if cell.isprintable() else " ".join(cell.split())
+
+
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Comma-separated values with a header; None is an empty cell."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return stream.getvalue()

@@ -1,11 +1,9 @@
-"""`emotrain evaluate` and `emotrain report` on a run on disk: files, tables, pictures, and one
-line for every mistake."""
+"""`emotrain evaluate` on a run on disk: files, tables, pictures, and one line for every mistake."""
 
 import builtins
+import csv
 import json
 import re
-import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -20,7 +18,6 @@ from emotrain.evaluation.findings import findings
 from emotrain.evaluation.measure import measure
 from emotrain.evaluation.plots import subset_figure
 from emotrain.evaluation.reading import DomainDocuments
-from emotrain.evaluation.report import write_report
 from emotrain.evaluation.results import (
     ByArm,
     DomainLosses,
@@ -148,8 +145,20 @@ def test_evaluate_writes_its_files_and_prints_tables(run_dir, data, capsys):
     assert sorted(path.name for path in folder.iterdir()) == [
         "evaluation.json",
         "evaluation.md",
+        "subsets.csv",
         "subsets.png",
     ]
+    rows = list(csv.DictReader((folder / "subsets.csv").open(newline="", encoding="utf-8")))
+    assert {row["domain"] for row in rows} == {"", *DOMAINS}
+    [half] = [
+        row
+        for row in rows
+        if (row["domain"], row["share_kept"], row["arm"]) == ("law", "0.5", "random")
+    ]
+    losses = result["domains"]["law"]
+    for column in ("loss_nats", "increase_nats", "standard_error_nats"):
+        values = losses["subset_loss_nats" if column == "loss_nats" else column]["0.5"]
+        assert float(half[column]) == values["random"]
 
 
 def test_json_is_the_whole_of_stdout_and_the_same_as_the_file(run_dir, data, tmp_path, capsys):
@@ -239,66 +248,6 @@ def assert_refused(arguments, message, capsys):
         and printed.err.count("\n") == 1
         and not printed.out
     )
-
-
-class Page(HTMLParser):
-    """Tags that are open at the end, and everything the page would load."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.loads, self.images, self.text = [], [], 0, []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.loads += [
-            value
-            for key, value in attrs
-            if key in ("src", "srcset", "href") and not value.startswith("data:image/png;base64,")
-        ]
-        self.images += tag == "img"
-        if tag not in ("img", "meta", "source"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_the_report_is_one_page_that_loads_nothing(run_dir, data, capsys):
-    assert main(evaluate_arguments(run_dir, data)) == 0
-    assert main(["report", str(run_dir)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(run_dir / "report.html")
-    text = (run_dir / "report.html").read_text()
-    page = Page(text)
-    assert not page.open and not page.loads and page.images == 2
-    assert "<b>&" not in text and "code <b>&" in "".join(page.text)
-    assert "1 unreadable lines of metrics.jsonl" in text
-    result = read_evaluation(run_dir / "evaluation/evaluation.json")
-    for sentence in findings(result):
-        assert sentence in "".join(page.text)
-    assert f"{result.domains['law'].loss_nats:.3f}" in text
-
-
-def test_a_report_tells_what_is_not_there_yet(tmp_path):
-    run_dir = write_run(tmp_path / "run")
-    (run_dir / "metrics.jsonl").unlink()
-    text = write_report(run_dir).read_text()
-    assert "Not evaluated yet" in text and "No metrics yet" in text and Page(text).images == 0
-    (run_dir / "metrics.jsonl").write_text('{"step": 1, "something": 3}\n')
-    assert Page(write_report(run_dir).read_text()).images == 0, (
-        "metrics without known keys have no curves"
-    )
-
-
-def test_report_mistakes_are_one_line(run_dir, tmp_path, capsys):
-    assert_refused(["report", str(tmp_path / "nothing")], "no config.yaml here", capsys)
-    (run_dir / "evaluation").mkdir()
-    (run_dir / "evaluation/evaluation.json").write_text("{}")
-    assert_refused(["report", str(run_dir)], "not a result of `emotrain evaluate`", capsys)
-    assert not (run_dir / "report.html").exists()
 
 
 def result_with(selected, random, cross_domain, error=0.01):
@@ -405,15 +354,8 @@ def test_without_matplotlib_the_numbers_are_written_and_one_line_says_what_is_mi
     assert sorted(path.name for path in (run_dir / "evaluation").iterdir()) == [
         "evaluation.json",
         "evaluation.md",
+        "subsets.csv",
     ]
-    capsys.readouterr()
-    assert_refused(["report", str(run_dir)], "pip install 'emotrain[report]'", capsys)
-
-
-def test_without_jinja2_one_line_says_what_is_missing(run_dir, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    assert_refused(["report", str(run_dir)], "pip install 'emotrain[report]'", capsys)
-    assert not (run_dir / "report.html").exists()
 
 
 def test_many_domains_fit_one_plot():
@@ -423,8 +365,7 @@ def test_many_domains_fit_one_plot():
         for i in range(plots.MAX_NAMED_LINES + 2)
     }
     result = measure(tiny_model(), domains, EvaluationSettings(keep=(0.5,), random_seeds=0), 16, 4)
-    for dark in (False, True):
-        assert plots.subset_figure([("", result)], dark).startswith(PNG)
+    assert plots.subset_figure([("", result)]).startswith(PNG)
 
 
 def test_help_teaches(capsys):

@@ -372,7 +372,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("on_error", ["stop", "warn"])
 def test_metrics_that_cannot_be_written(on_error, tmp_path, said):
-    writer = MetricsWriter(tmp_path, 0, tensorboard=False, on_error=on_error)
+    writer = MetricsWriter(tmp_path, 0, on_error=on_error)
     writer._file.close()
     writer._file = FullDisk()
     if on_error == "stop":

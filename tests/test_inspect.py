@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from emotrain.cli import main
 from emotrain.config import load_config
-from emotrain.evaluation.report import headline
 from emotrain.inspection import describe, pool_text, run_costs
+from emotrain.report.facts import headline
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 EMO = (13_568_641_024, 1_489_045_504)
@@ -235,4 +235,4 @@ def test_a_rule_of_pools_that_is_new_has_its_name_said() -> None:
     router = dataclasses.replace(config.model.router, pool=pool)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, router=router))
     assert pool_text(config.model) == "above_mean"
-    assert headline(config, []).startswith("EMO with document pools of kind above_mean:")
+    assert headline(config).startswith("EMO with document pools of kind above_mean:")

@@ -10,8 +10,9 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from emotrain.evaluation import plots, report, tables
+from emotrain.evaluation import plots, tables
 from emotrain.evaluation.results import Evaluation
+from emotrain.report.page import write_report
 
 NAMES = ["notes $\\LaTeX$", "R$ and US$", "_misc", "<b>bold</b>", "[red]rich[/red]", "中文 🐍"]
 
@@ -102,7 +103,7 @@ def test_a_report_is_written_of_any_result(loss, tmp_path: Path, tiny_data):
             for table in ("increase_nats", "standard_error_nats"):
                 entry[table] = {keep: dict.fromkeys(arms) for keep, arms in entry[table].items()}
     (run_dir / "evaluation/evaluation.json").write_text(json.dumps(result))
-    page = report.write_report(run_dir).read_text()
+    page = write_report([run_dir]).path.read_text()
     assert ("are not finite" in page) == (loss is None) and "<b>bold" not in page
     assert "<i>run" not in page and "&lt;i&gt;run&lt;/i&gt;" in page
     assert (loss is None) or "&lt;b&gt;bold&lt;/b&gt;" in page and "[red]rich[/red]" in page

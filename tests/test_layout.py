@@ -372,5 +372,5 @@ def test_padding_changes_no_loss_gradient_or_statistic():
         )
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
     for key, values in results[0][1].items():
-        assert values == pytest.approx(results[1][1][key], rel=1e-12), key
+        assert np.array(values) == pytest.approx(np.array(results[1][1][key]), rel=1e-12), key
     torch.testing.assert_close(results[0][2], results[1][2], rtol=1e-9, atol=1e-13)

@@ -14,15 +14,16 @@ import pytest
 
 from emotrain.cli import main
 from emotrain.config import config_from_dict, save_config
-from emotrain.evaluation.report import subset_commands, write_report
 from emotrain.evaluation.results import read_evaluation
+from emotrain.report.page import write_report
+from emotrain.report.subsets import subset_commands
 from emotrain.training.run import train
 from tests.conftest import tiny_settings
 from tests.test_labels import result_of
 
 
 def commands_of(page: str) -> list[list[str]]:
-    block = re.search(r"<h2>Use a subset</h2>.*?<pre>(.*?)</pre>", page, re.DOTALL)
+    block = re.search(r"<h3>Use a subset</h3>.*?<pre>(.*?)</pre>", page, re.DOTALL)
     return [shlex.split(line) for line in html.unescape(block[1]).splitlines()] if block else []
 
 
@@ -32,7 +33,7 @@ def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("emotrain.commands.serve.run", lambda args: served.append(args) or 0)
     run_dir = tmp_path / "my runs" / "a & b"
     train(config_from_dict(tiny_settings(tiny_data, run_dir)))
-    before = commands_of(write_report(run_dir).read_text(encoding="utf-8"))
+    before = commands_of(write_report([run_dir]).path.read_text(encoding="utf-8"))
     assert str(tiny_data) in before[0] and not any("--domain" in words for words in before)
     words = ["evaluate", str(run_dir), "--data", str(tiny_data), "--keep", "0.25", "0.5"]
     assert main([*words, "--random-seeds", "0", "--documents", "2"]) == 0
@@ -40,7 +41,7 @@ def test_the_commands_of_a_report_run(tiny_data, tmp_path, capsys, monkeypatch):
     least = min(
         result.domains, key=lambda name: result.domains[name].increase("0.25", "selected")[0]
     )
-    commands = commands_of(write_report(run_dir).read_text(encoding="utf-8"))
+    commands = commands_of(write_report([run_dir]).path.read_text(encoding="utf-8"))
     assert [words[1] for words in commands] == [
         "select", "extract", "evaluate", "finetune", "generate", "reinsert", "serve",
     ]  # fmt: skip
@@ -77,9 +78,9 @@ def test_a_run_without_subsets_or_checkpoints_names_no_commands(tmp_path):
     settings = tiny_settings(tmp_path / "data", tmp_path / "run")
     (tmp_path / "run").mkdir()
     save_config(config_from_dict(settings), tmp_path / "run/config.yaml")
-    assert not commands_of(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert not commands_of(write_report([tmp_path / "run"]).path.read_text(encoding="utf-8"))
     (tmp_path / "run/checkpoints/step-00000001").mkdir(parents=True)
-    assert commands_of(write_report(tmp_path / "run").read_text(encoding="utf-8"))
+    assert commands_of(write_report([tmp_path / "run"]).path.read_text(encoding="utf-8"))
     for change in ({"routed": 0, "top_k": 0}, {"sharing": "all"}):
         experts = {**settings["model"]["experts"], **change}
         pool = {"kind": "none"} if "routed" in change else {"min": 2, "max": 7}

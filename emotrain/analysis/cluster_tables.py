@@ -19,7 +19,7 @@ from emotrain.data.document_clusters import (
     TOKENS,
     write_columns,
 )
-from emotrain.evaluation.plots import COLORS, png
+from emotrain.evaluation.figures import COLORS, png
 from emotrain.evaluation.tables import plain
 from emotrain.files import json_text, write_whole
 from emotrain.tables import Table
@@ -176,7 +176,7 @@ def agreement_figure(models: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
         if len(models) > 1:
             panels[0].legend(fontsize="small", frameon=False)
 
-    return png(draw, (10, 4), False)
+    return png(draw, (10, 4))
 
 
 def agreement_csv(models: Sequence[tuple[str, dict[str, Any]]]) -> str:
@@ -216,7 +216,7 @@ def domains_figure(result: ClusterResult) -> bytes:
 
     clusters = max(len(result.token.by_cluster), len(result.document.by_cluster))
     size = min(40, 4 + 0.28 * clusters), min(40, 3 + 0.5 * len(domains))
-    return png(draw, size, False)
+    return png(draw, size)
 
 
 def domains_csv(result: ClusterResult) -> str:

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder for evaluation.json, evaluation.md and subsets.png (default: "
-        "RUN_DIR/evaluation)",
+        help="folder for evaluation.json, evaluation.md, subsets.png and its numbers as "
+        "subsets.csv (default: RUN_DIR/evaluation)",
     )
     add_json(parser)
 

@@ -1,29 +1,57 @@
-"""`emotrain report`: the curves and subsets of a run as one HTML page."""
+"""`emotrain report`: a run, or several beside each other, as one HTML page."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
-from emotrain.commands.common import add_json, finish
-from emotrain.evaluation.report import write_report
+from emotrain.commands.common import add_json, finish, output_file
 
+DESCRIPTION = """\
+Write one page of a run, from the files in its folder: what stands out, curves of loss, experts and
+speed, the load of every expert, subsets, settings, data and environment. Several runs are compared
+on one page. The page is one file: it loads nothing, and every plot has its numbers as CSV. A run
+that is still going on can be looked at, too."""
 EPILOG = """\
-example:
-  emotrain evaluate runs/quickstart --data data/sample
-  emotrain report runs/quickstart"""
+examples:
+  emotrain report runs/quickstart
+  emotrain report runs/emo runs/standard --out comparison.html
+  emotrain report runs/mine --base configs/quickstart.yaml"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = DESCRIPTION
+    parser.epilog = EPILOG
     parser.add_argument(
-        "run_dir",
-        metavar="RUN_DIR",
-        help="training.run_dir of a run; the page is written there as report.html",
+        "runs", metavar="RUN_DIR", nargs="+", help="training.run_dir of a run; several are compared"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="the page (default: RUN_DIR/report.html; for several runs comparison.html in the "
+        "first one's folder)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="CONFIG",
+        help="configuration file to compare the settings with (default: the defaults)",
     )
     add_json(parser)
-    parser.epilog = EPILOG
 
 
 def run(args: argparse.Namespace) -> int:
-    page = str(write_report(args.run_dir))
-    finish(args, {"report": page}, page)
+    from emotrain.config import load_config
+    from emotrain.report.page import write_report
+
+    out = output_file(args.out, "report.html") if args.out else None
+    base = (args.base, load_config(args.base)) if args.base else None
+    report = write_report(args.runs, out, base)
+    look = [finding for finding in report.findings if finding.kind == "look"]
+    result = {
+        "report": str(report.path),
+        "runs": report.runs,
+        "findings": [asdict(finding) for finding in report.findings],
+    }
+    lines = [*(f"look at this: {f.run}: {f.text}" for f in look), str(report.path)]
+    finish(args, result, "\n".join(lines))
     return 0

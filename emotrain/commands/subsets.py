@@ -79,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         of_one.add_argument("--out", required=True, metavar="FILE", help="JSON file to write")
         add_json(of_one)
     compare = _add(operations, "overlap", "experts that subsets have in common", OVERLAP)
-    compare.add_argument("--plot", metavar="FILE", help="picture to write, as PNG")
+    compare.add_argument(
+        "--plot", metavar="FILE", help="picture to write, as PNG; its numbers go beside it, as .csv"
+    )
     add_json(compare)
     measure = _add(operations, "interference", "what each domain loses in the union", INTERFERENCE)
     _add_measuring(measure)
@@ -244,6 +246,12 @@ def _overlap(args: argparse.Namespace) -> int:
     from emotrain.modular.algebra import overlap, read_operands
 
     plot = output_file(args.plot, "overlap.png") if args.plot else None
+    if plot is not None and plot.suffix == ".csv":
+        from emotrain.errors import UserError
+
+        raise UserError(
+            f"--plot {plot}: is the name of the numbers; name a picture, as overlap.png"
+        )
     found = overlap(read_operands(args.subsets))
     text = _overlap_table(found)
     if plot is not None:
@@ -251,9 +259,23 @@ def _overlap(args: argparse.Namespace) -> int:
 
         names = short_names(found.files)
         write_whole(plot, overlap_figure(names, found.jaccard, found.chance))
-        text += f"\nwrote {plot}"
+        numbers = write_whole(plot.with_suffix(".csv"), _overlap_csv(found).encode())
+        text += f"\nwrote {plot}\nwrote {numbers}"
     finish(args, {**found.to_json(), "plot": str(plot) if plot else None}, text)
     return 0
+
+
+def _overlap_csv(found: Overlap) -> str:
+    """The numbers of the plot: a row for each two files."""
+    from emotrain.tables import csv_text
+
+    indices = range(len(found.files))
+    rows = [
+        (found.files[i], found.files[j], found.jaccard[i][j], found.chance[i][j])
+        for i in indices
+        for j in indices
+    ]
+    return csv_text(("subset", "other_subset", "jaccard", "jaccard_by_chance"), rows)
 
 
 def short_names(files: Sequence[str]) -> list[str]:

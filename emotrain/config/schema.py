@@ -336,6 +336,8 @@ class TrainingConfig:
     """Steps between lines of metrics."""
     tensorboard: bool = True
     """Whether metrics also go to TensorBoard files, where the package is installed."""
+    tracker: Literal["none", "trackio", "wandb"] = "none"
+    """Package that metrics also go to: `trackio` keeps them on this machine; `wandb`, or none."""
     max_skipped_steps: int = 10
     """Abort after this many updates in a row were skipped for a loss or gradient that is not
     finite."""

@@ -3,8 +3,6 @@ numbers of the picture."""
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ from emotrain.evaluation.locality import LocalityResult
 from emotrain.evaluation.plots import locality_figure
 from emotrain.evaluation.tables import plain
 from emotrain.files import json_text, write_whole
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text
 
 log = logging.getLogger("emotrain")
 
@@ -135,16 +133,14 @@ def percent(value: float | None) -> str:
 
 def curve_csv(models: Models) -> str:
     """The numbers of the picture: one line a model, arm and size of cache."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("model", "experts", "share_of_experts", "arm", "hit_rate"))
-    for label, result in models:
-        for point in result.curve:
-            for name, value in point.items():
-                if name.endswith("_hit_rate"):
-                    arm = name.removesuffix("_hit_rate")
-                    writer.writerow((label, point["experts"], point["share"], arm, value))
-    return stream.getvalue()
+    rows = (
+        (label, point["experts"], point["share"], name.removesuffix("_hit_rate"), value)
+        for label, result in models
+        for point in result.curve
+        for name, value in point.items()
+        if name.endswith("_hit_rate")
+    )
+    return csv_text(("model", "experts", "share_of_experts", "arm", "hit_rate"), rows)
 
 
 def write_locality(models: Models, folder: Path) -> list[Path]:

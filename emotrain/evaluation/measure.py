@@ -42,7 +42,7 @@ from emotrain.evaluation.results import (
     SubsetLosses,
 )
 from emotrain.evaluation.settings import EvaluationSettings
-from emotrain.evaluation.tables import tables
+from emotrain.evaluation.tables import subset_csv, tables
 from emotrain.files import json_text, make_writable, write_whole
 from emotrain.model.transformer import Transformer
 from emotrain.modular.counts import counted_experts, experts_kept
@@ -357,8 +357,8 @@ def default_folder(checkpoint: Path, name: str = "evaluation") -> Path:
 
 
 def write_results(result: Evaluation, folder: Path) -> list[Path]:
-    """Write evaluation.json, evaluation.md and, where matplotlib is installed, subsets.png;
-    returns their paths."""
+    """Write evaluation.json, evaluation.md, subsets.csv and, where matplotlib is installed, its
+    picture subsets.png; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [
         write_whole(
@@ -369,6 +369,7 @@ def write_results(result: Evaluation, folder: Path) -> list[Path]:
             folder / "evaluation.md",
             "\n".join(table.markdown() for table in tables(result)).encode(),
         ),
+        write_whole(folder / "subsets.csv", subset_csv([("", result)]).encode()),
     ]
     try:
         written.append(write_whole(folder / "subsets.png", subset_figure([("", result)])))

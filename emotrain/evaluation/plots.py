@@ -1,14 +1,12 @@
-"""The pictures of an evaluation and of a training run, as PNG bytes. Needs matplotlib (`pip
-install 'emotrain[report]'`)."""
+"""The plots of evaluations, of locality and of subsets. Needs matplotlib (`pip install
+'emotrain[report]'`)."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from emotrain.errors import MissingPackageError
+from emotrain.evaluation.figures import COLORS, png
 from emotrain.evaluation.results import Arm, Measurement, SubsetLosses
 from emotrain.evaluation.tables import ARM_NAMES
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
 
     from emotrain.evaluation.locality import LocalityResult
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
-"""Okabe and Ito's colours, told apart with any colour vision."""
 LINES: dict[Arm, str] = {"selected": "-", "random": ":", "cross_domain": "--"}
 MAX_NAMED_LINES = 12
 """Of more domains than this only the worst and the best are named; the others are thin grey
@@ -29,87 +25,44 @@ Evaluations = Sequence[tuple[str, Measurement]]
 """(label, result of `measure`) pairs."""
 
 
-def subset_figure(evaluations: Evaluations, dark: bool = False) -> bytes:
-    """Loss increase against experts kept: every arm on the left; on the right the experts each
-    domain chose itself, by domain for one evaluation and by model (mean, with a band of the
-    domains' range) for several."""
+def subset_figure(evaluations: Evaluations) -> bytes:
+    """Loss increase against experts kept, as PNG: `draw_arms` on the left, `draw_choices` on the
+    right."""
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2)
-        for index, (label, result) in enumerate(evaluations):
-            for arm_index, (arm, name) in enumerate(ARM_NAMES.items()):
-                color = COLORS[index if len(evaluations) > 1 else arm_index]
-                _increase_line(
-                    left,
-                    result.mean,
-                    arm,
-                    color,
-                    LINES[arm],
-                    name if len(evaluations) == 1 else f"{label}: {name}",
-                )
         left.set_title("by who chose the experts, mean over domains")
         right.set_title("chosen by the domain itself")
-        if len(evaluations) == 1:
-            _domain_lines(right, evaluations[0][1])
-        else:
-            for index, (label, result) in enumerate(evaluations):
-                _domain_band(right, result, COLORS[index], label)
-        for axes in (left, right):
-            _keep_axis(axes, evaluations)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(fontsize="small", frameon=False)
+        draw_arms(left, evaluations)
+        draw_choices(right, evaluations)
 
-    return png(draw, (10, 4), dark)
+    return png(draw, (10, 4))
 
 
-PANELS = (
-    ("cross_entropy", "training loss (nats/token)"),
-    ("load_imbalance", "load, busiest expert / mean, by layer"),
-    ("tokens_per_second", "tokens / s"),
-)
-"""Keys of metrics.jsonl that `training_figure` draws, and their titles."""
-
-
-def training_panels(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """Those of `PANELS` that the metrics have values for."""
-    return [(key, title) for key, title in PANELS if any(line.get(key) for line in metrics)]
-
-
-def training_figure(metrics: Sequence[Mapping[str, Any]], dark: bool = False) -> bytes:
-    """Loss, load imbalance and speed over the steps of `metrics.jsonl`; panels without values are
-    left out.
+def draw_arms(axes: Axes, evaluations: Evaluations, colors: Sequence[str] = COLORS) -> None:
+    """Mean over domains by who chose the experts.
 
     Args:
-        metrics: lines with a `step` and at least one key of `PANELS`.
+        colors: of each evaluation, where there are several.
     """
-    panels = training_panels(metrics)
+    several = len(evaluations) > 1
+    for index, (label, result) in enumerate(evaluations):
+        for arm_index, (arm, name) in enumerate(ARM_NAMES.items()):
+            color = colors[index] if several else COLORS[arm_index]
+            of_line = f"{label}: {name}" if several else name
+            _increase_line(axes, result.mean, arm, color, LINES[arm], of_line)
+    _keep_axis(axes, evaluations)
 
-    def draw(figure: Figure) -> None:
-        for axes, (key, title) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
-            steps, values = zip(
-                *((line["step"], line[key]) for line in metrics if line.get(key)), strict=True
-            )
-            if isinstance(values[0], list):
-                for layer, column in enumerate(zip(*values, strict=True)):
-                    # From dark to light with depth: layers are an order, not kinds.
-                    axes.plot(
-                        steps,
-                        column,
-                        color=COLORS[0],
-                        alpha=1 - 0.75 * layer / len(values[0]),
-                        linewidth=1.2,
-                        label=f"layer {layer + 1}" if layer in (0, len(values[0]) - 1) else None,
-                    )
-                axes.legend(fontsize="small", frameon=False)
-            else:
-                axes.plot(steps, values, color=COLORS[0], linewidth=1.4)
-            axes.set(title=title, xlabel="step")
-            if key != "cross_entropy":
-                axes.set_ylim(bottom=0)
 
-    return png(draw, (max(2, len(panels)) * 10 / 3, 3.2), dark)
+def draw_choices(axes: Axes, evaluations: Evaluations, colors: Sequence[str] = COLORS) -> None:
+    """The experts each domain chose itself, by domain for one evaluation and by model (mean, with a
+    band of the domains' range) for several. Arguments as of `draw_arms`."""
+    if len(evaluations) == 1:
+        _domain_lines(axes, evaluations[0][1])
+    else:
+        for index, (label, result) in enumerate(evaluations):
+            _domain_band(axes, result, colors[index], label)
+    _keep_axis(axes, evaluations)
 
 
 CACHES = (
@@ -121,7 +74,7 @@ CACHES = (
 """Arms of `emotrain locality` that are drawn, their names and lines."""
 
 
-def locality_figure(models: Sequence[tuple[str, LocalityResult]], dark: bool = False) -> bytes:
+def locality_figure(models: Sequence[tuple[str, LocalityResult]]) -> bytes:
     """Hit rate against the share of a layer's experts that are at hand, one panel a model."""
 
     def draw(figure: Figure) -> None:
@@ -136,14 +89,13 @@ def locality_figure(models: Sequence[tuple[str, LocalityResult]], dark: bool = F
             axes.legend(fontsize="small", frameon=False)
         panels[0].set_ylabel("hit rate (share of routed slots)")
 
-    return png(draw, (5 * len(models) + 0.5, 4), dark)
+    return png(draw, (5 * len(models) + 0.5, 4))
 
 
 def overlap_figure(
     names: Sequence[str],
     jaccard: Sequence[Sequence[float]],
     chance: Sequence[Sequence[float]],
-    dark: bool = False,
 ) -> bytes:
     """Jaccard indices of subsets as a heatmap; in each field its number and, below it, that of
     random subsets."""
@@ -171,7 +123,7 @@ def overlap_figure(
         figure.colorbar(image, label="Jaccard index")
 
     side = 3 + 0.7 * len(names)
-    return png(draw, (side + 1.5, side), dark)
+    return png(draw, (side + 1.5, side))
 
 
 def _points(losses: SubsetLosses, arm: Arm) -> list[tuple[float, float, float]]:
@@ -270,40 +222,5 @@ def _keep_axis(axes: Axes, evaluations: Evaluations) -> None:
     axes.set(
         xlabel="experts kept in each layer, shared included", ylabel="loss increase (nats/token)"
     )
-
-
-def png(draw: Callable[[Figure], None], size: tuple[float, float], dark: bool) -> bytes:
-    """Draw on a figure of its own, without matplotlib's global state.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed; says how to install it.
-    """
-    try:
-        import matplotlib
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingPackageError(
-            "plots need matplotlib, which is not installed; pip install 'emotrain[report]'"
-        ) from None
-    background = "#16181c" if dark else "white"
-    look: Any = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "axes.titlelocation": "left",
-        "axes.grid": True,
-        "grid.alpha": 0.25,
-        # Labels are names that people gave, not mathematics.
-        "text.parse_math": False,
-        **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), background),
-    }
-    with style.context("dark_background" if dark else "default"), matplotlib.rc_context(look):
-        figure = Figure(figsize=size, layout="constrained")
-        stream = io.BytesIO()
-        with warnings.catch_warnings():
-            # A letter that the font lacks is drawn as a box, and needs no line on the terminal.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            draw(figure)
-            figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
-    return stream.getvalue()
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize="small", frameon=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from emotrain.evaluation.results import Arm, Measurement
-from emotrain.tables import Table
+from emotrain.evaluation.results import ARMS, Arm, Measurement
+from emotrain.tables import Table, csv_text
 
 ARM_NAMES: dict[Arm, str] = {
     "selected": "own choice",
@@ -90,6 +90,27 @@ def routing_table(result: Measurement) -> Table:
         ("MoE layer", "cosine of domains", "effective experts"),
         tuple(rows),
     )
+
+
+def subset_csv(evaluations: Sequence[tuple[str, Measurement]]) -> str:
+    """The numbers of `subset_figure`: a row a model, domain (empty: the mean over domains), share
+    of experts kept and arm; losses in nats/token."""
+    header = (
+        "model", "domain", "share_kept", "experts_kept", "arm",
+        "loss_nats", "increase_nats", "standard_error_nats",
+    )  # fmt: skip
+    rows = [
+        (
+            *(label, domain, keep, result.experts.label(keep), arm),
+            getattr(losses.subset_loss_nats[keep], arm),
+            *(losses.increase(keep, arm) or (None, None)),
+        )
+        for label, result in evaluations
+        for domain, losses in {"": result.mean, **result.domains}.items()
+        for keep in result.keeps
+        for arm in ARMS
+    ]
+    return csv_text(header, (row for row in rows if row[5] is not None))
 
 
 def plus_minus(increase: tuple[float, float] | None) -> str:

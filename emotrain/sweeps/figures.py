@@ -14,7 +14,8 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING
 
-from emotrain.evaluation.plots import COLORS, png, shown
+from emotrain.evaluation.figures import COLORS, png
+from emotrain.evaluation.plots import shown
 from emotrain.sweeps.plan import FULL
 from emotrain.sweeps.summary import ROW_NAMES, Row, Summary, as_csv
 
@@ -67,7 +68,7 @@ def figures(summary: Summary) -> dict[str, tuple[bytes, Callable[[], bytes]]]:
 
 
 def _drawn(draw: Draw, rows: Sequence[Row], size: tuple[float, float]) -> bytes:
-    return png(lambda figure: draw(figure, rows), size, dark=False)
+    return png(lambda figure: draw(figure, rows), size)
 
 
 def _by_model(figure: Figure, rows: Sequence[Row]) -> None:

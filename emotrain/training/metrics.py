@@ -1,5 +1,5 @@
-"""What a run reports: one JSON object a line in RUN_DIR/metrics.jsonl, the same to TensorBoard,
-and a progress bar."""
+"""What a run reports: one JSON object a line in RUN_DIR/metrics.jsonl, the same to TensorBoard and
+trackers, the load of every expert, and a progress bar."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from emotrain.files import json_text, write_whole
 from emotrain.model.counts import parameter_counts
 from emotrain.model.report import RoutingReport
 from emotrain.progress import ProgressBar
+from emotrain.training.expert_loads import ExpertLoads
+from emotrain.training.sinks import Sink, numbers_of, open_sinks
 
 if TYPE_CHECKING:
     from emotrain.training.checkpoint import TrainingState
@@ -38,7 +40,7 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
 
     Per layer: `load_imbalance` = max / mean load, `dead_experts` without a single slot,
     `token_entropy_nats`, `effective_experts` = exp(entropy of a document's mean routing), mean over
-    documents, and pool sizes.
+    documents, pool sizes, and `expert_slots`, the slots of each expert.
     """
     num_layers = len(reports[0].layers)
     if not num_layers:
@@ -72,6 +74,7 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
     metrics: dict[str, Any] = {
         key: []
         for key in (
+            "expert_slots",
             "load_imbalance",
             "dead_experts",
             "token_entropy_nats",
@@ -83,6 +86,7 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
     }
     for layer, values in enumerate(flat.split([len(s) for s in sums])):
         counts_N, (entropy, tokens, effective, documents, pool) = values[:-5], values[-5:].tolist()
+        metrics["expert_slots"].append(counts_N.long().tolist())
         metrics["load_imbalance"].append((counts_N.max() / counts_N.mean().clamp(min=1e-30)).item())
         metrics["dead_experts"].append(int((counts_N == 0).sum()))
         metrics["token_entropy_nats"].append(entropy / tokens)
@@ -127,7 +131,8 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsWriter:
-    """Appends metrics to RUN_DIR/metrics.jsonl and TensorBoard. Only the first rank writes.
+    """Appends metrics to RUN_DIR/metrics.jsonl and expert loads to their own file, and hands the
+    metrics to sinks. Only the first rank writes.
 
     A resumed run goes on from the checkpoint's step: lines after it are removed, so that each step
     stands once.
@@ -137,7 +142,7 @@ class MetricsWriter:
         self,
         run_dir: Path,
         start_step: int,
-        tensorboard: bool,
+        sinks: Sequence[Sink] = (),
         log_every: int = 0,
         on_error: str = "stop",
     ):
@@ -146,7 +151,7 @@ class MetricsWriter:
             log_every: steps between lines, where a gap before `start_step` is to be said.
             on_error: what a line that cannot be written does: `stop`, or `warn` and go on.
         """
-        self.path, self.on_error = run_dir / "metrics.jsonl", on_error
+        self.path, self.on_error, self.sinks = run_dir / "metrics.jsonl", on_error, sinks
         kept, last = [], 0
         if self.path.is_file():
             # A disk block gone bad is no reason to lose the run.
@@ -169,24 +174,19 @@ class MetricsWriter:
             )
         write_whole(self.path, "".join(kept).encode("utf-8"))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (until close)
-        self._board = self._open_board(run_dir, start_step) if tensorboard else None
+        self.loads = ExpertLoads(run_dir, start_step, log_every or 1)
 
-    @staticmethod
-    def _open_board(run_dir: Path, start_step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            log.warning(
-                "TensorBoard is not installed, metrics go to metrics.jsonl alone; pip install "
-                "'emotrain[tensorboard]'"
-            )
-            return None
-        return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
-
-    def write(self, metrics: dict[str, Any]) -> None:
+    def write(self, metrics: dict[str, Any], expert_slots: Sequence[Sequence[int]] = ()) -> None:
+        """
+        Args:
+            metrics: a line of metrics.jsonl, with its `step`.
+            expert_slots: for each layer with routed experts the slots of each expert.
+        """
+        step = metrics["step"]
         try:
             self._file.write(json_text(metrics) + "\n")
             self._file.flush()
+            self.loads.write(step, expert_slots)
         except OSError as error:
             message = f"{self.path}: could not be written ({error.strerror or error})"
             if self.on_error == "stop":
@@ -194,26 +194,19 @@ class MetricsWriter:
                     f"{message}; free space and give the same command again"
                 ) from error
             log.warning("%s; training goes on (training.on_checkpoint_error=warn)", message)
-        if self._board is None:
-            return
-        for key, value in metrics.items():
-            values = (
-                {f"{key}/layer_{i:02d}": v for i, v in enumerate(value)}
-                if isinstance(value, list)
-                else {key: value}
-            )
-            for name, number in values.items():
-                if isinstance(number, (int, float)) and key != "step":
-                    self._board.add_scalar(name, number, metrics["step"])
+        numbers = numbers_of(metrics)
+        for sink in self.sinks:
+            sink.write(step, numbers)
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        except OSError as error:
-            # `write` has said or raised it before.
-            log.warning("%s: not complete (%s)", self.path, error.strerror or error)
-        if self._board is not None:
-            self._board.close()
+        for file in (self._file, self.loads):
+            try:
+                file.close()
+            except OSError as error:
+                # `write` has said or raised it before.
+                log.warning("%s: not complete (%s)", self.path, error.strerror or error)
+        for sink in self.sinks:
+            sink.close()
 
 
 def mean(values: Sequence[float]) -> float:
@@ -231,7 +224,7 @@ class RunLog:
             MetricsWriter(
                 run_dir,
                 first_step,
-                config.training.tensorboard,
+                open_sinks(config, run_dir, first_step),
                 config.training.log_every,
                 config.training.on_checkpoint_error,
             )
@@ -253,16 +246,20 @@ class RunLog:
         say, write its metrics."""
         logged = state.step % self.config.training.log_every == 0 or is_end or bool(more)
         if logged:
-            self._measure(state, result)
+            expert_slots = self._measure(state, result)
             self.metrics |= more
             if self.writer is not None:
-                self.writer.write(self.metrics)
+                self.writer.write(self.metrics, expert_slots)
         note = f"loss {result.cross_entropy:.3f}  {self.tokens_per_second:,.0f} tokens/s"
         if "load_imbalance" in self.metrics:
             note += f"  load max/mean {mean(self.metrics['load_imbalance']):.2f}"
         self.bar.update(state.step, note, line=logged)
 
-    def _measure(self, state: TrainingState, result: StepResult) -> None:
+    def _measure(self, state: TrainingState, result: StepResult) -> list[list[int]]:
+        """Take the metrics of a step; returns the slots of each expert, which are too many for a
+        line of metrics."""
+        routing = routing_metrics(result.reports, self.ranks)
+        expert_slots: list[list[int]] = routing.pop("expert_slots", [])
         now = time.perf_counter()
         num_tokens = (state.step - self.logged_step) * self.config.tokens_per_step
         self.tokens_per_second = num_tokens / (now - self.logged_time)
@@ -280,11 +277,12 @@ class RunLog:
             "tokens_per_second": self.tokens_per_second,
             "memory_gib": peak_memory_gib(self.ranks.device),
             "skipped_steps": state.skipped_steps,
-            **routing_metrics(result.reports, self.ranks),
+            **routing,
         }
         if self.peak is not None:
             rate = self.tokens_per_second * self.flops
             self.metrics["mfu"] = rate / (self.peak * self.ranks.world_size)
+        return expert_slots
 
     def summary(self, state: TrainingState, last_step: int) -> dict[str, Any]:
         """What `emotrain train --json` prints."""

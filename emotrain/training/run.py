@@ -23,11 +23,13 @@ from emotrain.training import checkpoint
 from emotrain.training.data_source import build_loader
 from emotrain.training.engine import Phase, part
 from emotrain.training.engine_protocol import Engine
+from emotrain.training.environment import note_start
 from emotrain.training.metrics import RunLog
 from emotrain.training.numerics import kernels_of_torch
 from emotrain.training.placement import reconsider
 from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
+    Source,
     check_run,
     compile_kernels,
     find_source,
@@ -76,8 +78,7 @@ def train(
         state = place(config, ranks, engine, starting_state(config, loader, engine, source))
         first_step, last_step = state.step, config.num_steps + max(0, state.anneal_start_step)
         if ranks.is_first:
-            leave_later_ones(config, source, state)
-            save_config(config, run_dir / "config.yaml")
+            _take_folder(config, source, state, loader, ranks)
         run_log = RunLog(config, ranks, run_dir, first_step, last_step)
         stop_requested = stack.enter_context(_stop_requests())
         checkpoints = stack.enter_context(_checkpoint_writer(config))
@@ -123,6 +124,19 @@ def train(
         "interrupted": under_way.stopped,
         "checkpoint_step": saved,
     }
+
+
+def _take_folder(
+    config: Config,
+    source: Source | None,
+    state: checkpoint.TrainingState,
+    loader: DataSource,
+    ranks: Ranks,
+) -> None:
+    """Make the run's folder say what is trained from here on, and on what."""
+    leave_later_ones(config, source, state)
+    save_config(config, Path(config.training.run_dir) / "config.yaml")
+    note_start(config, state.step, ranks, loader)
 
 
 @dataclass
