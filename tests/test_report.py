@@ -239,7 +239,7 @@ def test_the_page_is_whole_in_itself(page):
 
 def test_units_are_on_every_plot(page):
     for name, unit in {
-        "cross_entropy": "nats/token", "grad_norm": "global norm before clipping",
+        "cross_entropy": "nats/token", "grad_norm": "norm before clipping",
         "tokens_per_second": "tokens/s", "memory_gib": "GiB", "little-used": "experts",
         "loads-0-1": "load / mean load", "phases": "ms a step", "subsets-arms": "nats/token",
     }.items():  # fmt: skip

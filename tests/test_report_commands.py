@@ -23,7 +23,7 @@ from tests.test_labels import result_of
 
 
 def commands_of(page: str) -> list[list[str]]:
-    block = re.search(r"<h3>Use a subset</h3>.*?<pre>(.*?)</pre>", page, re.DOTALL)
+    block = re.search(r"<h3[^>]*>Use a subset</h3>.*?<pre>(.*?)</pre>", page, re.DOTALL)
     return [shlex.split(line) for line in html.unescape(block[1]).splitlines()] if block else []
 
 

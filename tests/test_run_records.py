@@ -316,7 +316,7 @@ def test_a_calm_run_has_nothing_to_look_at(tmp_path):
          "not finite in 1 of 100 lines"),
         ({"tokens_per_second": lambda p: 400.0 if p >= 0.9 else 1000.0}, None, "tokens_per_second",
          "Throughput fell: 400 tokens/s in the last tenth, 1,000"),
-        ({"memory_gib": lambda p: 2 + p}, None, "memory_gib", "grew from 2.10 GiB at step 11"),
+        ({"memory_gib": lambda p: 2 + 2 * p}, None, "memory_gib", "from 3.00 GiB at step 51"),
         ({"grad_norm": lambda p: 3.0}, None, "grad_norm", "100% of the updates"),
         ({"skipped_steps": lambda p: 4}, None, "skipped_steps", "was not finite: 4."),
         ({"load_imbalance": lambda p: [1.2, 4.0]}, None, "load_imbalance",

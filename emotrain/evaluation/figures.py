@@ -33,6 +33,7 @@ LOOK: dict[str, Any] = {
     "axes.titlesize": "medium",
     "axes.titlelocation": "left",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": GRID,
     # Labels are names that people gave, not mathematics.
     "text.parse_math": False,
@@ -69,7 +70,7 @@ def svg(draw: Callable[[Figure], None], size: tuple[float, float], name: str, al
         name: letters, digits and dashes that no other figure of the page has.
         alt: what a screen reader says.
     """
-    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5}
+    look = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9.5, "legend.fontsize": 9}
     text = _figure(draw, size, look, format="svg", transparent=True).decode("utf-8")
     text = re.sub(r"^.*?<svg[^>]*>|<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     width, height = (72 * side for side in size)

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 MOST_POINTS = 600
 """Of a curve with more points the page shows about this many: see `thin`."""
-SIZE = (5.2, 3.1)
+SIZE = (4.3, 2.7)
 """Inches of a plot."""
+MOST_LETTERS = 48
+"""Of a name in a legend."""
 OUTLIER = 20.0
 """A curve whose largest value is this many times its 95th percentile gets a log axis, so that both
 can be seen."""
@@ -99,32 +101,46 @@ def draw_chart(
             x = part.tokens if by_tokens else part.steps
             _draw_part(axes, chart, part, x, several, names)
         if is_log(chart, curves):
+            from matplotlib.ticker import LogFormatter
+
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(short)
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         elif chart.from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(bottom=0, top=None if axes.get_ylim()[1] > 0.1 else 1)
+        axes.xaxis.set_major_formatter(short)
         axes.set(xlabel="tokens" if by_tokens else "step", ylabel=unit)
         _mark_not_finite(axes, curves, by_tokens)
-        if axes.get_legend_handles_labels()[1]:
-            figure.legend(loc="outside upper left", ncols=3, fontsize="small", frameon=False)
+        if labels := axes.get_legend_handles_labels()[1]:
+            columns = legend_columns(labels)
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False)
 
-    lines = len({part.run for part in curves}) if several else len(names)
-    legend_rows = min(lines, 6 if chart.kind == "layers" else lines) // 3
-    size = (SIZE[0], SIZE[1] + 0.17 * max(0, legend_rows - 1))
-    caption = f"{chart.about} {_summary(whole, several)}{_thinning(whole, curves)}".strip()
-    alt = f"{chart.title}, {chart.unit}. {_summary(whole, several)}"
+    lines = list(dict.fromkeys(part.run for part in curves)) if several else names
+    rows = 1 if chart.kind == "layers" else -(-len(lines) // legend_columns(lines))
+    size = (SIZE[0], SIZE[1] + 0.17 * max(0, rows - 2))
+    caption = (
+        f"{chart.about} {_summary(whole, several, chart.kind)}{_thinning(whole, curves)}".strip()
+    )
+    alt = f"{chart.title}, {chart.unit}. {_summary(whole, several, chart.kind)}"
     return Plot(
         chart.name, chart.title, caption, svg(draw, size, chart.name, alt), curves_csv(curves)
     )
 
 
 def is_log(chart: Chart, curves: Sequence[Curves]) -> bool:
-    """Whether the values need a log axis: they are all above zero, and the chart says so or its
-    outliers do."""
+    """Whether the values need a log axis: they are all above zero, and the chart says so, where
+    they differ by a factor of ten, or its outliers do."""
     parts = [part.values[np.isfinite(part.values)] for part in curves]
     values = np.concatenate([np.zeros(0), *parts])
     if not values.size or values.min() <= 0:
         return False
-    return chart.log or bool(values.max() > OUTLIER * np.quantile(values, 0.95))
+    wide = values.max() > 10 * values.min()
+    return bool(chart.log and wide or values.max() > OUTLIER * np.quantile(values, 0.95))
+
+
+def legend_columns(labels: Sequence[str]) -> int:
+    """Columns of a legend that fit beside each other: a letter takes 5 points, a line 36."""
+    return max(1, min(4, int(72 * SIZE[0] / (36 + 5 * min(MOST_LETTERS, max(map(len, labels)))))))
 
 
 def curves_csv(curves: Sequence[Curves]) -> str:
@@ -148,6 +164,11 @@ def layer_names(layers: Sequence[int], columns: int) -> tuple[str, ...]:
     return tuple(f"layer {(layers[i] if known else i) + 1}" for i in range(columns))
 
 
+def _short_name(name: str) -> str:
+    """A name as a legend has room for it."""
+    return shown(name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…")
+
+
 def _draw_part(
     axes: Axes, chart: Chart, part: Curves, x: np.ndarray, several: bool, names: Sequence[str]
 ) -> None:
@@ -160,12 +181,12 @@ def _draw_part(
         middle, low, high = _middle(y, chart.kind)
         if low is not None and high is not None:
             axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
-        label = shown(part.run) if several else None
+        label = _short_name(part.run) if several else None
         axes.plot(x, middle, label=label, linewidth=1.4, **look, **points)
         return
     for column, name in enumerate(part.names):
         index = names.index(name)
-        label = shown(name) if len(names) > 1 else None
+        label = _short_name(name) if len(names) > 1 else None
         if chart.kind == "layers":
             look = {"color": layer_color(index, len(names))}
             between = 0 < index < len(names) - 1 and len(names) > 6
@@ -211,7 +232,7 @@ def _mark_not_finite(axes: Axes, curves: Sequence[Curves], by_tokens: bool) -> N
         )  # fmt: skip
 
 
-def _summary(curves: Sequence[Curves], several: bool) -> str:
+def _summary(curves: Sequence[Curves], several: bool, kind: str) -> str:
     """Last, smallest and largest value of each run, in words."""
     sentences = []
     for run in dict.fromkeys(part.run for part in curves):
@@ -222,10 +243,11 @@ def _summary(curves: Sequence[Curves], several: bool) -> str:
         if not finite.size:
             sentences.append(f"{name}no value is finite.")
             continue
-        last = np.concatenate([part.values[-1] for part in parts])
+        last = np.concatenate([part.values[-1, : 1 if kind == "band" else None] for part in parts])
         last = last[np.isfinite(last)]
         end = "not finite" if not last.size else number(float(last.mean()))
-        many = " on average" if last.size > 1 else ""
+        of = " over layers" if kind == "layers" else ""
+        many = f" on average{of}" if last.size > 1 else ""
         sentences.append(
             f"{name}{end}{many} at step {max(part.steps[-1] for part in parts):,}; between "
             f"{number(float(finite.min()))} and {number(float(finite.max()))} over all steps."
@@ -240,6 +262,16 @@ def _thinning(whole: Sequence[Curves], drawn: Sequence[Curves]) -> str:
     return (
         f" Drawn, and in the CSV: {has:,} of {had:,} points, the lowest and the highest among them."
     )
+
+
+def short(value: float, _position: float | None = None) -> str:
+    """A number of steps or tokens for an axis: 1.5k, 20M, 3B, 1T."""
+    size, unit = next(
+        ((size, unit) for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+         if abs(value) >= size),
+        (1, ""),
+    )  # fmt: skip
+    return f"{value / size:g}{unit}"
 
 
 def number(value: float) -> str:
@@ -278,7 +310,8 @@ def bars(
         axes.grid(False, axis="y")
         axes.set_xlabel(unit)
         if len(runs) > 1:
-            figure.legend(loc="outside upper left", ncols=3, fontsize="small", frameon=False)
+            columns = legend_columns([run for run, _ in runs])
+            figure.legend(loc="outside upper left", ncols=columns, frameon=False)
 
     size = (SIZE[0], max(SIZE[1], 0.6 + 0.24 * len(rows)))
     alt = f"{title}, {unit}. " + "; ".join(

@@ -159,7 +159,7 @@ def data_tables(run: Run) -> tuple[list[Table], list[str]]:
             notes.append("The data set has changed since the run started: the hashes differ.")
         rows += _manifest_rows(manifest)
         tables.append(_domains_table(manifest))
-    title = "Data" if len(tables) else "Data, as the run noted them"
+    title = "The data set" if tables else "The data set, as the run noted it"
     return [Table(title, ("", "value"), tuple(rows), names=2), *tables], notes
 
 
@@ -172,7 +172,7 @@ def _manifest_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:
         shards = manifest["splits"][split]["shards"]
         documents, tokens = (sum(getattr(s, k) for s in shards) for k in ("documents", "tokens"))
         rows.append(
-            (f"{split} split", f"{documents:,} documents, {tokens:,} tokens, {len(shards)} shards")
+            (f"{split} split", f"{documents:,} documents, {tokens:,} tokens, shards: {len(shards)}")
         )
     skipped = {k: v for k, v in manifest["skipped_documents"].items() if v}
     rows.append(("skipped documents", json_text(skipped) if skipped else "none"))

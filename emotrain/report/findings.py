@@ -137,14 +137,14 @@ def _memory(run: Run) -> Iterator[Finding]:
     steps, values = _finite(memory)
     if len(values) < 10:
         return
-    early = float(values[len(values) // 10])
+    early = float(values[len(values) // 2])
     if values[-1] > GROWTH * early > 0:
         yield Finding(
             run.label,
             "look",
-            f"Memory grew from {early:.2f} GiB at step {steps[len(values) // 10]:,} to "
+            f"Memory grew from {early:.2f} GiB at step {steps[len(values) // 2]:,} to "
             f"{values[-1]:.2f} GiB.",
-            f"Said when the end is above {GROWTH:g} times what it was after a tenth of the run.",
+            f"Said when the end is above {GROWTH:g} times what it was after half of the run.",
             "memory_gib",
         )
 
@@ -226,7 +226,7 @@ def _subsets(run: Run) -> Iterator[Finding]:
     if result is None or result.mean.loss_nats is None:
         return
     for sentence in of_evaluation(result):
-        yield Finding(run.label, "note", sentence, "From `emotrain evaluate`.", ARMS_PLOT)
+        yield Finding(run.label, "note", sentence, "From emotrain evaluate.", ARMS_PLOT)
     keep = min(result.keeps, key=float)
     costs = {
         name: increase[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from emotrain.evaluation.figures import svg
-from emotrain.report.charts import Chart, Curves, Plot, layer_names
+from emotrain.report.charts import Chart, Curves, Plot, layer_names, short
 from emotrain.report.history import Loads
 from emotrain.report.runs import Run
 from emotrain.tables import csv_text
@@ -21,7 +21,7 @@ LITTLE = 0.1
 MOST_CELLS = 80_000
 MOST_SPANS, LEAST_SPANS = 128, 12
 """Columns of a heatmap: as many as keep all heatmaps of a run within `MOST_CELLS`."""
-SIZE = (5.2, 2.8)
+SIZE = (4.3, 2.6)
 
 
 def little_used(run: Run, loads: Loads) -> tuple[Chart, Curves]:
@@ -61,12 +61,17 @@ def _heatmap(run: Run, loads: Loads, layer: int, name: str, spans: int, key: str
 
     def draw(figure: Figure) -> None:
         from matplotlib import colormaps
-        from matplotlib.colors import LogNorm
+        from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
+        # Without its darkest ends, which would look like black.
+        ends = colormaps["PuOr_r"](np.linspace(0.1, 0.9, 64))
+        colors = LinearSegmentedColormap.from_list("load", ends)
         axes = figure.subplots()
+        # No load at all has a colour of its own, which is not that of a small one.
+        shown_SN = np.where(mean_SN > 0, mean_SN.clip(0.25), 0.1)
         image = axes.imshow(
-            np.where(filled[:, None], np.maximum(mean_SN, 1e-9), np.nan).T,
-            cmap=colormaps["PuOr_r"].with_extremes(under="black"),
+            np.where(filled[:, None], shown_SN, np.nan).T,
+            cmap=colors.with_extremes(under="black"),
             norm=LogNorm(0.25, 4),
             extent=(edges[0], edges[-1], mean_SN.shape[1] - 0.5, -0.5),
             aspect="auto",
@@ -74,6 +79,7 @@ def _heatmap(run: Run, loads: Loads, layer: int, name: str, spans: int, key: str
         )
         axes.grid(False)
         axes.set(xlabel="step", ylabel="expert")
+        axes.xaxis.set_major_formatter(short)
         bar = figure.colorbar(image, ax=axes, extend="both")
         bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["¼", "½", "1", "2", "4"])
         bar.minorticks_off()

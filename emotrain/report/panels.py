@@ -20,24 +20,25 @@ TRAINING = (
         "Cross entropy of one step's tokens.",
     ),
     Chart(
-        "loss", "Loss that is optimised", "nats/token and weighted terms",
+        "loss", "Loss that is optimised", "nats/token, weighted",
         "Cross entropy, z-losses and balance loss with their weights.",
     ),
     Chart(
-        "grad_norm", "Gradient norm", "global norm before clipping",
+        "grad_norm", "Gradient norm", "norm before clipping",
         "Above optimizer.clip_norm the update is scaled down to it.", log=True,
     ),
     Chart("lr", "Learning rate", "rate", "As the schedule says."),
     Chart(
-        "balance_loss", "Balance loss", "N · Σ f·P, mean over layers",
-        "1 means that all experts get the same load.",
+        "balance_loss", "Balance loss", "N · Σ f·P",
+        "Mean over layers; 1 means that all experts get the same load.",
     ),
     Chart(
-        "z_loss", "Z-loss", "squared log-normaliser of the output", "Without its weight.", log=True
+        "z_loss", "Z-loss", "(log Z)²",
+        "Square of the output's log-normaliser, without its weight.", log=True,
     ),
     Chart(
-        "router_z_loss", "Router z-loss", "squared log-normaliser of the router",
-        "Mean over layers, without its weight.", log=True,
+        "router_z_loss", "Router z-loss", "(log Z)²",
+        "Square of the router's log-normaliser, mean over layers, without its weight.", log=True,
     ),
     Chart(
         "skipped_steps", "Skipped updates", "updates since the start",
@@ -46,7 +47,7 @@ TRAINING = (
 )  # fmt: skip
 EXPERTS = (
     Chart(
-        "load_imbalance", "Fullest expert", "load / mean load of the layer",
+        "load_imbalance", "Fullest expert", "load / mean load",
         "1 is perfect balance. The fullest expert decides how long a layer takes.", kind="layers",
     ),
     Chart(
@@ -70,15 +71,16 @@ SPEED = (
     ),
     Chart("mfu", "Model FLOPs utilisation", "share of the peak", "", from_zero=True),
     Chart(
-        "memory_gib", "Peak memory", "GiB, first process",
-        "The most since the start: of the GPU's allocator, or resident on a CPU.", from_zero=True,
+        "memory_gib", "Peak memory", "GiB",
+        "The most of the first process: of the GPU's allocator, or resident on a CPU.",
+        from_zero=True,
     ),
     Chart(
         "placement_rows", "Rows sent", "rows/token",
         "Copies of a token that go to ranks of expert parallelism.", kind="layers",
     ),
     Chart(
-        "placement_load", "Fullest rank", "load / mean load of an exchange", "", kind="layers"
+        "placement_load", "Fullest rank", "load / mean load", "", kind="layers"
     ),
     Chart(
         "placement_moved_experts", "Experts moved to another rank", "experts", "", kind="layers"
@@ -173,9 +175,13 @@ class Panels:
             else:
                 group, line = quantity, rest.replace("/", ", ") or quantity
             groups.setdefault(group, []).append((key, line))
+        known = list(QUANTITIES)
+        order = sorted(
+            groups, key=lambda g: next((i for i, k in enumerate(known) if g.startswith(k)), 99)
+        )
         return [
-            self._joined(_evaluated_chart(number, group), members)
-            for number, (group, members) in enumerate(groups.items())
+            self._joined(_evaluated_chart(number, group), groups[group])
+            for number, group in enumerate(order)
         ]
 
     def others(self) -> tuple[list[Plot], list[str]]:

@@ -16,6 +16,7 @@ from emotrain.evaluation.figures import MOST_LINES
 from emotrain.evaluation.results import Evaluation, read_evaluation
 from emotrain.report.history import History, Loads, read_history, read_loads
 from emotrain.training import environment, expert_loads
+from emotrain.training.engine import Phase
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _read_phases(path: Path) -> list[tuple[str, float, float]]:
         parts = json.loads(path.read_text(encoding="utf-8"))["ranks"][0]["parts"]
         return [
             (str(name), 1e3 * float(part["seconds"]), 1e3 * float(part["collective_seconds"]))
-            for name, part in parts.items()
+            for name, part in sorted(parts.items(), key=lambda item: item[0] == Phase.OTHER)
         ]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return []
