@@ -25,7 +25,6 @@ from emotrain.evaluation.results import (
     Measurement,
     RoutingSummary,
     SubsetLosses,
-    read_evaluation,
 )
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.tables import mean_table
