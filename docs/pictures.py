@@ -219,6 +219,7 @@ ROOMS = (
     ("report", "runs as one page: curves, loads, findings"),
     ("explorer", "documents and experts as a page to look at"),
     ("generation", "KV cache, sampling, continuous batching"),
+    ("tasks", "questions answered with all experts or few"),
     ("serving", "subsets of one model over HTTP"),
     ("sweeps", "evaluations of many models and subsets"),
     ("planning", "dry run, cost model, search of layouts"),

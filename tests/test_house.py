@@ -100,6 +100,7 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         "jinja2",
         "trackio",
         "wandb",
+        "lm_eval",
     }
     for path in sorted(set(SOURCES) - set(PUBLISHED)):
         body = ast.parse(path.read_text(encoding="utf-8")).body
@@ -233,6 +234,7 @@ ROOMS = (
     "report",
     "explorer",
     "generation",
+    "tasks",
     "serving",
     "sweeps",
     "planning",

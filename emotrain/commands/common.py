@@ -36,15 +36,20 @@ def add_checkpoint(
     )
 
 
-def add_checkpoint_and_data(parser: argparse.ArgumentParser) -> None:
-    """CHECKPOINT and --data, of commands that run a model on a data set."""
-    add_checkpoint(parser)
+def add_data(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """--data, of commands that run a model on a data set."""
     parser.add_argument(
         "--data",
-        required=True,
+        required=required,
         metavar="DIR",
         help="folder written by `emotrain prepare`, with the model's tokenizer",
     )
+
+
+def add_checkpoint_and_data(parser: argparse.ArgumentParser) -> None:
+    """CHECKPOINT and --data, of the same commands."""
+    add_checkpoint(parser)
+    add_data(parser)
 
 
 def add_micro_batch(parser: argparse.ArgumentParser) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from emotrain.commands.common import (
-    add_checkpoint_and_data,
+    add_checkpoint,
+    add_data,
     add_device,
     add_document_tokens,
     add_json,
     add_micro_batch,
     finish,
 )
+from emotrain.commands.evaluate_tasks import (
+    add_task_arguments,
+    refuse_what_says_nothing,
+    run_lm_eval,
+    run_tasks,
+)
+from emotrain.errors import UserError
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.progress import ProgressBar
 
@@ -30,19 +39,23 @@ example:
 that the domain gives the most routing probability. At least one routed expert stays.
 
 Reading it: a modular model loses little with the experts a domain chose itself, and much with the
-other two."""
+other two.
+
+With --tasks the questions of files are asked instead, with --lm-eval those of EleutherAI's harness:
+  emotrain evaluate runs/quickstart --tasks questions.jsonl --shots 5 --keep 0.25 --subset rust.json
+  emotrain evaluate runs/quickstart --lm-eval my_task --include-path tasks"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = EvaluationSettings()
     parser.description = DESCRIPTION
     parser.epilog = EPILOG
-    add_checkpoint_and_data(parser)
+    add_checkpoint(parser)
+    add_data(parser, required=False)
     parser.add_argument(
         "--keep",
         type=float,
         nargs="+",
-        default=default.keep,
         metavar="SHARE",
         help=f"shares of each layer's experts to keep, shared ones counted, as in the example "
         f"below (default: {' '.join(map(str, default.keep))})",
@@ -54,9 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="DIR",
         help="folder for evaluation.json, evaluation.md, subsets.png and its numbers as "
-        "subsets.csv (default: RUN_DIR/evaluation)",
+        "subsets.csv, or for tasks.json and others (default: RUN_DIR/evaluation)",
     )
     add_json(parser)
+    add_task_arguments(parser)
 
 
 def _add_settings(parser: argparse.ArgumentParser, default: EvaluationSettings) -> None:
@@ -64,63 +78,59 @@ def _add_settings(parser: argparse.ArgumentParser, default: EvaluationSettings) 
     parser.add_argument(
         "--calibration-documents",
         type=int,
-        default=default.calibration_documents,
         metavar="N",
-        help="training documents of a domain that choose its experts (default: %(default)s)",
+        help=f"training documents of a domain, or examples of a task, that choose its experts "
+        f"(default: {default.calibration_documents})",
     )
     parser.add_argument(
         "--documents",
         type=int,
-        default=default.documents,
         metavar="N",
-        help="most held-out documents of a domain (default: %(default)s); more of them, smaller "
-        "errors",
+        help=f"most held-out documents of a domain (default: {default.documents}); more of them, "
+        f"smaller errors",
     )
     add_document_tokens(parser, default.document_tokens)
     parser.add_argument(
         "--domains",
         nargs="+",
-        default=default.domains,
         metavar="NAME",
         help="domains to measure (default: all that have enough documents)",
     )
     parser.add_argument(
         "--random-seeds",
         type=int,
-        default=default.random_seeds,
         metavar="N",
-        help="random subsets to average at each share, 0 for none (default: %(default)s)",
+        help=f"random subsets at each share, 0 for none (default: {default.random_seeds})",
     )
     parser.add_argument(
         "--cross-domain",
         choices=("next", "all"),
-        default=default.cross_domain,
-        help="whose experts the control uses: the next domain's by name, or every other's in turn "
-        "(default: %(default)s)",
+        help=f"whose experts the control uses: the next domain's by name, or every other's in turn "
+        f"(default: {default.cross_domain})",
     )
     parser.add_argument(
         "--seed",
         type=int,
-        default=default.seed,
-        help="seed of the first random subset (default: %(default)s)",
+        help=f"seed of the first random subset (default: {default.seed})",
     )
 
 
 def run(args: argparse.Namespace) -> int:
+    refuse_what_says_nothing(args)
+    if args.tasks:
+        return run_tasks(args)
+    if args.lm_eval:
+        return run_lm_eval(args)
+    if not args.data:
+        raise UserError("give --data DIR, a prepared data set, or --tasks FILE, questions")
     from emotrain.evaluation.measure import default_folder, evaluate, write_results
     from emotrain.evaluation.tables import tables
     from emotrain.training.checkpoint import find
 
-    settings = EvaluationSettings(
-        keep=tuple(args.keep),
-        calibration_documents=args.calibration_documents,
-        documents=args.documents,
-        document_tokens=args.document_tokens,
-        domains=tuple(args.domains),
-        seed=args.seed,
-        random_seeds=args.random_seeds,
-        cross_domain=args.cross_domain,
-    )
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluationSettings)}
+    given = {name: value for name, value in given.items() if value is not None}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    settings = EvaluationSettings(**{**given, **lists})
     folder = Path(args.out) if args.out else default_folder(find(args.checkpoint))
     with ProgressBar("batches") as bar:
         result = evaluate(

@@ -145,11 +145,16 @@ class AnswerLoader:
         return [self.batch(positions) for positions in blocks]
 
 
+def spaced(prompt: str, answer: str) -> str:
+    """A prompt and its answer, with a space between them where neither side has one."""
+    between = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+    return f"{prompt}{between}{answer}"
+
+
 def _encode(encoder: TextTokenizer, prompt: str, answer: str, most: int) -> tuple[np.ndarray, int]:
     """Token ids of a pair with EOS, and how many of them are the answer's; of an answer that fills
     a sequence alone, what does not fit is left out before its EOS."""
-    if not (prompt[-1:].isspace() or answer[:1].isspace()):
-        answer = f" {answer}"
+    answer = spaced(prompt, answer)[len(prompt) :]
     asked, answered = encoder.encode_batch([prompt, answer])
     if len(answered) > most - 1:
         answered = np.concatenate((answered[: most - 2], answered[-1:]))

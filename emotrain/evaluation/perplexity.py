@@ -7,7 +7,7 @@ U counts the documents of the whole pass, J their groups (see `emotrain.modular.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -250,16 +250,22 @@ def token_losses(hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor) -> Tenso
 
     Logits are formed for `BLOCK_TOKENS` positions at a time.
     """
-    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     losses = [
-        F.cross_entropy(
-            F.linear(hidden_tD, head_VD).to(dtype), target_t, ignore_index=IGNORE, reduction="none"
-        )
-        for hidden_tD, target_t in zip(
-            hidden_TD.split(BLOCK_TOKENS), targets_T.split(BLOCK_TOKENS), strict=True
-        )
+        F.cross_entropy(logits_tV, target_t, ignore_index=IGNORE, reduction="none")
+        for logits_tV, target_t in logit_blocks(hidden_TD, head_VD, targets_T)
     ]
     return torch.cat(losses)
+
+
+def logit_blocks(
+    hidden_TD: Tensor, head_VD: Tensor, targets_T: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of `BLOCK_TOKENS` positions at a time, fp32 or wider [t, V], and their targets [t]."""
+    dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
+    for hidden_tD, target_t in zip(
+        hidden_TD.split(BLOCK_TOKENS), targets_T.split(BLOCK_TOKENS), strict=True
+    ):
+        yield F.linear(hidden_tD, head_VD).to(dtype), target_t
 
 
 def autocast(device: torch.device, precision: torch.dtype | None) -> AbstractContextManager:

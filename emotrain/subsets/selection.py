@@ -145,7 +145,7 @@ def select(
         checkpoint=str(folder),
         checkpoint_fingerprint=identity(folder),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
-        calibration=_provenance(text),
+        calibration=provenance(text),
         scores_per_layer=tuple(tuple(score_N.tolist()) for score_N in scores),
         forward_passes=passes,
         seed=settings.seed,
@@ -210,7 +210,8 @@ def tokenizer_fingerprint(checkpoint: Path) -> str:
     return sha256_of(file) if file.is_file() else ""
 
 
-def _provenance(text: CalibrationText) -> Calibration:
+def provenance(text: CalibrationText) -> Calibration:
+    """What is recorded of a text that chose."""
     return Calibration(text.source, text.domain, len(text.choose), text.tokens, text.fingerprint)
 
 
