@@ -331,6 +331,14 @@ def test_options_that_cannot_be_are_one_line(folder, monkeypatch, capsys, words,
     assert error.startswith("error: ") and line in error and error.count("\n") == 1
 
 
+def test_several_processes_are_refused(folder, monkeypatch, capsys):
+    launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    assert main(["evaluate", str(folder / "run"), "--tasks", str(folder / "kitchen.jsonl")]) == 2
+    assert "asked by one process, this is one of 2" in capsys.readouterr().err
+
+
 # ---- the page
 
 

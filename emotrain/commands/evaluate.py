@@ -127,7 +127,9 @@ def run(args: argparse.Namespace) -> int:
     from emotrain.evaluation.tables import tables
     from emotrain.training.checkpoint import find
 
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluationSettings)}
+    given = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(EvaluationSettings)
+    }
     given = {name: value for name, value in given.items() if value is not None}
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     settings = EvaluationSettings(**{**given, **lists})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.commands.common import finish
+from emotrain.distributed.launcher import Launch
 from emotrain.errors import UserError
 from emotrain.progress import ProgressBar
 
@@ -81,6 +82,11 @@ def refuse_what_says_nothing(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
+    if (processes := Launch.read().world_size) > 1 and (args.tasks or args.lm_eval):
+        raise UserError(
+            f"questions are asked by one process, this is one of {processes}; start it without a "
+            f"launcher"
+        )
     if args.tasks and args.lm_eval:
         raise UserError("give --tasks or --lm-eval: each writes results of its own")
     others: tuple[str, ...]

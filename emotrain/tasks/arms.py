@@ -15,8 +15,8 @@ import torch
 from emotrain.config import Config
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import UserError
-from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.evaluation.measure import group_of_each
+from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.files import sha256_of
 from emotrain.generation.loading import load_subset
 from emotrain.model.transformer import Transformer
