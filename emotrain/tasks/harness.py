@@ -10,12 +10,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from emotrain.errors import MissingPackageError, UserError
@@ -229,10 +229,15 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, (int, float)) else None
 
 
-def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample as JSON holds it."""
-    plain_sample: dict[str, Any] = json.loads(json.dumps(sample, default=str))
-    return plain_sample
+def _plain(value: Any) -> Any:
+    """What a sample holds as JSON can; of anything else its text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def evaluate_harness(
