@@ -105,7 +105,7 @@ def some(rng, domain, count):
 def folder(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     settings = tiny_settings(tiny_data, folder / "run")
-    settings["data"]["sequence_length"] = 64
+    settings["data"]["sequence_length"] = 128
     run_module.train(config_from_dict(settings), Ranks())
     options = ["--calibration", str(tiny_data), "--domain", "kitchen", "--keep", "0.5"]
     assert not main(["select", str(folder / "run"), *options, "--out", str(folder / "half.json")])
@@ -135,7 +135,7 @@ def test_log_probabilities_are_those_of_our_own_reader(session, models):
     texts = [("the bread", " and salt"), ("the  ", "tide"), ("sail", " " + "drift " * 40)]
     for model, arm in models:
         expected_U, greedy_U = log_probabilities(
-            running.model, encode_pairs(running.tokenizer, texts), 64, 4, arm.masks
+            running.model, encode_pairs(running.tokenizer, texts), 128, 4, arm.masks
         )
         found = model.loglikelihood([asked(*pair) for pair in texts])
         assert found == list(zip(expected_U.tolist(), greedy_U.tolist(), strict=True))
@@ -147,7 +147,7 @@ def test_log_probabilities_are_those_of_our_own_reader(session, models):
     assert models[0][0].loglikelihood([asked("a", " b")]) != models[1][0].loglikelihood(
         [asked("a", " b")]
     )
-    assert (model.max_length, model.tokenizer_name) == (64, "print")
+    assert (model.max_length, model.tokenizer_name) == (128, "print")
 
 
 def test_texts_have_the_bits_of_our_own_reader(folder, models):
@@ -173,8 +173,8 @@ def test_texts_go_on_as_those_of_generate(folder, models, capsys):
             answers = json.loads(capsys.readouterr().out)["generations"]
             assert found == [answer["text"] for answer in answers]
     assert len(model.generate_until([asked("", {"max_gen_toks": 4})])) == 1
-    with pytest.raises(UserError, match="an answer of 64 tokens leaves no room"):
-        model.generate_until([asked("a", {"max_gen_toks": 64})])
+    with pytest.raises(UserError, match="an answer of 128 tokens leaves no room"):
+        model.generate_until([asked("a", {"max_gen_toks": 128})])
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_the_real_harness_agrees_on_every_question(folder, tmp_path):
         name: evaluate_tasks(
             folder / "run",
             [tmp_path / f"{name}.jsonl"],
-            TaskSettings(shots=2 * (name == "choices"), answer_tokens=8, subsets=(common[2],)),
+            TaskSettings(shots=2 * (name == "choices"), answer_tokens=8, subsets=(str(common[2]),)),
         )
         for name in files
     }
