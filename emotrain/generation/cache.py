@@ -83,6 +83,13 @@ class KVCache:
                 self._grow()
             pages.append(self._free.pop())
 
+    def copy(self, sources: list[int], targets: list[int]) -> None:
+        """Copy pages to others, each to the one at its place."""
+        device = self.layers[0].device
+        from_X, to_X = torch.tensor([sources, targets], device=device)
+        for layer in self.layers:
+            layer[to_X] = layer[from_X]
+
     def release(self, pages: list[int], num_tokens: int) -> None:
         """Take back the pages of a sequence and what it was promised."""
         self._promised -= pages_of(num_tokens)

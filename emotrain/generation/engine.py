@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,26 +25,23 @@ from emotrain.generation.cache import PAGE, KVCache, pages_of
 from emotrain.generation.forward import CachedModel
 from emotrain.generation.ragged import Part, RaggedBatch
 from emotrain.generation.request import GenerationRequest
-from emotrain.generation.sampling import TokenLogprob, choose_tokens, log_probabilities
+from emotrain.generation.sampling import choose_tokens, log_probabilities
 from emotrain.generation.seats import Seats
-from emotrain.generation.text import Detokenizer, StopScanner
+from emotrain.generation.sequence import (
+    CANCELLED,
+    ERROR,
+    LENGTH,
+    STOP,
+    Delta,
+    Generation,
+    Prompt,
+    Running,
+    TextCoder,
+)
 from emotrain.model.transformer import Transformer
-
-STOP, LENGTH, CANCELLED, ERROR = "stop", "length", "cancelled", "error"
-"""Why a generation ended: a stop text or the end of the document; `max_tokens`; by `cancel`; what
-it needed could not be read."""
 
 FEW = 64
 """Most tokens of a piece that the kernel for few tokens reads."""
-
-
-class TextCoder(Protocol):
-    """What an engine needs of a tokenizer: `emotrain.data.tokenizer.TextTokenizer` is one."""
-
-    eos_id: int
-    vocab_size: int
-
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -74,69 +70,6 @@ class EngineLimits:
                 raise UserError(f"{name}={getattr(self, name)} cannot be; give {least} or more")
 
 
-@dataclass
-class Generation:
-    """A sequence from its submission on. Read it at any time; the engine alone writes it."""
-
-    id: int
-    request: GenerationRequest
-    tokens: list[int] = field(default_factory=list)
-    """Generated so far, an end-of-document token included."""
-    text: str = ""
-    """Theirs as far as it is certain, without a stop text."""
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of `tokens`, where asked for."""
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    """Of the prompt's tokens, where asked for; None for the first, which nothing predicts."""
-    finish_reason: str | None = None
-    error: BaseException | None = None
-    """What ended it, where `finish_reason` is `error`."""
-    experts_kept: list[list[int]] | None = None
-    """Numbers of the routed experts of each layer that it may use, at the end those it used last;
-    None where it may use all."""
-    pool_renewals: int = 0
-    """How often its pool was chosen anew."""
-    switch_rate: float | None = None
-    """Share of a pool's experts that were not in the one before, mean over layers and renewals;
-    None before the first."""
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What a step added to a generation."""
-
-    generation: Generation
-    tokens: tuple[int, ...]
-    text: str
-    """May be empty: characters that are not whole, or that may begin a stop text, wait."""
-    finish_reason: str | None
-
-
-class _Running:
-    """A generation in the engine."""
-
-    def __init__(self, generation: Generation, tokenizer: TextCoder | None):
-        self.generation = generation
-        request = generation.request
-        self.known = list(request.tokens)
-        """The prompt, and what was generated."""
-        self.read = 0
-        """Tokens whose keys and values are in the cache."""
-        self.seat = -1
-        self.pages: list[int] = []
-        self.most_tokens = len(self.known) + request.sampling.max_tokens
-        self.switched = 0.0
-        self.stops = StopScanner(request.sampling.stop)
-        self.detokenizer = None
-        if tokenizer is not None:
-            self.detokenizer = Detokenizer(tokenizer.decode, self.known)
-
-    @property
-    def pending(self) -> int:
-        """Tokens that the model has not read."""
-        return len(self.known) - self.read
-
-
 class Engine:
     """A model that generates for many sequences at once."""
 
@@ -160,8 +93,8 @@ class Engine:
         self._cached = CachedModel(model, self.cache, seats, self.limits.sequence_tokens)
         self._seats = seats
         self._free_seats = list(reversed(range(self.limits.sequences)))
-        self._waiting: deque[_Running] = deque()
-        self._running: list[_Running] = []
+        self._waiting: deque[Running] = deque()
+        self._running: list[Running] = []
         self._ids = iter(range(1 << 62))
         vocab_size = model.config.vocab_size
         self.num_tokens = min(vocab_size, tokenizer.vocab_size) if tokenizer else vocab_size
@@ -175,10 +108,23 @@ class Engine:
         Raises:
             UserError: a prompt without tokens, of unknown ones or too long ones, or what cannot be.
         """
+        return self.submit_several(request, 1)[0]
+
+    def submit_several(self, request: GenerationRequest, count: int) -> list[Generation]:
+        """Take a request as `count` sequences with seeds that follow one another. Each is what it
+        would be alone, but the prompt is read once for all of them that run while one has it.
+
+        Raises:
+            UserError: as `submit`.
+        """
         self._check(request)
-        generation = Generation(next(self._ids), request)
-        self._waiting.append(_Running(generation, self.tokenizer))
-        return generation
+        prompt, found = Prompt(count > 1), []
+        for index in range(count):
+            seed = request.sampling.seed + index
+            own = replace(request, sampling=replace(request.sampling, seed=seed))
+            found.append(Generation(next(self._ids), own))
+            self._waiting.append(Running(found[-1], prompt, self.tokenizer))
+        return found
 
     def cancel(self, generation: Generation) -> bool:
         """End a generation and free what it holds; False where it has ended already."""
@@ -208,15 +154,20 @@ class Engine:
         to its end. A sequence whose experts cannot be read ends with an error, and the others go
         on."""
         self._admit()
+        ready: list[tuple[list[Running], Tensor]] = []
         deltas: list[Delta] = []
         for batch in self._batches(list(self._next_parts())):
             try:
-                deltas += self._run(batch)
+                ready.append(self._run(batch))
             except (OSError, RunError, UserError):
                 # Alone, each shows whether it was the one.
                 for one in batch:
-                    deltas += self._run_alone(one)
-        return deltas
+                    try:
+                        ready.append(self._run([one]))
+                    except (OSError, RunError, UserError) as error:
+                        deltas.append(self._fail(one[0], error))
+        ready.append(self._share_prompts())
+        return deltas + self._go_on([of for of in ready if of[0]])
 
     # ---- who runs
 
@@ -265,12 +216,15 @@ class Engine:
             sizes = request.pool.sizes if request.pool is not None else None
             self._seats.take(sequence.seat, request.subset, sizes)
             self._running.append(sequence)
+            sequence.prompt.holders.append(sequence)
 
-    def _next_parts(self) -> Iterator[tuple[_Running, Part]]:
+    def _next_parts(self) -> Iterator[tuple[Running, Part]]:
         """What the running sequences bring to this step, single tokens first."""
         room = self.limits.step_tokens
         reading = []
         for sequence in self._running:
+            if sequence.waits:
+                continue
             if sequence.pending == 1:
                 room -= 1
                 yield sequence, self._part(sequence, 1)
@@ -286,7 +240,7 @@ class Engine:
             room -= count
             yield sequence, self._part(sequence, count)
 
-    def _batches(self, work: list[tuple[_Running, Part]]) -> Iterator[list[tuple[_Running, Part]]]:
+    def _batches(self, work: list[tuple[Running, Part]]) -> Iterator[list[tuple[Running, Part]]]:
         """What runs together. Where the kernel makes a token the same in every batch, few tokens
         are together and a long piece is alone, in torch: no sequence has a part in another's
         rounding."""
@@ -300,7 +254,7 @@ class Engine:
         for one in long:
             yield [one]
 
-    def _part(self, sequence: _Running, count: int) -> Part:
+    def _part(self, sequence: Running, count: int) -> Part:
         read = sequence.read
         self.cache.extend(sequence.pages, read + count)
         return Part(
@@ -312,10 +266,11 @@ class Engine:
             and read < len(sequence.generation.request.tokens),
         )
 
-    def _leave(self, sequence: _Running, reason: str) -> None:
+    def _leave(self, sequence: Running, reason: str) -> None:
         sequence.generation.finish_reason = reason
         if sequence.seat < 0:
             return
+        sequence.prompt.holders.remove(sequence)
         if sequence.seat in self._seats.restricted:
             sequence.generation.experts_kept = self._seats.kept(sequence.seat)
         self.cache.release(sequence.pages, sequence.most_tokens)
@@ -325,17 +280,8 @@ class Engine:
 
     # ---- a step
 
-    def _run_alone(self, one: tuple[_Running, Part]) -> list[Delta]:
-        try:
-            return self._run([one])
-        except (OSError, RunError, UserError) as error:
-            sequence, _ = one
-            self._running.remove(sequence)
-            sequence.generation.error = error
-            self._leave(sequence, ERROR)
-            return [Delta(sequence.generation, (), "", ERROR)]
-
-    def _run(self, batch: list[tuple[_Running, Part]]) -> list[Delta]:
+    def _run(self, batch: list[tuple[Running, Part]]) -> tuple[list[Running], Tensor]:
+        """The sequences that have been read to their end, and the logits of what comes next."""
         parts = [part for _, part in batch]
         seats = [part.seat for part in parts]
         ragged = RaggedBatch.of(parts, self._cached.device, self._cached.dtype)
@@ -343,7 +289,7 @@ class Engine:
         rows = self._cached.has_rows and len(parts[-1].tokens) <= FEW
         logits_XV = self._cached.logits(self._cached.hidden(ragged, step, rows), rows)
         self._seats.commit(seats)
-        ready: list[_Running] = []
+        ready: list[Running] = []
         last, first = [], 0
         for sequence, part in batch:
             outputs = len(part.tokens) if part.all_outputs else 1
@@ -354,33 +300,65 @@ class Engine:
             if not sequence.pending:
                 ready.append(sequence)
                 last.append(first - 1)
-        if not ready:
-            return []
-        if len(last) < logits_XV.shape[0]:
-            logits_XV = logits_XV[last]
-        return self._go_on(ready, logits_XV)
+                if sequence.prompt.several and not sequence.generation.tokens:
+                    sequence.prompt.logits_1V = logits_XV[first - 1 : first].clone()
+                    sequence.prompt.pool = self._seats.pool_of(sequence.seat)
+        return ready, logits_XV if len(last) == logits_XV.shape[0] else logits_XV[last]
 
-    def _go_on(self, ready: list[_Running], logits_BV: Tensor) -> list[Delta]:
+    def _fail(self, sequence: Running, error: Exception) -> Delta:
+        self._running.remove(sequence)
+        sequence.generation.error = error
+        self._leave(sequence, ERROR)
+        return Delta(sequence.generation, (), "", ERROR)
+
+    def _share_prompts(self) -> tuple[list[Running], Tensor]:
+        """Sequences whose prompt another one has read: they have read it now. As `_run`."""
+        ready, logits, sources, targets = [], [], [], []
+        for sequence in self._running:
+            if not (sequence.waits and sequence.prompt.holders[0].has_prompt):
+                continue
+            reader, prompt = sequence.prompt.holders[0], sequence.prompt
+            assert prompt.logits_1V is not None
+            sequence.read = len(sequence.known)
+            self.cache.extend(sequence.pages, sequence.read)
+            sources += reader.pages[: len(sequence.pages)]
+            targets += sequence.pages
+            if prompt.pool is not None:
+                self._seats.take_pool(sequence.seat, prompt.pool)
+            sequence.generation.prompt_logprobs += reader.generation.prompt_logprobs
+            ready.append(sequence)
+            logits.append(prompt.logits_1V)
+        if not ready:
+            return [], torch.empty(0)
+        self.cache.copy(sources, targets)
+        return ready, torch.cat(logits)
+
+    def _go_on(self, read: list[tuple[list[Running], Tensor]]) -> list[Delta]:
         """Choose the next token of sequences that have been read to their end."""
+        if not read:
+            return []
+        ready = [sequence for of, _ in read for sequence in of]
+        logits_BV = read[0][1] if len(read) == 1 else torch.cat([of_BV for _, of_BV in read])
         sampling = [one.generation.request.sampling for one in ready]
         chosen = choose_tokens(
             logits_BV[:, : self.num_tokens], sampling, [len(one.known) for one in ready]
         )
-        deltas = []
-        for row, (sequence, token, of_sequence) in enumerate(
-            zip(ready, chosen, sampling, strict=True)
-        ):
-            if of_sequence.max_tokens == 0:
-                deltas.append(self._end(sequence, (), "", LENGTH))
-                continue
-            if of_sequence.logprobs is not None:
-                sequence.generation.logprobs += log_probabilities(
-                    logits_BV[row : row + 1], [token], of_sequence.logprobs, self.num_tokens
-                )
-            deltas.append(self._append(sequence, token))
-        return deltas
+        # Rows of a call are asked for as many alternatives: which of equal ones come depends on it.
+        for count in {one.logprobs for one in sampling if one.logprobs is not None}:
+            rows = [row for row, one in enumerate(sampling) if one.logprobs == count]
+            tokens = [chosen[row] for row in rows]
+            found = log_probabilities(logits_BV[rows], tokens, count, self.num_tokens)
+            for row, entry in zip(rows, found, strict=True):
+                if sampling[row].max_tokens:
+                    ready[row].generation.logprobs.append(entry)
+        return [
+            self._append(sequence, token)
+            if of_sequence.max_tokens
+            else self._end(sequence, (), "", LENGTH)
+            for sequence, token, of_sequence in zip(ready, chosen, sampling, strict=True)
+        ]
 
-    def _append(self, sequence: _Running, token: int) -> Delta:
+    def _append(self, sequence: Running, token: int) -> Delta:
         generation = sequence.generation
         sampling, pool = generation.request.sampling, generation.request.pool
         sequence.known.append(token)
@@ -404,7 +382,7 @@ class Engine:
         generation.text += text
         return Delta(generation, (token,), text, None)
 
-    def _end(self, sequence: _Running, tokens: tuple[int, ...], text: str, reason: str) -> Delta:
+    def _end(self, sequence: Running, tokens: tuple[int, ...], text: str, reason: str) -> Delta:
         if sequence.detokenizer is not None and not sequence.stops.stopped:
             text += sequence.stops.add(sequence.detokenizer.end())
             if sequence.stops.stopped:
@@ -415,7 +393,7 @@ class Engine:
         self._leave(sequence, reason)
         return Delta(sequence.generation, tokens, text, reason)
 
-    def _prompt_logprobs(self, sequence: _Running, part: Part, logits_tV: Tensor) -> None:
+    def _prompt_logprobs(self, sequence: Running, part: Part, logits_tV: Tensor) -> None:
         """Of the prompt's tokens that these logits predict."""
         generation = sequence.generation
         prompt = generation.request.tokens

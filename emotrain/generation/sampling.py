@@ -173,10 +173,10 @@ def log_probabilities(
     most = min(max(num_top, 1), num_tokens)
     top_XY, ids_XY = logprobs_XV[:, :num_tokens].topk(most, dim=1)
     token_X1 = torch.tensor(tokens, device=logits_XV.device)[:, None]
-    own = logprobs_XV.gather(1, token_X1)[:, 0].tolist()
+    own_X1 = logprobs_XV.gather(1, token_X1)
+    # One wait for the device; float64 holds both.
+    found = torch.cat([own_X1.double(), top_XY.double(), ids_XY.double()], dim=1).tolist()
     return [
-        TokenLogprob(token, logprob, tuple(zip(ids, top, strict=True)))
-        for token, logprob, ids, top in zip(
-            tokens, own, ids_XY.tolist(), top_XY.tolist(), strict=True
-        )
+        TokenLogprob(token, own, tuple(zip(map(int, row[most:]), row[:most], strict=True)))
+        for token, (own, *row) in zip(tokens, found, strict=True)
     ]

@@ -38,6 +38,7 @@ class Seats:
         """Seats with a pool, and its size in each layer."""
         self.choosing: set[int] = set()
         """Seats whose pool is chosen in the next step."""
+        self._device = torch.device(device)
         self._fresh: list[tuple[Tensor, Tensor]] = []
 
     def take(
@@ -74,20 +75,37 @@ class Seats:
     def renew(self, seat: int) -> float:
         """Choose a pool anew from the text so far; returns the share of its experts that are new,
         mean over layers with routed experts."""
-        seats_X = torch.tensor([seat])
-        switched = []
+        seats_X, switched = torch.tensor([seat], device=self._device), []
         for layer, pool in enumerate(self.pool):
             if pool.shape[1] == 0:
                 continue
             before_N = pool[seat] == 0
-            self._choose(layer, seats_X.to(pool.device), self.scores[layer][seat][None])
+            self._choose(layer, [seat], seats_X, self.scores[layer][seat][None])
             now_N = pool[seat] == 0
-            switched.append(float((now_N & ~before_N).sum() / now_N.sum()))
-        return sum(switched) / max(len(switched), 1)
+            switched.append((now_N & ~before_N).sum() / now_N.sum())
+        # One wait for the device, and not one a layer.
+        shares = torch.stack(switched).tolist() if switched else [0.0]
+        return sum(shares) / len(shares)
 
     def kept(self, seat: int) -> list[list[int]]:
         """Numbers of the routed experts that the seat may use, a list a layer."""
-        return [(pool[seat] == 0).nonzero()[:, 0].tolist() for pool in self.pool]
+        counts = [pool.shape[1] for pool in self.pool]
+        may_use = torch.cat([pool[seat] for pool in self.pool]).cpu() == 0
+        return [of_N.nonzero()[:, 0].tolist() for of_N in may_use.split(counts)]
+
+    def pool_of(self, seat: int) -> list[tuple[Tensor, Tensor]] | None:
+        """For each layer the pool of a seat and its scores, to be taken by others that have read
+        the same; None where it has no pool."""
+        if seat not in self.sizes:
+            return None
+        tables = zip(self.pool, self.scores, strict=True)
+        return [(pool[seat].clone(), scores[seat].clone()) for pool, scores in tables]
+
+    def take_pool(self, seat: int, known: list[tuple[Tensor, Tensor]]) -> None:
+        """Give a seat the pool that another one had, `pool_of`."""
+        for pool, scores, of_layer in zip(self.pool, self.scores, known, strict=True):
+            pool[seat], scores[seat] = of_layer
+        self.choosing.discard(seat)
 
     def restrict(self, layer: int, logits_TN: Tensor, step: StepSeats) -> Tensor:
         """Router logits with -inf at experts that a token's sequence may not use; scores of
@@ -107,11 +125,12 @@ class Seats:
         fresh = torch.zeros_like(self.scores[layer]).index_add_(0, scored_X, free_XN)
         self._fresh.append((self.scores[layer], fresh))
         if step.choosing_X is not None:
-            self._choose(layer, step.choosing_X, fresh[step.choosing_X])
+            self._choose(layer, step.choosing, step.choosing_X, fresh[step.choosing_X])
 
-    def _choose(self, layer: int, seats_X: Tensor, scores_XN: Tensor) -> None:
+    def _choose(self, layer: int, seats: Sequence[int], seats_X: Tensor, scores_XN: Tensor) -> None:
+        """`seats_X`: the same numbers, on the device."""
         size_X = scores_XN.new_tensor(
-            [self.sizes[seat][layer] for seat in seats_X.tolist()], dtype=torch.int64
+            [self.sizes[seat][layer] for seat in seats], dtype=torch.int64
         )
         chosen_XN = select_pool(scores_XN, size_X)
         subset_XN = self.subset[layer][seats_X]
@@ -122,14 +141,14 @@ class Seats:
         self._fresh.clear()
         if not self.restricted.intersection(seats):
             return StepSeats(seats_T, False, None, None)
-        scored_X = choosing_X = None
+        scored_X, choosing_X, chosen = None, None, []
         if self.sizes.keys() & set(seats):
             has_pool = torch.tensor([seat in self.sizes for seat in seats])
             scored_T = has_pool.repeat_interleave(torch.tensor(counts))
             scored_X = scored_T.nonzero()[:, 0].to(seats_T.device)
             if chosen := [seat for seat in seats if seat in self.choosing]:
                 choosing_X = torch.tensor(chosen, device=seats_T.device)
-        return StepSeats(seats_T, True, scored_X, choosing_X)
+        return StepSeats(seats_T, True, scored_X, choosing_X, tuple(chosen))
 
     def commit(self, seats: Sequence[int]) -> None:
         """The step has run: its scores count. A step that failed leaves the old ones."""
@@ -151,3 +170,5 @@ class StepSeats:
     """int64: the tokens whose sequence has a pool; None where none has."""
     choosing_X: Tensor | None
     """int64: the seats whose pool this step chooses."""
+    choosing: tuple[int, ...] = ()
+    """The same, where the host can read them."""

@@ -6,14 +6,13 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from emotrain.data.tokenizer import TextTokenizer
-from emotrain.generation.engine import STOP, Generation
 from emotrain.generation.loading import encode
 from emotrain.generation.request import GenerationRequest
 from emotrain.generation.sampling import Sampling, TokenLogprob
+from emotrain.generation.sequence import STOP, Generation
 from emotrain.generation.text import UNKNOWN
 from emotrain.serving.models import ServedModel
 from emotrain.serving.schema import ChatBody, CompletionBody, SamplingBody
@@ -34,7 +33,7 @@ def prompts_of(body: CompletionBody, tokenizer: TextTokenizer) -> list[list[int]
 def requests_of(
     body: SamplingBody, prompts: Sequence[Sequence[int]], model: ServedModel, max_tokens: int
 ) -> list[GenerationRequest]:
-    """Every prompt n times, one after the other, as the choices of the answer are numbered."""
+    """One for each prompt."""
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     logprobs = body.logprobs if isinstance(body, CompletionBody) else None
     seed = body.seed if body.seed is not None else uuid.uuid4().int & ((1 << 63) - 1)
@@ -49,12 +48,9 @@ def requests_of(
         prompt_logprobs=isinstance(body, CompletionBody)
         and bool(body.echo)
         and logprobs is not None,
+        seed=seed,
     )
-    return [
-        GenerationRequest(prompt, replace(sampling, seed=seed + index), model.subset, model.pool)
-        for prompt in prompts
-        for index in range(body.n or 1)
-    ]
+    return [GenerationRequest(prompt, sampling, model.subset, model.pool) for prompt in prompts]
 
 
 class TokenTexts:

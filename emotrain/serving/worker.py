@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from emotrain.errors import RunError, UserError
-from emotrain.generation.engine import CANCELLED, ERROR, Delta, Engine, Generation
+from emotrain.generation.engine import Engine
 from emotrain.generation.request import GenerationRequest
+from emotrain.generation.sequence import CANCELLED, ERROR, Delta, Generation
 from emotrain.serving.metrics import ServerMetrics
 
 log = logging.getLogger("emotrain")
@@ -85,8 +86,10 @@ class Worker:
     def alive(self) -> bool:
         return self._thread.is_alive() and not self._ended
 
-    async def submit(self, model: str, requests: Sequence[GenerationRequest]) -> Ticket:
-        """Take the sequences of a request, all or none.
+    async def submit(
+        self, model: str, requests: Sequence[GenerationRequest], count: int = 1
+    ) -> Ticket:
+        """Take `count` sequences of each request, one request after the other; all or none.
 
         Raises:
             TooManyRequestsError: too many wait. UserError: one of them cannot be.
@@ -97,14 +100,15 @@ class Worker:
         def enter() -> None:
             engine = self.engine
             there = engine.num_waiting + engine.num_running
-            if there + len(requests) > self.most_waiting:
+            more = count * len(requests)
+            if there + more > self.most_waiting:
                 raise TooManyRequestsError(
-                    f"{there} sequences run or wait and {len(requests)} more are above the limit "
-                    f"of {self.most_waiting}; try again later"
+                    f"{there} sequences run or wait and {more} more are above the limit of "
+                    f"{self.most_waiting}; try again later"
                 )
             try:
                 for request in requests:
-                    ticket.generations.append(engine.submit(request))
+                    ticket.generations += engine.submit_several(request, count)
             except UserError:
                 for generation in ticket.generations:
                     engine.cancel(generation)
