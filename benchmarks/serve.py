@@ -216,11 +216,11 @@ def cold(folder: Path, args: argparse.Namespace, sizes: dict[str, int]) -> dict[
 
         for model in SUBSETS[:2]:
             ask(model)
-        before = gauge(address, "expert_misses")
+        before = gauge(address, "expert_misses_total")
         for number in range(2 * args.repeats):
             model = SUBSETS[number % 2]
             extra_ms.append(ask(model) - ask(model))
-        misses = (gauge(address, "expert_misses") - before) / len(extra_ms)
+        misses = (gauge(address, "expert_misses_total") - before) / len(extra_ms)
     return {
         "cold_experts_per_request": misses,
         "cold_expert_ms": statistics.median(extra_ms) / max(misses, 1),

@@ -26,14 +26,16 @@ from emotrain.commands import serve as command
 from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
 from emotrain.generation.engine import Engine, EngineLimits
-from emotrain.generation.loading import encode, load_generator, load_subset
+from emotrain.generation.loading import encode, load_subset, load_weights, open_generator
 from emotrain.generation.request import GenerationRequest, read_pool
 from emotrain.generation.sampling import Sampling
 from emotrain.model.router import RoutingRequest
+from emotrain.serving.connection import server_config
 from emotrain.serving.metrics import MOST_MODELS, ServerMetrics
 from emotrain.serving.worker import EngineEndedError, Worker
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, tiny_settings
+from tests.test_serving_connections import dribble
 
 EXTRA = "needs the serve extra: pip install -e '.[serve,test]'"
 httpx, openai, uvicorn, _ = (
@@ -70,9 +72,7 @@ def serving(*words: str):
 
         keys = read_keys(args.api_key_file)
     gate, _ = command._application(args, keys)
-    server = uvicorn.Server(
-        uvicorn.Config(gate, port=0, log_level="error", timeout_graceful_shutdown=5)
-    )
+    server = uvicorn.Server(server_config(gate, "127.0.0.1", 0, args.connections, 5))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -103,7 +103,8 @@ def client(server):
 @pytest.fixture(scope="module")
 def alone(run_folder):
     """Text that an engine of its own generates with one sequence in it."""
-    folder, config, model, tokenizer = load_generator(run_folder / "run", "cpu")
+    folder, config, tokenizer = open_generator(run_folder / "run")
+    model = load_weights(folder, "cpu")
 
     def generate(prompt: str, name: str = "run", **options):
         subset = pool = None
@@ -337,6 +338,15 @@ def test_bad_json_is_no_defect(server, content):
     assert found.status_code == 400 and found.json()["error"]["message"]
 
 
+def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
+    monkeypatch.setattr("emotrain.serving.gate.BODY_S", 0.3)
+    host, port = server[0].removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9999\r\n"
+    with socket.create_connection((host, int(port))) as slow:
+        slow.sendall(f"{head}content-type: application/json\r\n\r\n{{".encode())
+        assert b"HTTP/1.1 408" in dribble(slow, b" ")
+
+
 def test_a_body_above_the_limit_is_not_read(server):
     def pieces():
         for _ in range(9):
@@ -350,22 +360,10 @@ def test_a_body_above_the_limit_is_not_read(server):
         assert found.status_code == 413
 
 
-def test_a_conversation_needs_a_template(server, run_folder, client):
+def test_a_conversation_needs_a_template(client):
     messages = [{"role": "user", "content": "hello"}]
     with pytest.raises(openai.UnprocessableEntityError, match="no chat template"):
         client.chat.completions.create(model="run", messages=messages)
-    from emotrain.serving.chat import ChatTemplate
-    from emotrain.serving.schema import ChatMessage
-
-    folder = run_folder / "templates"
-    folder.mkdir()
-    text = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
-    (folder / "chat_template.jinja").write_text(text)
-    message = ChatMessage(role="user", content="hello")
-    assert ChatTemplate(folder).render([message]) == "<user>hello<assistant>"
-    (folder / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__name__ }}")
-    with pytest.raises(ValueError, match="does not take these messages"):
-        ChatTemplate(folder).render([message])
 
 
 def eventually(condition) -> None:
@@ -508,16 +506,6 @@ def test_a_client_that_has_gone_before_its_stream_begins_leaves_no_work():
     assert left == ["work"]
 
 
-def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
-    address, gate = server
-    monkeypatch.setattr(gate, "body_seconds", 0.05)
-    host, port = address.removeprefix("http://").split(":")
-    head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\n"
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
-        assert b"408" in connection.recv(1000).split(b"\r\n")[0]
-
-
 def test_time_is_up_for_an_answer_that_takes_too_long(server, monkeypatch):
     address, gate = server
     engine, _ = hold(gate, monkeypatch)
@@ -538,7 +526,8 @@ def test_time_is_up_for_an_answer_that_takes_too_long(server, monkeypatch):
 
 
 def worker_of(run_folder) -> Worker:
-    _, _, model, tokenizer = load_generator(run_folder / "run", "cpu")
+    folder, _, tokenizer = open_generator(run_folder / "run")
+    model = load_weights(folder, "cpu")
     worker = Worker(Engine(model, EngineLimits(2, 128, 64), tokenizer), ServerMetrics(None), 8)
     worker.start()
     return worker

@@ -23,7 +23,7 @@ from emotrain.batch import PackedBatch
 from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
-from emotrain.generation.loading import encode, load_generator, load_subset
+from emotrain.generation.loading import encode, load_subset, load_weights, open_generator
 from emotrain.model.router import RoutingRequest
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, WORDS, tiny_settings
@@ -174,7 +174,8 @@ def test_an_unmodified_harness_reads_the_log_probabilities_of_a_subset(run_folde
     """They are those of the model with the subset's experts, and so is what is greedy."""
     program = tool("lm_eval", "'lm-eval[api]'")
     tasks = write_task(tmp_path)
-    folder, config, model, tokenizer = load_generator(run_folder / "run", "cpu")
+    folder, config, tokenizer = open_generator(run_folder / "run")
+    model = load_weights(folder, "cpu")
     with serving(run_folder) as (address, _):
         for name in ("run", "kitchen"):
             subset = None

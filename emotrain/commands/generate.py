@@ -11,7 +11,8 @@ from emotrain.commands.common import add_checkpoint, add_device, add_json, finis
 from emotrain.errors import UserError
 
 if TYPE_CHECKING:
-    from emotrain.generation.engine import Engine, Generation
+    from emotrain.generation.engine import Engine
+    from emotrain.generation.sequence import Generation
     from emotrain.model.transformer import Transformer
     from emotrain.modular.expert_store import ExpertStore
 
@@ -106,7 +107,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.generation.engine import Engine, EngineLimits, cache_tokens_needed
-    from emotrain.generation.loading import encode, experts_of_domain, load_generator, load_subset
+    from emotrain.generation.loading import (
+        encode,
+        experts_of_domain,
+        load_subset,
+        load_weights,
+        open_generator,
+    )
     from emotrain.generation.request import GenerationRequest, read_pool
     from emotrain.generation.sampling import Sampling
     from emotrain.modular.budget import read_size
@@ -115,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     if args.subset and args.domain:
         raise UserError("give --subset or --domain: a subset says by itself which experts it has")
     memory = read_size(args.memory) if args.memory else None
-    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
+    folder, config, tokenizer = open_generator(args.checkpoint)
     subset = load_subset(args.subset, folder, config) if args.subset else None
     if args.domain:
         subset = experts_of_domain(args.domain, config)
@@ -136,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=tuple(args.stop),
     )
+    model = load_weights(folder, args.device, memory)
     needed = cache_tokens_needed([len(prompt) + sampling.max_tokens for prompt in prompts])
     engine = Engine(model, EngineLimits(len(prompts), needed, context), tokenizer)
     found = [engine.submit(GenerationRequest(ids, sampling, subset, pool)) for ids in prompts]

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("context", 0, "most tokens of a prompt and its text (default: as in training)"),
         ("sequences", 32, "most sequences that run at once (default: 32)"),
         ("waiting", 256, "most that run or wait; more get 429 (default: 256)"),
+        ("connections", 512, "most connections at once; more get 503 (default: 512)"),
         ("cache-tokens", 0, "tokens whose keys and values fit (default: 16 whole contexts)"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
@@ -92,18 +93,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         import uvicorn
+
+        from emotrain.serving.connection import server_config
+        from emotrain.serving.gate import read_keys
     except ImportError:
         raise UserError(
             "emotrain serve needs FastAPI and uvicorn; pip install 'emotrain[serve]'"
         ) from None
-    from emotrain.serving.gate import read_keys
 
     keys = read_keys(args.api_key_file) if args.api_key_file else []
     if not keys and not _is_loopback(args.host):
         raise UserError(
             f"--host {args.host}: others can reach it; give --api-key-file, or --host 127.0.0.1"
         )
-    for name in ("sequences", "waiting"):
+    for name in ("sequences", "waiting", "connections"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: give 1 or more")
     for name in ("request_seconds", "body_mb"):
@@ -126,15 +129,7 @@ def run(args: argparse.Namespace) -> int:
 
     gate, served = _application(args, keys)
     server = Server(
-        uvicorn.Config(
-            gate,
-            host=args.host,
-            port=args.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=int(args.request_seconds) + 1,
-            h11_max_incomplete_event_size=1 << 16,
-        )
+        server_config(gate, args.host, args.port, args.connections, args.request_seconds)
     )
     # uvicorn raises the signal again when it has drained: the work is done, and so is the command.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -145,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, ModelTable]:
     from emotrain.generation.engine import Engine, EngineLimits
-    from emotrain.generation.loading import load_generator
+    from emotrain.generation.loading import load_weights, open_generator
     from emotrain.modular.budget import read_size
     from emotrain.modular.lazy_experts import store_of
     from emotrain.serving.app import Service, build_app
@@ -158,7 +153,7 @@ def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, Mod
 
     files = named_files(args.subset)
     memory = read_size(args.memory) if args.memory else None
-    folder, config, model, tokenizer = load_generator(args.checkpoint, args.device, memory)
+    folder, config, tokenizer = open_generator(args.checkpoint)
     name = args.name or Path(args.checkpoint).resolve().name
     table = ModelTable(
         name, folder, config, Path(args.subset_folder) if args.subset_folder else None
@@ -166,6 +161,7 @@ def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, Mod
     for subset, file in files.items():
         table.load(subset, file)
     context = args.context or config.data.sequence_length
+    model = load_weights(folder, args.device, memory)
     limits = EngineLimits(args.sequences, args.cache_tokens or 16 * context, context)
     metrics = ServerMetrics(store_of(model))
     worker = Worker(Engine(model, limits, tokenizer), metrics, args.waiting)
@@ -180,7 +176,7 @@ def _application(args: argparse.Namespace, keys: list[bytes]) -> tuple[Gate, Mod
     )
     app = build_app(service)
     paths = [route.path for route in app.routes if hasattr(route, "path")]
-    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6), args.request_seconds), table
+    return Gate(app, metrics, paths, keys, int(args.body_mb * 1e6)), table
 
 
 def _is_loopback(host: str) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 
 from emotrain.config import Config
 from emotrain.data.formats import Dataset
-from emotrain.errors import UserError
+from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
+from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation.settings import EvaluationSettings
 
 log = logging.getLogger("emotrain")
@@ -108,6 +109,35 @@ def _too_few(
             f"again with a larger valid share"
         )
     return None
+
+
+def tokenizer_file(checkpoint: Path) -> Path:
+    """
+    Raises:
+        MissingFileError: the checkpoint has no tokenizer.
+    """
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        raise MissingFileError(
+            f"{checkpoint}: has no tokenizer.json, without which it reads no text and writes none; "
+            f"put that of its training there"
+        )
+    return file
+
+
+def tokenizer_of(checkpoint: Path, config: Config) -> TextTokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        UserError: there is none, or it has ids that the model lacks.
+    """
+    tokenizer = load_tokenizer(tokenizer_file(checkpoint))
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} ids and its model "
+            f"{config.model.vocab_size}; put the tokenizer of its training there"
+        )
+    return tokenizer
 
 
 def check_vocabulary(data: Path, vocab_size: int, config: Config, checkpoint: Path) -> None:

@@ -7,54 +7,45 @@ from pathlib import Path
 from torch import Tensor
 
 from emotrain.config import Config
-from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
-from emotrain.errors import MissingFileError, UserError
+from emotrain.data.tokenizer import TextTokenizer
+from emotrain.errors import UserError
 from emotrain.evaluation.measure import choose_device
+from emotrain.evaluation.reading import tokenizer_of
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
 from emotrain.modular.select import allowed_experts, masks_of
 from emotrain.subsets.lazy_model import load_lazy
 from emotrain.subsets.selection import require_same_model
 from emotrain.training.checkpoint import find, load_model
+from emotrain.training.checkpoint_folders import read_config
 
 
-def load_generator(
-    checkpoint: str | Path, device: str = "auto", memory: int | None = None
-) -> tuple[Path, Config, Transformer, TextTokenizer]:
-    """Folder, configuration, model and tokenizer of a checkpoint.
+def open_generator(checkpoint: str | Path) -> tuple[Path, Config, TextTokenizer]:
+    """Folder, configuration and tokenizer of a checkpoint: what a request can be checked by before
+    weights are read.
+
+    Raises:
+        UserError: no usable checkpoint, or one without the tokenizer of its model.
+    """
+    folder = find(checkpoint)
+    config = read_config(folder)
+    return folder, config, tokenizer_of(folder, config)
+
+
+def load_weights(folder: Path, device: str = "auto", memory: int | None = None) -> Transformer:
+    """The model of a checkpoint.
 
     Args:
         memory: bytes that the weights may take, with experts that are read when they are needed
             (`load_lazy`, on the CPU); None loads them all.
     Raises:
-        UserError: no usable checkpoint, or one without the tokenizer of its model; or less memory
-            than it needs.
+        UserError: damaged, or less memory than it needs.
     """
-    folder = find(checkpoint)
-    tokenizer = tokenizer_of(folder)
     if memory is None:
-        config, model = load_model(folder, choose_device(device))
-    elif device == "cuda":
+        return load_model(folder, choose_device(device))[1]
+    if device == "cuda":
         raise UserError("--memory keeps experts for the CPU; give --device cpu, or no --memory")
-    else:
-        lazy = load_lazy(folder, memory)
-        config, model = lazy.config, lazy.model
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids and its model "
-            f"{config.model.vocab_size}; put the tokenizer of its training there"
-        )
-    return folder, config, model, tokenizer
-
-
-def tokenizer_of(folder: Path) -> TextTokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise MissingFileError(
-            f"{folder}: has no tokenizer.json, without which it reads no text and writes none; put "
-            f"that of its training there"
-        )
-    return load_tokenizer(file)
+    return load_lazy(folder, memory).model
 
 
 def load_subset(file: str | Path, folder: Path, config: Config) -> list[Tensor]:

@@ -21,8 +21,8 @@ import emotrain
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import RunError, UserError
 from emotrain.files import json_text
-from emotrain.generation.engine import ERROR, Delta
 from emotrain.generation.loading import encode
+from emotrain.generation.sequence import ERROR, Delta
 from emotrain.serving.chat import ChatTemplate, NoTemplateError
 from emotrain.serving.completions import Answer, TokenTexts, prompts_of, requests_of
 from emotrain.serving.gate import error_body
@@ -133,8 +133,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request, body: ChatBody) -> Response:
         """Continue a conversation, where the model's tokenizer has a template for them."""
-        text = await asyncio.to_thread(service.template.render, body.messages)
-        prompt = await asyncio.to_thread(encode, service.tokenizer, text)
+        prompt = await asyncio.to_thread(service.template.tokens, body.messages)
         most = body.max_completion_tokens
         if most is None:
             most = body.max_tokens
@@ -306,13 +305,14 @@ async def _answer(
     requests = requests_of(
         body, prompts, service.table.find(body.model), 16 if max_tokens is None else max_tokens
     )
-    if len(requests) > service.worker.most_waiting:
+    num_choices = body.n or 1
+    if num_choices * len(requests) > service.worker.most_waiting:
         raise UserError(
-            f"{len(requests)} sequences at once are above the limit of "
+            f"{num_choices * len(requests)} sequences at once are above the limit of "
             f"{service.worker.most_waiting}; send fewer prompts, or a smaller n"
         )
     deadline = time.monotonic() + service.seconds
-    ticket = await service.worker.submit(body.model, requests)
+    ticket = await service.worker.submit(body.model, requests, num_choices)
     service.metrics.read(body.model, sum(map(len, prompts)))
     answer = Answer(body, service.texts, service.tokenizer)
     if body.stream:

@@ -1,10 +1,14 @@
-"""Conversations as text, by the template of the tokenizer."""
+"""Conversations as tokens, by the template of the tokenizer."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from emotrain.data.tokenizer import read_tokenizer
 from emotrain.errors import UserError
 from emotrain.serving.schema import ChatMessage
 
@@ -14,18 +18,52 @@ class NoTemplateError(UserError):
 
 
 class ChatTemplate:
-    """The template beside a tokenizer: `chat_template.jinja`, or in `tokenizer_config.json`."""
+    """The template beside a tokenizer: `chat_template.jinja`, or in `tokenizer_config.json`.
+
+    What a template writes may be special tokens, such as the marks of turns; what a message says is
+    ordinary text.
+    """
 
     def __init__(self, folder: Path):
-        self.source = _source(folder)
-        """None where there is none."""
-
-    def render(self, messages: list[ChatMessage]) -> str:
-        """The text that the model goes on from.
+        """`folder`: of a checkpoint, with its tokenizer.json.
 
         Raises:
-            NoTemplateError: there is none. UserError: it does not take these messages.
+            UserError: a template that cannot be read.
         """
+        settings = _settings(folder / "tokenizer_config.json")
+        self.source = _source(folder, settings)
+        """None where there is none."""
+        self._tokens = {
+            name: value.get("content", "") if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        if self.source is not None:
+            self._backend = read_tokenizer(folder / "tokenizer.json")
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            added = self._backend.get_added_tokens_decoder().values()
+            self._special = [token.content for token in added if token.special]
+
+    def tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """The tokens that the model goes on from.
+
+        Raises:
+            NoTemplateError: there is none. UserError: it does not take these messages, or one of
+                them spells a special token.
+        """
+        text = self.render(messages)
+        for message in messages:
+            for said in (message.content, message.name or ""):
+                if found := [token for token in self._special if token in said]:
+                    raise UserError(
+                        f"a message has {found[0]!r}, which is a mark of the chat template; leave "
+                        f"it out"
+                    )
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def render(self, messages: Sequence[ChatMessage]) -> str:
+        """The same as text."""
         if self.source is None:
             raise NoTemplateError(
                 "this model's tokenizer has no chat template; use /v1/completions"
@@ -37,26 +75,43 @@ class ChatTemplate:
         def refuse(message: str) -> None:
             raise TemplateError(message)
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # As transformers renders: templates are written for that.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = refuse
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
             return environment.from_string(self.source).render(
                 messages=[message.model_dump(exclude_none=True) for message in messages],
                 add_generation_prompt=True,
+                **self._tokens,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, ArithmeticError, TypeError, ValueError) as error:
             raise UserError(f"the chat template does not take these messages: {error}") from None
 
 
-def _source(folder: Path) -> str | None:
+def _settings(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("not an object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); mend or remove it") from None
+    return settings
+
+
+def _source(folder: Path, settings: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return None
-    try:
-        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); mend or remove it") from None
+        try:
+            return file.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise UserError(f"{file}: is no text ({error}); mend or remove it") from None
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[0].get("template") if named else None
     return template if isinstance(template, str) else None

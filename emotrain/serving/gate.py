@@ -17,6 +17,8 @@ from emotrain.serving.metrics import ServerMetrics
 
 OPEN = ("/health",)
 """Paths that need no key."""
+BODY_S = 60.0
+"""In which all of a body must have come."""
 
 
 def read_keys(file: str | Path) -> list[bytes]:
@@ -49,17 +51,15 @@ class Gate:
         paths: Sequence[str],
         keys: Sequence[bytes],
         most_bytes: int,
-        body_seconds: float,
     ):
         """
         Args:
             paths: that the metrics know by name.
             keys: one of them is needed; none lets everybody in.
             most_bytes: of a body.
-            body_seconds: in which all of it must have come.
         """
         self.app, self.metrics, self.paths = app, metrics, frozenset(paths)
-        self.keys, self.most_bytes, self.body_seconds = keys, most_bytes, body_seconds
+        self.keys, self.most_bytes = keys, most_bytes
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -87,7 +87,7 @@ class Gate:
             await refuse(counted, 413, too_large, [(b"connection", b"close")])
             return
         read, whole = 0, False
-        until = asyncio.get_running_loop().time() + self.body_seconds
+        until = asyncio.get_running_loop().time() + BODY_S
 
         async def limited() -> Any:
             nonlocal read, whole
@@ -99,7 +99,7 @@ class Gate:
             except TimeoutError:
                 raise HTTPException(
                     408,
-                    f"the body did not come within {self.body_seconds:g} s",
+                    f"the body did not come within {BODY_S:g} s",
                     {"connection": "close"},
                 ) from None
             read += len(message.get("body", b""))

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from emotrain.modular.expert_store import ExpertStore
 
 MOST_MODELS = 256
 """Names of models that are told apart; subsets may come and go for as long as the server runs."""
+
+
+class _Experts:
+    """What a store counts, read when somebody asks."""
+
+    def __init__(self, store: ExpertStore):
+        self.store = store
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        store, counters = self.store, self.store.counters
+        for name, text, value in (
+            ("resident_experts", "Experts in memory", store.resident_bytes // store.expert_bytes),
+            ("resident_expert_bytes", "Bytes of experts in memory", store.resident_bytes),
+        ):
+            yield GaugeMetricFamily(f"emotrain_{name}", text, value=value)
+        for name, text, value in (
+            ("expert_hits", "Experts found in memory", counters.hits),
+            ("expert_misses", "Experts read from files", counters.misses),
+            ("expert_evictions", "Experts that made room", counters.evictions),
+            ("expert_read_bytes", "Bytes read of experts", counters.bytes_read),
+        ):
+            yield CounterMetricFamily(f"emotrain_{name}", text, value=value)
 
 
 class ServerMetrics:
@@ -35,20 +60,7 @@ class ServerMetrics:
         self._waiting = Gauge("waiting_sequences", "Sequences that wait for room", **options)
         self._pages = Gauge("cache_pages", "Pages of keys and values in use", **options)
         if store is not None:
-            self._follow(store, options)
-
-    @staticmethod
-    def _follow(store: ExpertStore, options: dict[str, Any]) -> None:
-        from prometheus_client import Gauge
-
-        for name, text, read in (
-            ("resident_expert_bytes", "Bytes of experts in memory", lambda: store.resident_bytes),
-            ("expert_hits", "Experts found in memory", lambda: store.counters.hits),
-            ("expert_misses", "Experts read from files", lambda: store.counters.misses),
-            ("expert_evictions", "Experts that made room", lambda: store.counters.evictions),
-            ("expert_read_bytes", "Bytes read of experts", lambda: store.counters.bytes_read),
-        ):
-            Gauge(name, text, **options).set_function(read)
+            self.registry.register(_Experts(store))
 
     def _label(self, model: str) -> str:
         """Clients choose names, and a series of its own for each would be without limit."""

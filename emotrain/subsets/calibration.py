@@ -19,9 +19,9 @@ from emotrain.data.answers import first_item
 from emotrain.data.document_clusters import DOCUMENTS, documents_of_cluster
 from emotrain.data.documents import DocumentReader
 from emotrain.data.formats import Dataset
-from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
+from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import MissingFileError, UserError
-from emotrain.evaluation.reading import check_vocabulary
+from emotrain.evaluation.reading import check_vocabulary, tokenizer_of
 
 HELD_BACK = 4
 """One of so many documents measures the choice and has no part in it."""
@@ -80,6 +80,13 @@ def read_calibration(
     Raises:
         UserError: nothing to read, another tokenizer than the model's, or ids that it lacks.
     """
+    if most_documents < 1:
+        raise UserError(f"documents={most_documents} leaves nothing to choose by; give 1 or more")
+    if document_tokens < 0 or document_tokens == 1:
+        raise UserError(
+            f"document_tokens={document_tokens} leaves nothing to predict; give at least 2, or 0 "
+            f"for whole documents"
+        )
     if (source is None) == (not prompts):
         raise UserError("give calibration text once: --calibration DATA or --prompt TEXT")
     is_file = source is not None and Path(source).is_file()
@@ -91,7 +98,7 @@ def read_calibration(
         )
     if prompts:
         texts: Iterator[str] = iter(prompts)
-        documents = _encoded(texts, _tokenizer_of(checkpoint), config)
+        documents = _encoded(texts, tokenizer_of(checkpoint, config))
         name = "prompt"
     elif Path(source or "").is_dir():
         documents, name = _of_dataset(Path(source or ""), domain, config, checkpoint), str(source)
@@ -106,7 +113,7 @@ def read_calibration(
                 f"{path}: no such calibration data; give a folder of emotrain prepare or a JSONL "
                 f"file"
             )
-        documents = _encoded(_texts(path, domain), _tokenizer_of(checkpoint), config)
+        documents = _encoded(_texts(path, domain), tokenizer_of(checkpoint, config))
         name = str(path)
     cut = (ids[: document_tokens or None] for ids in documents if len(ids) > 1)
     found = list(islice(cut, most_documents))
@@ -147,24 +154,7 @@ def _of_cluster(
     return documents
 
 
-def _tokenizer_of(checkpoint: Path) -> TextTokenizer:
-    file = checkpoint / "tokenizer.json"
-    if not file.is_file():
-        raise MissingFileError(
-            f"{checkpoint}: has no tokenizer.json, so that text cannot be read; give prepared data "
-            f"instead, or put the tokenizer there"
-        )
-    return load_tokenizer(file)
-
-
-def _encoded(
-    texts: Iterator[str], tokenizer: TextTokenizer, config: Config
-) -> Iterator[np.ndarray]:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise UserError(
-            f"the checkpoint's tokenizer has {tokenizer.vocab_size} ids and the model "
-            f"{config.model.vocab_size}; put the tokenizer of its training beside it"
-        )
+def _encoded(texts: Iterator[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     for text in texts:
         yield tokenizer.encode_batch([text])[0]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,13 @@ from emotrain.data.files import find_files
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.prepare import prepare
 from emotrain.errors import MissingFileError, UserError
-from emotrain.evaluation.reading import check_vocabulary
+from emotrain.evaluation.reading import check_vocabulary, tokenizer_file
 from emotrain.modular.artefact import read_subset
 from emotrain.progress import ProgressBar
 from emotrain.subsets.selection import require_same_model, tokenizer_fingerprint
 from emotrain.training.checkpoint_folders import find, read_config
 from emotrain.training.data_source import build_loader
+from emotrain.training.rows import is_file
 
 RECIPE: dict[str, Any] = {
     "losses": {"balance": 0.01, "router_z": 0.0, "z": 0.0},
@@ -60,7 +60,11 @@ class TuneSettings:
 
 
 def tuning_config(
-    checkpoint: str | Path, run_dir: str | Path, settings: TuneSettings, overrides: Sequence[str]
+    checkpoint: str | Path,
+    run_dir: str | Path,
+    settings: TuneSettings,
+    overrides: Sequence[str],
+    prepares: bool = True,
 ) -> Config:
     """The whole configuration of a run in `run_dir` that begins with a checkpoint's weights.
 
@@ -68,6 +72,7 @@ def tuning_config(
 
     Args:
         overrides: `key=value` settings over all others.
+        prepares: whether it may; one of several processes may not.
     Raises:
         UserError: a checkpoint, data, a teacher or a setting that cannot be used.
     """
@@ -79,7 +84,7 @@ def tuning_config(
     folder = find(checkpoint)
     origin = read_config(folder)
     _check_others(settings, folder, origin)
-    data, tokenizer = _data(settings.data, Path(run_dir), folder, origin)
+    data, tokenizer = _data(settings.data, Path(run_dir), folder, origin, prepares)
     chosen: dict[str, Any] = {
         "training": {"run_dir": str(run_dir), "steps": max(settings.steps, 1)},
         "data": {"path": str(data), "domain": settings.domain, "tokenizer": tokenizer},
@@ -123,8 +128,7 @@ def _of_data(origin: Config) -> dict[str, Any]:
 
 def _check_others(settings: TuneSettings, folder: Path, origin: Config) -> None:
     """Refuse a subset of another model, and a teacher of other tokens."""
-    numbers = r"last:\d+|exclusive:.*|\d+( *, *\d+)*"
-    if settings.experts and not re.fullmatch(numbers, settings.experts):
+    if settings.experts and is_file(settings.experts):
         require_same_model(read_subset(settings.experts), folder, origin)
     if settings.teacher:
         teacher = find(settings.teacher)
@@ -135,9 +139,11 @@ def _check_others(settings: TuneSettings, folder: Path, origin: Config) -> None:
             )
 
 
-def _data(data: str, run_dir: Path, folder: Path, origin: Config) -> tuple[Path, str]:
+def _data(
+    data: str, run_dir: Path, folder: Path, origin: Config, prepares: bool
+) -> tuple[Path, str]:
     """Where the run reads its data, and the tokenizer that they need to be read with."""
-    path, tokenizer = Path(data), folder / "tokenizer.json"
+    path = Path(data)
     if not path.exists():
         raise MissingFileError(
             f"{data}: no such data; give a folder of emotrain prepare, or a JSONL file of "
@@ -149,15 +155,16 @@ def _data(data: str, run_dir: Path, folder: Path, origin: Config) -> tuple[Path,
         dataset = Dataset(path, verify_checksums=False)
         check_vocabulary(path, dataset.vocab_size, origin, folder)
         return path, ""
-    if not tokenizer.is_file():
-        raise MissingFileError(
-            f"{folder}: has no tokenizer.json, so that text cannot be read; give prepared data "
-            f"instead, or put the tokenizer there"
-        )
+    tokenizer = tokenizer_file(folder)
     if is_answers(path):
         return path, str(tokenizer)
     prepared = run_dir / "data"
     if not (prepared / MANIFEST).is_file():
+        if not prepares:
+            raise UserError(
+                f"{data}: documents are prepared by one process; give the command with "
+                f"--only-config first, without a launcher, or give a folder of emotrain prepare"
+            )
         find_files([path], prepared)  # says what is wrong with the input before a folder is made
         with ProgressBar("documents") as bar:
             prepare([path], prepared, tokenizer=tokenizer, valid_fraction=0.0, bar=bar)

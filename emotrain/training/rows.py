@@ -87,17 +87,12 @@ def trained_experts(text: str, model: ModelConfig) -> list[tuple[int, ...]]:
             does not have.
     """
     layers = [model.routed_in_layer(layer) for layer in range(model.num_layers)]
-    if match := re.fullmatch(r"last:(\d+)", text):
-        return [_checked(range(n - int(match[1]), n), n, text, i) for i, n in enumerate(layers)]
-    if text.startswith("exclusive:"):
-        domain, exclusive = text.removeprefix("exclusive:"), model.experts.exclusive
-        if domain not in dict(exclusive):
-            raise UserError(
-                f"finetune.experts={text}: the model has no exclusive experts for {domain!r}; it "
-                f"has them for {', '.join(dict(exclusive)) or 'no domain'} (emotrain experts add)"
-            )
-        return [tuple(own_range(exclusive, routed, domain)) for routed in layers]
-    if re.fullmatch(r"\d+( *, *\d+)*", text):
+    if not is_file(text):
+        kind, _, rest = text.partition(":")
+        if kind == "exclusive":
+            return _of_domain(rest, layers, model, text)
+        if kind == "last":
+            return [_checked(range(n - int(rest), n), n, text, i) for i, n in enumerate(layers)]
         numbers = sorted({int(number) for number in text.split(",")})
         return [_checked(numbers, routed, text, i) for i, routed in enumerate(layers)]
     subset = read_subset(text)
@@ -109,6 +104,23 @@ def trained_experts(text: str, model: ModelConfig) -> list[tuple[int, ...]]:
             f"{model.experts.shared}; give a subset of this model"
         )
     return [subset.routed(layer) for layer in range(model.num_layers)]
+
+
+def is_file(text: str) -> bool:
+    """Whether `finetune.experts` names a file, and not numbers, the last ones or a domain."""
+    return re.fullmatch(r"last:\d+|exclusive:.*|\d+( *, *\d+)*", text) is None
+
+
+def _of_domain(
+    domain: str, layers: Sequence[int], model: ModelConfig, text: str
+) -> list[tuple[int, ...]]:
+    exclusive = model.experts.exclusive
+    if domain not in dict(exclusive):
+        raise UserError(
+            f"finetune.experts={text}: the model has no exclusive experts for {domain!r}; it has "
+            f"them for {', '.join(dict(exclusive)) or 'no domain'} (emotrain experts add)"
+        )
+    return [tuple(own_range(exclusive, routed, domain)) for routed in layers]
 
 
 def _checked(numbers: Sequence[int], routed: int, text: str, layer: int) -> tuple[int, ...]:
