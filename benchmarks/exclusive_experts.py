@@ -19,6 +19,7 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         larger, run = work / f"add-{init}", work / f"run-{init}"
         if not larger.exists():
             text = None if init == "random" else args.data
-            sources = sources_of(init, args.count, args.run, text, args.domain)
+            sources = partial(sources_of, init, args.count, args.run, text, args.domain)
             add_experts(args.run, larger, args.domain, args.count, sources=sources)
         settings = TuneSettings(
             args.data, args.domain, experts=f"exclusive:{args.domain}", steps=args.steps

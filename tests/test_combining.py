@@ -18,6 +18,8 @@ from emotrain.evaluation.measure import mean_increase
 from emotrain.evaluation.perplexity import document_losses, pack
 from emotrain.evaluation.reading import read_domains
 from emotrain.evaluation.settings import EvaluationSettings
+from emotrain.model.router import RoutingRequest
+from emotrain.model.transformer import FULL
 from emotrain.modular.artefact import read_subset
 from emotrain.subsets.extraction import extract
 from emotrain.subsets.interference import interference
@@ -133,6 +135,44 @@ def test_nothing_is_lost_in_the_union_with_itself_or_in_all_experts(
     (of,) = result["subsets"]
     assert of["domain"] == "garden" and of["composed_increase_nats"] == 0
     assert of["interference_nats"] == -of["own_increase_nats"]
+
+
+def test_fidelity_is_that_of_the_masks_and_of_the_extracted_model(
+    run, files, tiny_data, tmp_path, capsys
+):
+    """Against both models run document by document, the second one from the disk."""
+    words = ["subsets", "fidelity", files["union"], "--checkpoint", run, "--data", tiny_data]
+    found = asked(capsys, *words, "--documents", 6)["subsets"]
+    assert [of["domain"] for of in found] == sorted(DOMAINS)
+    subset = read_subset(files["union"])
+    extract(run, files["union"], tmp_path / "small")
+    (config, model), (_, small) = load_model(find(run)), load_model(tmp_path / "small")
+    kept = RoutingRequest(kept=[mask_N[None] for mask_N in masks_of(subset)])
+    settings = EvaluationSettings(calibration_documents=1, documents=6, domains=DOMAINS)
+    documents = read_domains(tiny_data, config, find(run), settings)
+    for of in found:
+        sums, tokens, widest = torch.zeros(4, dtype=torch.float64), 0, 0.0
+        for ids in documents[of["domain"]].held_out:
+            for batch in pack([ids], config.data.sequence_length, 1):
+                is_counted_T = batch.targets_BS.reshape(-1) >= 0
+                with torch.inference_mode():
+                    full, masked, alone = (
+                        torch.log_softmax(of_model.logits(of_model(batch, request)), 1)[
+                            is_counted_T
+                        ].double()
+                        for of_model, request in ((model, FULL), (model, kept), (small, FULL))
+                    )
+                for index, other in enumerate((masked, alone)):
+                    sums[index] += (full.exp() * (full - other)).sum()
+                    sums[2 + index] += torch.minimum(full.exp(), other.exp()).sum()
+                tokens += len(full)
+                widest = max(widest, float((masked - alone).abs().max()))
+        names = ("kl_nats", "extracted_kl_nats", "acceptance", "extracted_acceptance")
+        assert of["tokens"] == tokens and of["documents"] == 6
+        for name, value in zip(names, (sums / tokens).tolist(), strict=True):
+            assert of[name] == pytest.approx(value, abs=1e-5)
+        assert of["kl_nats"] > 1e-2 and of["acceptance"] < 0.99
+        assert of["max_difference_nats"] < 1e-4 and widest < 1e-4
 
 
 def test_a_merge_takes_the_memory_that_it_was_given(run, files, tmp_path, capsys):

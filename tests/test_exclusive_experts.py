@@ -18,6 +18,7 @@ from emotrain.evaluation.perplexity import pack
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import read_subset
 from emotrain.modular.scores import collect_scores
+from emotrain.subsets import usage
 from emotrain.subsets.exclusive import add_experts, remove_experts
 from emotrain.training import run as run_module
 from emotrain.training.checkpoint import find, load_model
@@ -301,7 +302,7 @@ def test_what_cannot_be_is_one_line_and_nothing_written(run, added, tiny_data, t
     add = ["experts", "add", run, "--domain", "garden", "--out", out]
     for words, fault in (
         (["experts", "add", added, "--domain", "kitchen", "--out", out], "for kitchen already"),
-        ([*add, "--count", 0], "1 or more experts"),
+        ([*add, "--count", 0], "1 to 65,536 experts"),
         (["experts", "add", run, "--domain", "", "--out", out], "give a name"),
         ([*add, "--init", "zero"], "choose one of random, mean, nearest"),
         ([*add, "--init", "nearest"], "--calibration DATA"),
@@ -323,6 +324,33 @@ def test_what_cannot_be_is_one_line_and_nothing_written(run, added, tiny_data, t
     (out / "mine").write_text("mine")
     assert main(list(map(str, add))) == 2
     assert [path.name for path in out.iterdir()] == ["mine"]
+
+
+def test_every_argument_is_checked_before_the_model_reads_text(
+    run, tiny_data, tmp_path, capsys, monkeypatch
+):
+    def loaded(*_):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(usage, "load_model", loaded)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("mine")
+    words = ["experts", "add", run, "--init", "nearest", "--calibration", tiny_data]
+    words += ["--domain", "kitchen", "--out", tmp_path / "new"]
+    for change, fault in (
+        (["--count", 0], "1 to 65,536 experts"),
+        (["--count", 1 << 40], "1 to 65,536 experts"),
+        (["--domain", "nowhere"], "no training documents of domain 'nowhere'"),
+        (["--out", tmp_path / "there"], "exists"),
+        (["--out", tmp_path / "there" / "mine"], "exists"),
+        (["--documents", -1], "documents=-1"),
+        (["--document-tokens", 1], "document_tokens=1"),
+        (["--micro-batch", -1], "positive number of rows"),
+        (["--calibration", tmp_path / "none"], "no such calibration data"),
+    ):
+        assert main(list(map(str, [*words, *change]))) == 2, change
+        assert fault in capsys.readouterr().err, change
+        assert not (tmp_path / "new").exists()
 
 
 def test_training_experts_that_are_not_there_is_refused(added, tiny_data, tmp_path):

@@ -4,6 +4,7 @@ answers, to a teacher; put it back; and what goes wrong."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from emotrain.subsets.selection import SelectSettings, select
 from emotrain.subsets.tuning import RECIPE
 from emotrain.training import run as run_module
 from emotrain.training.checkpoint import find, load_model
-from tests.conftest import ROOT, tiny_settings
+from tests.conftest import ROOT, run_command, tiny_settings
 from tests.processes import run_ranks
 
 SMALL = ("training.global_batch=4", "training.micro_batch=4", "training.tensorboard=false")
@@ -202,16 +203,62 @@ def test_a_broken_pair_is_named_with_its_line(line, fault, small, tmp_path):
         AnswerLoader(file, small / "tokenizer.json", 32, seed=0)
 
 
-def test_a_run_learns_answers_whatever_its_layout(small, answers, tmp_path, capsys):
+def as_ranks(monkeypatch, *words) -> list[int]:
+    """Exit codes of a command as two processes of a launcher."""
+    # The group is the test's, which leaves it.
+    monkeypatch.setattr(Ranks, "__exit__", lambda *_: None)
+
+    def run(ranks: Ranks) -> int:
+        known = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "0"}
+        os.environ |= {**known, "RANK": str(ranks.rank), "WORLD_SIZE": str(ranks.world_size)}
+        return main(list(map(str, words)))
+
+    return run_ranks(run, 2)
+
+
+def check_as_one(one: Path, two: Path, begun: Path) -> None:
+    alone, together = tensors(one), tensors(two)
+    for name, tensor in alone.items():
+        torch.testing.assert_close(tensor, together[name], rtol=0, atol=2e-4, msg=name)
+    assert not torch.equal(alone["head.weight"], tensors(begun)["head.weight"])
+
+
+def test_two_processes_tune_as_one(small, answers, tmp_path, capsys, monkeypatch):
     words = ("finetune", small, "--data", answers, "--steps", 3, *SMALL, "optimizer.lr=1e-2")
     asked(capsys, *words, "--out", tmp_path / "one")
-    asked(capsys, *words, "training.micro_batch=2", "--out", tmp_path / "two", "--only-config")
-    config = load_config(tmp_path / "two/finetune.yaml")
-    run_ranks(lambda ranks: run_module.train(config, ranks), 2)
-    one, two = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    for name, tensor in one.items():
-        torch.testing.assert_close(tensor, two[name], rtol=0, atol=2e-4, msg=name)
-    assert not torch.equal(one["head.weight"], tensors(small)["head.weight"])
+    two = (*words, "training.micro_batch=2", "--out", tmp_path / "two")
+    assert as_ranks(monkeypatch, *two) == [0, 0]
+    check_as_one(tmp_path / "one", tmp_path / "two", small)
+
+
+def test_documents_are_prepared_by_one_process(small, tmp_path, capfd, monkeypatch):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(f'{{"text": "the oven and pot {i}"}}\n' for i in range(60)))
+    words = ("finetune", small, "--data", documents, "--steps", 1, "--out", tmp_path / "tuned")
+    words = (*words, *SMALL, "training.micro_batch=2")
+    assert as_ranks(monkeypatch, *words) == [2, 2]
+    assert "with --only-config first" in capfd.readouterr().err
+    assert not (tmp_path / "tuned").exists()
+    monkeypatch.undo()
+    assert main([*map(str, words), "--only-config"]) == 0
+    assert as_ranks(monkeypatch, *words) == [0, 0]
+    assert find(tmp_path / "tuned").name.endswith("1")
+
+
+@pytest.mark.long
+def test_torchrun_tunes_as_one_process(small, tiny_data, tmp_path, capsys):
+    words = ("finetune", small, "--data", tiny_data, "--domain", "kitchen", "--steps", 3, *SMALL)
+    words = (*words, "--train", "routed,head", "optimizer.lr=1e-2")
+    asked(capsys, *words, "--out", tmp_path / "one")
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+    two = ("-m", "emotrain", *map(str, words), "training.micro_batch=2", "--json")
+    done = run_command(
+        *launcher, *two, "--out", tmp_path / "two", env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["step"] == 3
+    check_as_one(tmp_path / "one", tmp_path / "two", small)
 
 
 # ---- reinsert

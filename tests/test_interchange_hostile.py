@@ -55,9 +55,11 @@ def places(value: Any) -> list[Callable[[Any], None]]:
 
 
 @st.composite
-def mutations(draw: st.DrawFn) -> tuple[str, Callable[[bytes], bytes]]:
+def mutations(
+    draw: st.DrawFn, files: tuple[str, ...] = FILES
+) -> tuple[str, Callable[[bytes], bytes]]:
     """A file and what happens to it."""
-    name = draw(st.sampled_from(FILES))
+    name = draw(st.sampled_from(files))
     kind = draw(st.sampled_from(["bytes", "cut", "insert", "json", "drop"]))
     at, new = draw(st.integers(0, 1 << 20)), draw(values)
     piece = draw(st.binary(min_size=1, max_size=9))

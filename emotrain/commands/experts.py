@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from emotrain.commands.common import (
@@ -113,7 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
     with ProgressBar("bytes") as bar:
         if args.action == "add":
-            sources = sources_of(
+            sources = partial(
+                sources_of,
                 args.init,
                 args.count,
                 args.checkpoint,

@@ -28,8 +28,9 @@ the number of the right one as `answer`.
 norms, embedding, head, all.
 
 Settings are those of the published recipe (configs/finetune.yaml), made for large models: small
-ones want a larger optimizer.lr. key=value changes any of them. On several processes: write the
-run's configuration with --only-config, then torchrun launch/pretrain.py RUN_DIR/finetune.yaml."""
+ones want a larger optimizer.lr. key=value changes any of them. On several processes:
+  torchrun --nproc-per-node 2 -m emotrain finetune runs/rust --data data/sample --out runs/tuned
+Documents that are not prepared yet are prepared by one: with --only-config, before."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
     from emotrain.config import save_config
     from emotrain.distributed.joining import join
+    from emotrain.distributed.launcher import Launch
     from emotrain.files import make_writable
     from emotrain.subsets.tuning import TuneSettings, tuning_config
     from emotrain.training.run import train
@@ -108,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
         epochs=args.epochs,
         recipe=args.config,
     )
-    config = tuning_config(args.checkpoint, args.out, settings, args.settings)
+    alone = Launch.read().world_size == 1
+    config = tuning_config(args.checkpoint, args.out, settings, args.settings, prepares=alone)
     if args.only_config:
         make_writable(Path(args.out))
         file = Path(args.out) / "finetune.yaml"
@@ -116,20 +119,14 @@ def run(args: argparse.Namespace) -> int:
         finish(args, {"config": str(file), "steps": config.num_steps}, f"wrote {file}")
         return 0
     with join(config.training.device, config.training.collective_timeout_s) as ranks:
-        if ranks.world_size > 1:
-            from emotrain.errors import UserError
-
-            raise UserError(
-                f"finetune runs in one process, this is one of {ranks.world_size}; write the "
-                f"configuration with --only-config and start launch/pretrain.py with it"
-            )
         summary = train(config, ranks)
-    last = summary["metrics"].get("loss")
-    finish(
-        args,
-        {**summary, "start": config.finetune.start, "train": config.finetune.train},
-        f"step {summary['step']} of {summary['last_step']}, trained {config.finetune.train}"
-        + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
-        + f"; checkpoints and metrics in {summary['run_dir']}",
-    )
+    if ranks.is_first:
+        last = summary["metrics"].get("loss")
+        finish(
+            args,
+            {**summary, "start": config.finetune.start, "train": config.finetune.train},
+            f"step {summary['step']} of {summary['last_step']}, trained {config.finetune.train}"
+            + (f", loss {last:.4f}" if last is not None else ", nothing left to do")
+            + f"; checkpoints and metrics in {summary['run_dir']}",
+        )
     return EXIT_INTERRUPTED if summary["interrupted"] else 0

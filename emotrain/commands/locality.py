@@ -13,6 +13,7 @@ from emotrain.commands.common import (
     add_micro_batch,
     finish,
     output_file,
+    short_names,
 )
 from emotrain.files import json_text, write_whole
 from emotrain.progress import ProgressBar
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
                     track=bar.track,
                 )
             )
-    models = list(zip(_labels(checkpoints), results, strict=True))
+    models = list(zip(short_names(checkpoints), results, strict=True))
     finish(
         args,
         locality_json(models),
@@ -151,9 +152,3 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         print(*(f"wrote {path}" for path in written), sep="\n")
     return 0
-
-
-def _labels(checkpoints: list[str]) -> list[str]:
-    """Names of the models: the last part of their paths where that tells them apart."""
-    names = [Path(path).resolve().name for path in checkpoints]
-    return names if len(set(names)) == len(names) else checkpoints

@@ -15,6 +15,7 @@ from emotrain.commands.common import (
     finish,
     new_file,
     output_file,
+    short_names,
 )
 
 if TYPE_CHECKING:
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
     from emotrain.subsets.interference import Interference
 
 DESCRIPTION = """\
-Combine subsets of one model's experts, or compare them. All but `interference` need the files of
-`emotrain select` alone: no model is read. A combined subset is a file like any other, for `emotrain
-extract` too. Shared experts are in every subset."""
+Combine subsets of one model's experts, or compare them. All but `fidelity` and `interference` need
+the files of `emotrain select` alone: no model is read. A combined subset is a file like any other,
+for `emotrain extract` too. Shared experts are in every subset."""
 EPILOG = """\
 examples:
   emotrain subsets union rust.json python.json --out code.json
   emotrain subsets merge rust.json python.json --weights 2 1 --keep 8 --out code.json
   emotrain subsets difference rust.json python.json --out rust-only.json
   emotrain subsets overlap rust.json python.json lisp.json --plot overlap.png
+  emotrain subsets fidelity code.json --checkpoint runs/it --data data/sample
   emotrain subsets interference rust.json python.json --checkpoint runs/it --data data/sample
 
 `emotrain subsets OPERATION --help` says more. Every operation has --json."""
@@ -62,6 +64,11 @@ OVERLAP = """\
 Compare every two subsets: Jaccard index (experts in common as a share of the experts of both),
 layer by layer and as a mean, beside what random subsets of the same sizes have on average. The last
 column says how many standard deviations the experts in common lie above chance."""
+FIDELITY = """\
+Measure on held-out documents how near each subset comes to the full model, without labels: as masks
+over its experts (what `emotrain generate --subset` runs) and as a model of its own (what `emotrain
+extract` writes), and by how much a log probability differs between these two. The full model and
+one subset are in memory together."""
 INTERFERENCE = """\
 Measure on held-out documents of each subset's domain what it loses in the union of all: against the
 subset alone, and both against the full model. Each subset is measured on the domain that it was
@@ -83,8 +90,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="FILE", help="picture to write, as PNG; its numbers go beside it, as .csv"
     )
     add_json(compare)
+    near = _add(operations, "fidelity", "how near subsets come to the full model", FIDELITY)
+    _add_measuring(
+        near,
+        "domains to measure on (default: those that a subset, or what it was made of, was "
+        "selected for)",
+    )
     measure = _add(operations, "interference", "what each domain loses in the union", INTERFERENCE)
-    _add_measuring(measure)
+    _add_measuring(measure, "domain of each subset (default: those that they were selected for)")
+    measure.add_argument(
+        "--composed", metavar="FILE", help="measure this subset instead of the union"
+    )
 
 
 def _add(operations: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:
@@ -132,7 +148,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_measuring(parser: argparse.ArgumentParser) -> None:
+def _add_measuring(parser: argparse.ArgumentParser, domains: str) -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -144,16 +160,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder written by `emotrain prepare`, with the model's tokenizer",
     )
-    parser.add_argument(
-        "--composed", metavar="FILE", help="measure this subset instead of the union"
-    )
-    parser.add_argument(
-        "--domains",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="domain of each subset (default: those that they were selected for)",
-    )
+    parser.add_argument("--domains", nargs="+", default=[], metavar="NAME", help=domains)
     parser.add_argument(
         "--documents",
         type=int,
@@ -171,6 +178,8 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.operation == "overlap":
         return _overlap(args)
+    if args.operation == "fidelity":
+        return _fidelity(args)
     return _interference(args) if args.operation == "interference" else _combine(args)
 
 
@@ -278,12 +287,6 @@ def _overlap_csv(found: Overlap) -> str:
     return csv_text(("subset", "other_subset", "jaccard", "jaccard_by_chance"), rows)
 
 
-def short_names(files: Sequence[str]) -> list[str]:
-    """Names of files without folder and ending, where these differ."""
-    stems = [Path(file).stem for file in files]
-    return stems if len(set(stems)) == len(stems) else list(files)
-
-
 def _overlap_table(found: Overlap) -> str:
     from emotrain.tables import Table
 
@@ -310,6 +313,47 @@ def _overlap_table(found: Overlap) -> str:
 
 
 # ---- measure
+
+
+def _fidelity(args: argparse.Namespace) -> int:
+    from emotrain.progress import ProgressBar
+    from emotrain.subsets.composed import composed_fidelity, to_json
+    from emotrain.tables import Table
+
+    with ProgressBar("batches") as bar:
+        found = composed_fidelity(
+            args.checkpoint,
+            args.data,
+            args.subsets,
+            domains=args.domains,
+            documents=args.documents,
+            document_tokens=args.document_tokens,
+            device=args.device,
+            micro_batch=args.micro_batch,
+            track=bar.track,
+        )
+    names = dict(zip(args.subsets, short_names(args.subsets), strict=True))
+    table = Table(
+        "acceptance by the full model and KL from it (nats), as masks and as a model of its own; "
+        "largest difference of a log probability between the two",
+        ("subset", "domain", "documents", "acceptance", "KL", "extracted", "KL", "difference"),
+        tuple(
+            (
+                names[of.file],
+                of.domain,
+                str(of.documents),
+                f"{of.acceptance:.3f}",
+                f"{of.kl_nats:.3f}",
+                f"{of.extracted_acceptance:.3f}",
+                f"{of.extracted_kl_nats:.3f}",
+                f"{of.max_difference_nats:.1e}",
+            )
+            for of in found
+        ),
+        names=2,
+    )
+    finish(args, to_json(found), table.text())
+    return 0
 
 
 def _interference(args: argparse.Namespace) -> int:

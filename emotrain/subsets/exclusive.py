@@ -7,7 +7,7 @@ in memory. What a row was, it stays, to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -38,6 +38,9 @@ NOISE = 0.1
 """Deviation of the noise that tells experts with one mean apart, as a share of the mean's own
 deviation (spec 11.3). Without it they would get the same gradients for ever."""
 
+MOST_NEW = 1 << 16
+"""Experts that can be added at once."""
+
 Sources = Sequence[Sequence[Sequence[int]]]
 """For each layer and new expert, the experts whose mean it begins as."""
 
@@ -64,7 +67,7 @@ def add_experts(
     domain: str,
     count: int,
     *,
-    sources: Sources | None = None,
+    sources: Callable[[], Sources | None] = lambda: None,
     seed: int | None = None,
     check: bool = False,
     bar: ProgressBar | None = None,
@@ -74,9 +77,9 @@ def add_experts(
     Everything else is what it was. Training begins with a new optimizer.
 
     Args:
-        sources: what each new expert begins as, its row of the router too: a copy of one expert, or
-            the mean of several with a little noise. None: the values that a new model with as many
-            experts would begin with (spec 1.4).
+        sources: says, once everything else has been checked, what each new expert begins as, its
+            row of the router too: a copy of one expert, or the mean of several with a little noise.
+            None: the values that a new model with as many experts would begin with (spec 1.4).
         seed: of random values and noise; that of the checkpoint's training by default.
     Raises:
         UserError: a domain that has exclusive experts, a model that can have none, a damaged
@@ -84,8 +87,10 @@ def add_experts(
     """
     folder = find(checkpoint)
     config = read_config(folder)
-    if not domain or count < 1:
-        raise UserError(f"--domain {domain!r} --count {count}: give a name, and 1 or more experts")
+    if not domain or not 1 <= count <= MOST_NEW:
+        raise UserError(
+            f"--domain {domain!r} --count {count}: give a name, and 1 to {MOST_NEW:,} experts"
+        )
     if domain in dict(config.model.experts.exclusive):
         raise UserError(
             f"{folder}: has exclusive experts for {domain} already; remove those first, with "
@@ -93,9 +98,10 @@ def add_experts(
         )
     larger = with_exclusive(config, (*config.model.experts.exclusive, (domain, count)))
     seed = config.training.seed if seed is None else seed
-    with torch.device("meta"):
-        model = Transformer(larger.model)
-    filler = _Filler(model, seed, sources)
+
+    def filler(model: Transformer) -> _Filler:
+        return _Filler(model, seed, sources())
+
     return _write(folder, config, larger, Path(out), domain, filler, check, bar)
 
 
@@ -195,11 +201,11 @@ def _write(
     changed: Config,
     out: Path,
     domain: str,
-    filler: _Filler | None,
+    make_filler: Callable[[Transformer], _Filler] | None,
     check: bool,
     bar: ProgressBar | None,
 ) -> Changed:
-    """Write the changed checkpoint: with the experts of `filler`, or without those of `domain`."""
+    """Write the changed checkpoint: with the experts of a filler, or without those of `domain`."""
     with torch.device("meta"):
         model = Transformer(changed.model)
     specs = [
@@ -209,6 +215,7 @@ def _write(
     num_bytes = sum(spec.num_bytes for spec in specs)
     bar = bar or ProgressBar(shown=False)
     with Staging(out, num_bytes) as staging:
+        filler = None if make_filler is None else make_filler(model)
         _, stored = verified_model(folder, config)
         old, files = _Rows(folder, stored), []
         index: dict[str, Any] = {}

@@ -89,6 +89,18 @@ def extract(
     )
 
 
+@torch.no_grad()
+def taken_from(full: Transformer, config: Config, subset: Subset) -> Transformer:
+    """The model of a subset, of one that is in memory, on its device."""
+    with torch.device("meta"):
+        model = Transformer(config_of(config, subset).model)
+    model = model.to_empty(device=full.head.weight.device)
+    for name, parameter in model.named_parameters():
+        rows, values = _rows(name, subset), full.get_parameter(name)
+        parameter.copy_(values if rows is None else values[list(rows)])
+    return model
+
+
 def config_of(config: Config, subset: Subset) -> Config:
     """The configuration of the extracted model."""
     routed = tuple(len(subset.routed(layer)) for layer in range(len(subset.experts_per_layer)))

@@ -33,9 +33,9 @@ from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.model.transformer import Transformer
 from emotrain.modular.algebra import Operand, combine, read_operands
 from emotrain.modular.artefact import Subset
-from emotrain.modular.select import Subsets, allowed_experts, masks_of
+from emotrain.modular.select import Subsets, masks_of
 from emotrain.progress import Track, untracked
-from emotrain.subsets.selection import require_same_model
+from emotrain.subsets.selection import require_allowed, require_same_model
 from emotrain.training.checkpoint import find, load_model
 from emotrain.training.checkpoint_folders import read_config
 
@@ -122,7 +122,9 @@ def interference(
     )
     found = read_domains(data, config, folder, settings)
     held_out = [found[name].held_out for name in names]
-    _require_allowed(operands, names, whole, config)
+    for operand, name in zip(operands, names, strict=True):
+        for subset in (operand.subset, whole):
+            require_allowed(operand.file, subset, name, config)
     _, model = load_model(folder, target)
     arms, targets_U = _losses(model, held_out, names, operands, whole, config, target, rows, track)
     group_U = group_of_each(held_out)
@@ -150,21 +152,6 @@ def _domains(operands: Sequence[Operand], given: Sequence[str]) -> list[str]:
                 f"--domains"
             )
     return [operand.subset.calibration.domain for operand in operands]
-
-
-def _require_allowed(
-    operands: Sequence[Operand], names: Sequence[str], whole: Subset, config: Config
-) -> None:
-    """Every domain may use an expert of its subset, and of the composed one: exclusive experts of
-    another domain are none."""
-    for operand, name in zip(operands, names, strict=True):
-        for layer, allowed_N in enumerate(allowed_experts(config.model, name)):
-            for subset in (operand.subset, whole):
-                if len(allowed_N) and not allowed_N[list(subset.routed(layer))].any():
-                    raise UserError(
-                        f"{operand.file}: layer {layer} keeps no expert that {name} may use, only "
-                        f"exclusive ones of other domains; measure other subsets"
-                    )
 
 
 def _losses(

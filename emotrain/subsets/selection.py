@@ -22,6 +22,7 @@ from emotrain.modular.budget import Budget, read_keep, read_memory, share_out
 from emotrain.modular.scores import CRITERIA, collect_scores
 from emotrain.modular.select import (
     Subsets,
+    allowed_experts,
     best_experts,
     greedy_ranking,
     own_experts,
@@ -66,15 +67,6 @@ class SelectSettings:
         ):
             if value not in choices:
                 raise UserError(f"{name}={value} is not known; choose one of {', '.join(choices)}")
-        if self.documents < 1:
-            raise UserError(
-                f"documents={self.documents} leaves nothing to choose by; give 1 or more"
-            )
-        if self.document_tokens < 0 or self.document_tokens == 1:
-            raise UserError(
-                f"document_tokens={self.document_tokens} leaves nothing to predict; give at least "
-                f"2, or 0 for whole documents"
-            )
 
 
 def select(
@@ -241,4 +233,19 @@ def require_same_model(subset: Subset, folder: Path, config: Config) -> None:
             raise UserError(
                 f"{folder}: has other {what.removeprefix('a ')} than the checkpoint that the "
                 f"subset was selected from, {subset.checkpoint}; give that one"
+            )
+
+
+def require_allowed(file: str, subset: Subset, domain: str, config: Config) -> None:
+    """Refuse a subset that leaves a domain no expert in some layer: exclusive ones of another
+    domain are none.
+
+    Raises:
+        UserError: it does; names `file`.
+    """
+    for layer, allowed_N in enumerate(allowed_experts(config.model, domain)):
+        if len(allowed_N) and not allowed_N[list(subset.routed(layer))].any():
+            raise UserError(
+                f"{file}: layer {layer} keeps no expert that {domain} may use, only exclusive ones "
+                f"of other domains; measure other subsets"
             )
