@@ -57,9 +57,14 @@ def sha256_of(path: Path) -> str:
 def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = True) -> str:
     """JSON that every reader takes: a number that is not finite becomes null. (Python writes a bare
     NaN, which is no JSON.)"""
-    return json.dumps(
-        _finite_or_null(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False
-    )
+
+    def dumped(value: Any) -> str:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+    try:
+        return dumped(value)
+    except ValueError:  # rare, and only then worth a walk through all of it
+        return dumped(_finite_or_null(value))
 
 
 def _finite_or_null(value: Any) -> Any:

@@ -464,7 +464,7 @@ def test_a_reader_that_is_too_slow_is_left():
         async def events():
             try:
                 while True:
-                    yield "data: {}\n\n"
+                    yield b"data: {}\n\n"
             finally:
                 left.append("events")
 
@@ -491,7 +491,7 @@ def test_a_client_that_has_gone_before_its_stream_begins_leaves_no_work():
 
     async def gone() -> None:
         async def events():
-            yield "data: {}\n\n"
+            yield b"data: {}\n\n"
 
         async def send(message) -> None:
             await asyncio.Event().wait()
@@ -509,7 +509,6 @@ def test_a_client_that_has_gone_before_its_stream_begins_leaves_no_work():
 def test_time_is_up_for_an_answer_that_takes_too_long(server, monkeypatch):
     address, gate = server
     engine, _ = hold(gate, monkeypatch)
-    monkeypatch.setattr("emotrain.serving.app.LOOK_S", 0.02)
     service = gate.app.state.service
     object.__setattr__(service, "seconds", 0.1)
     try:
@@ -547,7 +546,7 @@ def test_without_its_engine_the_server_answers_503(run_folder, monkeypatch):
         monkeypatch.setattr(worker.metrics, "queue", broken)
         delta = None
         while delta is None or delta.finish_reason is None:
-            _, delta = await asyncio.wait_for(ticket.deltas.get(), 60)
+            *_, (_, delta) = await asyncio.wait_for(ticket.read(), 60)
         assert delta.finish_reason == "cancelled"
         with pytest.raises(EngineEndedError, match="has ended"):
             await worker.submit("run", [GenerationRequest([5])])
@@ -573,7 +572,8 @@ def test_who_leaves_while_the_request_goes_in_leaves_nothing_behind(run_folder):
             await task
         free.set()
         ticket = await worker.submit("run", [GenerationRequest([5], Sampling(max_tokens=1))])
-        assert (await asyncio.wait_for(ticket.deltas.get(), 60))[1].finish_reason == "length"
+        ((_, delta),) = await asyncio.wait_for(ticket.read(), 60)
+        assert delta.finish_reason == "length"
 
     asyncio.run(ask())
     eventually(lambda: not engine.busy)

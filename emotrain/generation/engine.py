@@ -166,7 +166,7 @@ class Engine:
                         ready.append(self._run([one]))
                     except (OSError, RunError, UserError) as error:
                         deltas.append(self._fail(one[0], error))
-        ready.append(self._share_prompts())
+        ready += self._share_prompts()
         return deltas + self._go_on([of for of in ready if of[0]])
 
     # ---- who runs
@@ -311,8 +311,8 @@ class Engine:
         self._leave(sequence, ERROR)
         return Delta(sequence.generation, (), "", ERROR)
 
-    def _share_prompts(self) -> tuple[list[Running], Tensor]:
-        """Sequences whose prompt another one has read: they have read it now. As `_run`."""
+    def _share_prompts(self) -> list[tuple[list[Running], Tensor]]:
+        """Sequences whose prompt another one has read: they have read it now. What `_run` says."""
         ready, logits, sources, targets = [], [], [], []
         for sequence in self._running:
             if not (sequence.waits and sequence.prompt.holders[0].has_prompt):
@@ -329,9 +329,9 @@ class Engine:
             ready.append(sequence)
             logits.append(prompt.logits_1V)
         if not ready:
-            return [], torch.empty(0)
+            return []
         self.cache.copy(sources, targets)
-        return ready, torch.cat(logits)
+        return [(ready, torch.cat(logits))]
 
     def _go_on(self, read: list[tuple[list[Running], Tensor]]) -> list[Delta]:
         """Choose the next token of sequences that have been read to their end."""

@@ -22,7 +22,7 @@ from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import RunError, UserError
 from emotrain.files import json_text
 from emotrain.generation.loading import encode
-from emotrain.generation.sequence import ERROR, Delta
+from emotrain.generation.sequence import CANCELLED, ERROR, Delta
 from emotrain.serving.chat import ChatTemplate, NoTemplateError
 from emotrain.serving.completions import Answer, TokenTexts, prompts_of, requests_of
 from emotrain.serving.gate import error_body
@@ -41,8 +41,6 @@ from emotrain.serving.worker import Ticket, TooManyRequestsError, Worker
 
 log = logging.getLogger("emotrain")
 
-LOOK_S = 0.25
-"""How often a request that is waited for looks whether its client is still there."""
 SEND_S = 5.0
 """How long the last of a stream may take to be sent, after the time of its request."""
 CLIENT_GONE = 499
@@ -278,7 +276,7 @@ class EventStream(StreamingResponse):
     slowly."""
 
     def __init__(
-        self, events: AsyncGenerator[str, None], deadline: float, leave: Callable[[], None]
+        self, events: AsyncGenerator[bytes, None], deadline: float, leave: Callable[[], None]
     ):
         """`leave` is called at the end, also where no event was ever asked for."""
         super().__init__(events, media_type="text/event-stream")
@@ -312,79 +310,83 @@ async def _answer(
             f"{service.worker.most_waiting}; send fewer prompts, or a smaller n"
         )
     deadline = time.monotonic() + service.seconds
-    ticket = await service.worker.submit(body.model, requests, num_choices)
+    streams = bool(body.stream)
+    ticket = await service.worker.submit(body.model, requests, num_choices, in_pieces=streams)
     service.metrics.read(body.model, sum(map(len, prompts)))
     answer = Answer(body, service.texts, service.tokenizer)
-    if body.stream:
-        events = _events(service, request, ticket, answer, deadline)
+    if streams:
+        events = _events(service, ticket, answer)
         return EventStream(events, deadline + SEND_S, lambda: service.worker.cancel(ticket))
-    async for _ in _deltas(service, request, ticket, deadline):
-        pass
+    watching = asyncio.create_task(_watch(request, ticket))
+    try:
+        async for _ in _deltas(service, ticket):
+            pass
+    finally:
+        watching.cancel()
     return JSONResponse(answer.whole(ticket.generations))
 
 
+async def _watch(request: Request, ticket: Ticket) -> None:
+    """Give a ticket up when its client goes away. (A stream is watched by its response.)"""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    ticket.give_up(ClientGoneError())
+
+
 async def _deltas(
-    service: Service, request: Request, ticket: Ticket, deadline: float
-) -> AsyncGenerator[tuple[int, Delta], None]:
+    service: Service, ticket: Ticket
+) -> AsyncGenerator[list[tuple[int, Delta]], None]:
     """What is added to each sequence, until all have ended. Whoever stops reading ends them.
 
     Raises:
         UnavailableError: what a sequence needs cannot be read, or time is up. ClientGoneError.
     """
-    open_ones, looked = len(ticket.generations), time.monotonic()
+    open_ones = len(ticket.generations)
+    too_long = UnavailableError(
+        f"the answer takes more than {service.seconds:g} s; ask for fewer tokens"
+    )
+    late = ticket.loop.call_later(service.seconds, ticket.give_up, too_long)
     try:
         while open_ones:
-            now = time.monotonic()
-            if now >= deadline:
-                raise UnavailableError(
-                    f"the answer takes more than {service.seconds:g} s; ask for fewer tokens"
-                )
-            if now - looked >= LOOK_S:
-                looked = now
-                if await request.is_disconnected():
-                    raise ClientGoneError
-            try:
-                async with asyncio.timeout(LOOK_S):
-                    index, delta = await ticket.deltas.get()
-            except TimeoutError:
-                continue
-            if delta.finish_reason is not None:
-                open_ones -= 1
-            if delta.finish_reason == ERROR:
-                error = delta.generation.error
-                if isinstance(error, (OSError, RunError)):
-                    raise UnavailableError(_line(error)) from error
-                raise DefectError("the server failed; its log says why") from error
-            if delta.finish_reason == "cancelled":
-                raise UnavailableError("the server is ending; ask another one")
-            yield index, delta
+            found = await ticket.read()
+            for _, delta in found:
+                if delta.finish_reason is not None:
+                    open_ones -= 1
+                    _check_end(delta)
+            yield found
     finally:
+        late.cancel()
         if open_ones:
             service.worker.cancel(ticket)
 
 
-async def _events(
-    service: Service, request: Request, ticket: Ticket, answer: Answer, deadline: float
-) -> AsyncGenerator[str, None]:
+def _check_end(delta: Delta) -> None:
+    if delta.finish_reason == ERROR:
+        error = delta.generation.error
+        if isinstance(error, (OSError, RunError)):
+            raise UnavailableError(_line(error)) from error
+        raise DefectError("the server failed; its log says why") from error
+    if delta.finish_reason == CANCELLED:
+        raise UnavailableError("the server is ending; ask another one")
+
+
+async def _events(service: Service, ticket: Ticket, answer: Answer) -> AsyncGenerator[bytes, None]:
     counts = [0] * len(ticket.generations)
     for index in range(len(counts)):
         if (first := answer.first_chunk(index)) is not None:
             yield _event(first)
-    deltas = _deltas(service, request, ticket, deadline)
+    deltas = _deltas(service, ticket)
     try:
-        async for index, delta in deltas:
-            counts[index] += len(delta.tokens)
-            yield _event(
-                answer.chunk(
-                    index, delta.generation, delta.text, counts[index], delta.finish_reason
-                )
-            )
+        async for found in deltas:
+            events = []
+            for index, delta in found:
+                counts[index] += len(delta.tokens)
+                events.append(_event(answer.chunk(index, delta, counts[index])))
+            yield b"".join(events)
         options = answer.body.stream_options
         if options is not None and options.include_usage:
             yield _event(answer.last_chunk(ticket.generations))
-        yield "data: [DONE]\n\n"
-    except ClientGoneError:
-        return
+        yield b"data: [DONE]\n\n"
     except UnavailableError as error:
         # The status has been sent: the stream itself says it.
         yield _event(error_body(_line(error), 503))
@@ -394,5 +396,5 @@ async def _events(
         await deltas.aclose()
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json_text(content)}\n\n"
+def _event(content: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % json_text(content).encode()

@@ -12,7 +12,7 @@ from emotrain.data.tokenizer import TextTokenizer
 from emotrain.generation.loading import encode
 from emotrain.generation.request import GenerationRequest
 from emotrain.generation.sampling import Sampling, TokenLogprob
-from emotrain.generation.sequence import STOP, Generation
+from emotrain.generation.sequence import STOP, Delta, Generation
 from emotrain.generation.text import UNKNOWN
 from emotrain.serving.models import ServedModel
 from emotrain.serving.schema import ChatBody, CompletionBody, SamplingBody
@@ -180,17 +180,16 @@ class Answer:
             return None
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}}, None)
 
-    def chunk(
-        self, index: int, generation: Generation, text: str, until: int, reason: str | None
-    ) -> Json:
+    def chunk(self, index: int, delta: Delta, until: int) -> Json:
         """What was added to a choice.
 
         Args:
             until: generated tokens so far, those of this piece included.
         """
+        generation, text, reason = delta.generation, delta.text, delta.finish_reason
         if self.is_chat:
-            delta = {"content": text} if text else {}
-            return self._chunk({"index": index, "delta": delta}, reason)
+            content = {"content": text} if text else {}
+            return self._chunk({"index": index, "delta": content}, reason)
         begun = index in self._sent
         logprobs = self._logprobs(index, generation, until)
         if not begun:

@@ -33,14 +33,39 @@ class EngineEndedError(RunError):
 class Ticket:
     """The sequences of one request, and what they have become. For the loop that made it."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
+    def __init__(self, model: str, in_pieces: bool = True) -> None:
+        """`in_pieces`: whether its reader wants what each step adds, and not the ends alone."""
+        self.model, self.in_pieces = model, in_pieces
         self.generations: list[Generation] = []
-        self.deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        """Index of the sequence, and what was added to it. A reader that is slow lets it grow by
-        what its own request may generate, and no more."""
         self.started = time.perf_counter()
         self.loop = asyncio.get_running_loop()
+        # A reader that is slow lets it grow by what its own request may generate, and no more.
+        self._deltas: list[tuple[int, Delta]] = []
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    async def read(self) -> list[tuple[int, Delta]]:
+        """What was added since the last call, at least something: the index of the sequence, and
+        what was added to it.
+
+        Raises:
+            Exception: what `give_up` was told.
+        """
+        await self._wake.wait()
+        self._wake.clear()
+        if self._error is not None:
+            raise self._error
+        found, self._deltas = self._deltas, []
+        return found
+
+    def put(self, index: int, delta: Delta) -> None:
+        self._deltas.append((index, delta))
+        self._wake.set()
+
+    def give_up(self, error: Exception) -> None:
+        """Nothing more is wanted: say so to who reads."""
+        self._error = error
+        self._wake.set()
 
 
 def deliver(found: Sequence[tuple[Ticket, int, Delta]]) -> None:
@@ -48,7 +73,7 @@ def deliver(found: Sequence[tuple[Ticket, int, Delta]]) -> None:
 
     def put(of_loop: Sequence[tuple[Ticket, int, Delta]]) -> None:
         for ticket, index, delta in of_loop:
-            ticket.deltas.put_nowait((index, delta))
+            ticket.put(index, delta)
 
     for loop in {ticket.loop for ticket, _, _ in found}:
         try:
@@ -87,7 +112,11 @@ class Worker:
         return self._thread.is_alive() and not self._ended
 
     async def submit(
-        self, model: str, requests: Sequence[GenerationRequest], count: int = 1
+        self,
+        model: str,
+        requests: Sequence[GenerationRequest],
+        count: int = 1,
+        in_pieces: bool = True,
     ) -> Ticket:
         """Take `count` sequences of each request, one request after the other; all or none.
 
@@ -95,7 +124,7 @@ class Worker:
             TooManyRequestsError: too many wait. UserError: one of them cannot be.
             EngineEndedError: nobody can take them.
         """
-        ticket = Ticket(model)
+        ticket = Ticket(model, in_pieces)
 
         def enter() -> None:
             engine = self.engine
@@ -211,7 +240,8 @@ class Worker:
             if (found := self._tickets.get(generation.id)) is None:
                 continue
             ticket, index = found
-            delivered.append((ticket, index, delta))
+            if ticket.in_pieces or delta.finish_reason is not None:
+                delivered.append((ticket, index, delta))
             if delta.tokens:
                 first = len(generation.tokens) == len(delta.tokens)
                 waited = time.perf_counter() - ticket.started if first else None
