@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ from emotrain.generation.sequence import (
 )
 from emotrain.model.transformer import Transformer
 
+DECODED = 1 << 15
+"""Texts of a few tokens that are remembered."""
 FEW = 64
 """Most tokens of a piece that the kernel for few tokens reads."""
 
@@ -87,6 +90,10 @@ class Engine:
         """
         self.model, self.limits = model, limits or EngineLimits()
         self.tokenizer = tokenizer
+        self._decode = None
+        if tokenizer is not None:
+            # A sequence decodes every token twice, alone and with the one before it.
+            self._decode = lru_cache(DECODED)(tokenizer.decode)
         weight = model.embedding.weight
         self.cache = KVCache(model.config, self.limits.cache_tokens, weight.device, weight.dtype)
         seats = Seats(model.config, self.limits.sequences, weight.device)
@@ -123,7 +130,7 @@ class Engine:
             seed = request.sampling.seed + index
             own = replace(request, sampling=replace(request.sampling, seed=seed))
             found.append(Generation(next(self._ids), own))
-            self._waiting.append(Running(found[-1], prompt, self.tokenizer))
+            self._waiting.append(Running(found[-1], prompt, self._decode))
         return found
 
     def cancel(self, generation: Generation) -> bool:

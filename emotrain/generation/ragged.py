@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -66,14 +67,24 @@ class RaggedBatch:
     """Pages of each sequence; 0 where one has fewer than another."""
     singles: int
     """Sequences with one token; they come first."""
-    length: int
-    """Tokens of the longest of them."""
-    mask_B11Y: Tensor | None
-    """For those: 0 for tokens of the sequence, -inf beyond its end; None where all are of one
-    length."""
+    lengths: tuple[int, ...]
+    """Tokens of each of them."""
+    dtype: torch.dtype
+    """Of attention."""
     pieces: tuple[Piece, ...]
     outputs_X: Tensor | None
     """int64: the tokens whose hidden states are wanted; None for all."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest of those with one new token."""
+        return max(self.lengths, default=0)
+
+    @cached_property
+    def mask_B11Y(self) -> Tensor | None:
+        """For those: 0 for tokens of the sequence, -inf beyond its end; None where all are of one
+        length."""
+        return _mask(self.lengths, self.tokens_T.device, self.dtype)
 
     @classmethod
     def of(
@@ -102,7 +113,6 @@ class RaggedBatch:
             count = len(part.tokens)
             pieces.append(Piece(first, count, pages_BX[index : index + 1], part.length))
             first += count
-        lengths = [part.length for part in parts[:singles]]
         return cls(
             tokens_T,
             positions_T,
@@ -111,8 +121,8 @@ class RaggedBatch:
             sequences_T,
             pages_BX,
             singles,
-            max(lengths, default=0),
-            _mask(lengths, device, dtype),
+            tuple(part.length for part in parts[:singles]),
+            dtype,
             tuple(pieces),
             _outputs(parts, device),
         )
@@ -130,7 +140,7 @@ def _columns(part: Part, index: int) -> np.ndarray:
     return np.stack([np.asarray(part.tokens), position_t, seat_t, row_t, index_t])
 
 
-def _mask(lengths: list[int], device: torch.device | str, dtype: torch.dtype) -> Tensor | None:
+def _mask(lengths: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor | None:
     """What sequences of these lengths do not see of the longest."""
     if not lengths or min(lengths) == max(lengths):
         return None

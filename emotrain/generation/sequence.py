@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -81,7 +81,12 @@ class Prompt:
 class Running:
     """A generation in the engine."""
 
-    def __init__(self, generation: Generation, prompt: Prompt, tokenizer: TextCoder | None):
+    def __init__(
+        self,
+        generation: Generation,
+        prompt: Prompt,
+        decode: Callable[[tuple[int, ...]], str] | None,
+    ):
         self.generation, self.prompt = generation, prompt
         request = generation.request
         self.known = list(request.tokens)
@@ -94,8 +99,8 @@ class Running:
         self.switched = 0.0
         self.stops = StopScanner(request.sampling.stop)
         self.detokenizer = None
-        if tokenizer is not None:
-            self.detokenizer = Detokenizer(tokenizer.decode, self.known)
+        if decode is not None:
+            self.detokenizer = Detokenizer(decode, self.known)
 
     @property
     def pending(self) -> int:

@@ -18,10 +18,10 @@ class Detokenizer:
     piece. A character that is not whole yet waits for its other bytes.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()):
+    def __init__(self, decode: Callable[[tuple[int, ...]], str], before: Sequence[int] = ()):
         """`before`: tokens that come before the first one, whose text is not given out."""
         self._decode = decode
-        self._ids = list(before[-WINDOW:])
+        self._ids = tuple(before[-WINDOW:])
         self._old = len(self._ids)
         """Tokens of the window whose text has been given out."""
         text = decode(self._ids)
@@ -30,7 +30,7 @@ class Detokenizer:
 
     def add(self, token: int) -> str:
         """Text that can be given out now."""
-        self._ids.append(token)
+        self._ids += (token,)
         text = self._decode(self._ids)
         if text.endswith(UNKNOWN):
             # What comes before the last one no further byte can change.

@@ -24,7 +24,13 @@ from emotrain.files import json_text
 from emotrain.generation.loading import encode
 from emotrain.generation.sequence import CANCELLED, ERROR, Delta
 from emotrain.serving.chat import ChatTemplate, NoTemplateError
-from emotrain.serving.completions import Answer, TokenTexts, prompts_of, requests_of
+from emotrain.serving.completions import (
+    Answer,
+    TokenTexts,
+    characters_of,
+    prompts_of,
+    requests_of,
+)
 from emotrain.serving.gate import error_body
 from emotrain.serving.metrics import ServerMetrics
 from emotrain.serving.models import ForbiddenError, ModelTable, UnknownModelError
@@ -41,6 +47,9 @@ from emotrain.serving.worker import Ticket, TooManyRequestsError, Worker
 
 log = logging.getLogger("emotrain")
 
+LONG_TEXT = 1 << 13
+"""Characters of prompts that take their time to encode, and other requests must not wait for it:
+they go to another thread, which costs more than a shorter text does."""
 SEND_S = 5.0
 """How long the last of a stream may take to be sent, after the time of its request."""
 CLIENT_GONE = 499
@@ -124,8 +133,10 @@ def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Continue texts, or lists of token ids."""
-        # Long texts take their time to encode, and other requests must not wait for it.
-        prompts = await asyncio.to_thread(prompts_of, body, service.tokenizer)
+        if characters_of(body) < LONG_TEXT:
+            prompts = prompts_of(body, service.tokenizer)
+        else:
+            prompts = await asyncio.to_thread(prompts_of, body, service.tokenizer)
         return await _answer(service, request, body, prompts, body.max_tokens)
 
     @app.post("/v1/chat/completions", response_model=None)

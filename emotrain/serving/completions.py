@@ -20,6 +20,12 @@ from emotrain.serving.schema import ChatBody, CompletionBody, SamplingBody
 Json = dict[str, Any]
 
 
+def characters_of(body: CompletionBody) -> int:
+    """Of all texts among its prompts."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    return sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+
+
 def prompts_of(body: CompletionBody, tokenizer: TextTokenizer) -> list[list[int]]:
     """Token ids of every prompt. A text stands for itself: nothing is put before or after it."""
     prompt = body.prompt

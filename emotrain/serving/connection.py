@@ -33,6 +33,8 @@ def server_config(app: Any, host: str, port: int, most: int, drain_s: float) -> 
         app,
         host=host,
         port=port,
+        # Not uvloop where it is installed: its sockets take no options.
+        loop="asyncio",
         http=Limited,
         ws="none",
         log_level="warning",

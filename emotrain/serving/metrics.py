@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from emotrain.modular.expert_store import ExpertStore
@@ -72,10 +72,13 @@ class ServerMetrics:
             self._models.add(model)
         return model
 
-    def generated(self, model: str, tokens: int, first_s: float | None) -> None:
-        self._tokens.labels(self._label(model)).inc(tokens)
-        if first_s is not None:
-            self._first.labels(self._label(model)).observe(first_s)
+    def generated(self, tokens: Mapping[str, int]) -> None:
+        """By a step, for each model."""
+        for model, count in tokens.items():
+            self._tokens.labels(self._label(model)).inc(count)
+
+    def first_token(self, model: str, seconds: float) -> None:
+        self._first.labels(self._label(model)).observe(seconds)
 
     def read(self, model: str, tokens: int) -> None:
         self._prompt.labels(self._label(model)).inc(tokens)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -235,6 +236,7 @@ class Worker:
             self._end_all(ERROR, error)
             return
         delivered: list[tuple[Ticket, int, Delta]] = []
+        tokens: Counter[str] = Counter()
         for delta in deltas:
             generation = delta.generation
             if (found := self._tickets.get(generation.id)) is None:
@@ -242,13 +244,13 @@ class Worker:
             ticket, index = found
             if ticket.in_pieces or delta.finish_reason is not None:
                 delivered.append((ticket, index, delta))
-            if delta.tokens:
-                first = len(generation.tokens) == len(delta.tokens)
-                waited = time.perf_counter() - ticket.started if first else None
-                self.metrics.generated(ticket.model, len(delta.tokens), waited)
+            tokens[ticket.model] += len(delta.tokens)
+            if delta.tokens and len(generation.tokens) == len(delta.tokens):
+                self.metrics.first_token(ticket.model, time.perf_counter() - ticket.started)
             if delta.finish_reason is not None:
                 del self._tickets[generation.id]
                 self.metrics.ended(ticket.model, delta.finish_reason)
+        self.metrics.generated(tokens)
         deliver(delivered)
 
     def _end_all(self, reason: str, error: Exception | None) -> None:
