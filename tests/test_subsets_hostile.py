@@ -123,7 +123,13 @@ def try_folder(good: Path, name: str, changes: list[Change], fits: bool) -> bool
     return outcome(good, lambda: reinsert(good / "full", place, good / "it.json", out=out), out)
 
 
-CHECKPOINT = ("config.yaml", "index.json", "manifest.json", "model-00000.safetensors", "state.json")
+CHECKPOINT = (
+    "config.yaml",
+    "manifest.json",
+    "model-00000.safetensors",
+    "state.json",
+    "tensors.json",
+)
 """Files of a checkpoint that a change can harm."""
 
 
