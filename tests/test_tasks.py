@@ -20,7 +20,7 @@ from emotrain.data.answers import spaced
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
-from emotrain.generation.loading import load_generator
+from emotrain.generation.loading import load_weights, open_generator
 from emotrain.modular.select import greedy_select
 from emotrain.tasks import evaluation
 from emotrain.tasks.evaluation import evaluate_tasks
@@ -194,7 +194,8 @@ def test_tables_and_csv_say_the_same(result, folder):
 
 def test_a_task_chooses_its_experts_by_its_own_examples(result, folder):
     """One task at a time, by the function that `select` and `evaluate` use."""
-    _, config, model, tokenizer = load_generator(folder / "run", "cpu")
+    path, config, tokenizer = open_generator(folder / "run")
+    model = load_weights(path, "cpu")
     files = [folder / f"{name}.jsonl" for name in NAMES]
     for task in read_tasks(files, TaskSettings(shots=2)):
         documents = [np.array(ids) for ids in encode_texts(tokenizer, task.calibration(3))]
@@ -244,7 +245,7 @@ def test_generated_answers_are_greedy_and_end_with_the_line(result, folder, caps
 def test_a_model_that_knows_the_answers_is_always_right(folder, monkeypatch):
     """And one that knows another task's is right by chance alone."""
     (task,) = read_tasks([folder / "kitchen.jsonl"], TaskSettings())
-    _, _, _, tokenizer = load_generator(folder / "run", "cpu")
+    _, _, tokenizer = open_generator(folder / "run")
     gold = {
         ids
         for item in task.questions

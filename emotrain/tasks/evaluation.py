@@ -16,7 +16,7 @@ from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import precision_on, rows_of
 from emotrain.files import make_writable
-from emotrain.generation.loading import load_generator
+from emotrain.generation.loading import load_weights, open_generator
 from emotrain.generation.sampling import Sampling
 from emotrain.model.transformer import Transformer
 from emotrain.modular.counts import experts_kept
@@ -92,11 +92,12 @@ def open_session(
     Args:
         micro_batch: rows of one forward pass; 0 means as in training.
     Raises:
-        UserError: see `load_generator`, `rows_of`.
+        UserError: see `open_generator`, `load_weights`, `rows_of`.
     """
     rows_of(micro_batch, 1)
-    folder, config, model, tokenizer = load_generator(checkpoint, device)
+    folder, config, tokenizer = open_generator(checkpoint)
     rows = rows_of(micro_batch, config.training.micro_batch)
+    model = load_weights(folder, device)
     precision = precision_on(config, model.head.weight.device)
     return folder, Session(model, tokenizer, config, rows, precision, track)
 

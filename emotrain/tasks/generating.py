@@ -10,9 +10,10 @@ from torch import Tensor
 
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.errors import UserError
-from emotrain.generation.engine import Engine, EngineLimits, Generation, cache_tokens_needed
+from emotrain.generation.engine import Engine, EngineLimits, cache_tokens_needed
 from emotrain.generation.request import GenerationRequest
 from emotrain.generation.sampling import Sampling
+from emotrain.generation.sequence import Generation
 from emotrain.model.transformer import Transformer
 from emotrain.progress import Track, untracked
 from emotrain.tasks.scoring import encode_texts
