@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -38,7 +39,7 @@ from emotrain.folders import exclusive_lock
 from emotrain.modular.counts import experts_kept
 from emotrain.modular.scores import collect_scores
 from emotrain.modular.select import select_pool
-from emotrain.sweeps import figures, measuring, workers
+from emotrain.sweeps import figures, measuring, subjects, workers
 from emotrain.sweeps.cells import prepared
 from emotrain.sweeps.plan import FULL, Cell, Plan, cells_of, read_plan
 from emotrain.sweeps.store import Entry
@@ -134,23 +135,21 @@ def test_a_cell_is_what_evaluate_finds(undisturbed, run, tiny_data):
     assert len(rows) == CELLS
     for name, domain in found.domains.items():
         full = rows[name, FULL, "1.0", "0", "0"]
-        assert float(full["loss_nats_per_token"]) == pytest.approx(domain.loss_nats, rel=1e-6)
+        assert float(full["value"]) == pytest.approx(domain.loss_nats, rel=1e-6)
         for keep in ("0.5", "0.25"):
             row = rows[name, "router", keep, "2", "0"]
             increase, error = domain.increase(keep, "selected")
-            assert float(row["increase_nats_per_token"]) == pytest.approx(increase, abs=1e-6)
-            assert float(row["increase_standard_error_nats_per_token"]) == pytest.approx(
-                error, abs=1e-6
-            )
+            assert float(row["change"]) == pytest.approx(increase, abs=1e-6)
+            assert float(row["change_standard_error"]) == pytest.approx(error, abs=1e-6)
             assert abs(increase) > 1e-3, "subsets must lose something for the test to say anything"
 
 
 def test_a_seed_draws_other_documents_and_a_criterion_chooses_by_them(run, tiny_data):
     """By hand, for one cell."""
     model_plan = Plan({"m": str(run)}, str(tiny_data), document_tokens=24, documents=4)
-    cell = Cell("m", "harbour", "reap", 0.5, 3, 2)
+    cell = Cell("m", "domain", "harbour", "reap", 0.5, 3, 2)
     bench = measuring.Bench(model_plan, {"m": find(run)}, "cpu", 0)
-    found = bench.measure([cell, Cell("m", "harbour", FULL, 1.0, 0, 0)])[cell]
+    found = bench.measure([cell, Cell("m", "domain", "harbour", FULL, 1.0, 0, 0)])[cell]
     config, model = load_model(find(run))
     dataset = Dataset(tiny_data)
     text = documents_of(dataset, "train", "harbour", 9, 24)[6:]
@@ -171,7 +170,7 @@ def test_a_seed_draws_other_documents_and_a_criterion_chooses_by_them(run, tiny_
 def test_means_are_over_domains_and_their_spread_is_over_seeds(undisturbed):
     cells = lines_of(undisturbed, "cells.csv")
     rows = lines_of(undisturbed, "rows.csv")
-    means = [row for row in rows if not row["domain"]]
+    means = [row for row in rows if not row["subject"]]
     assert len(means) == 1 + 2 * 3 and len(rows) == 4 * len(means)
     for row in means:
         of_row = [
@@ -182,30 +181,22 @@ def test_means_are_over_domains_and_their_spread_is_over_seeds(undisturbed):
         seeds = sorted({cell["seed"] for cell in of_row})
         assert int(row["seeds"]) == len(seeds) and row["missing_cells"] == "0"
         by_seed = [
-            statistics.fmean(
-                float(cell["increase_nats_per_token"]) for cell in of_row if cell["seed"] == seed
-            )
+            statistics.fmean(float(cell["change"]) for cell in of_row if cell["seed"] == seed)
             for seed in seeds
         ]
-        assert float(row["increase_nats_per_token"]) == pytest.approx(statistics.fmean(by_seed))
-        spread = row["increase_spread_nats_per_token"]
+        assert float(row["change"]) == pytest.approx(statistics.fmean(by_seed))
+        spread = row["change_spread"]
         assert (spread == "") == (len(seeds) == 1)
         if spread:
             assert float(spread) == pytest.approx(statistics.stdev(by_seed))
         errors = [
             math.hypot(
-                *(
-                    float(cell["increase_standard_error_nats_per_token"])
-                    for cell in of_row
-                    if cell["seed"] == seed
-                )
+                *(float(cell["change_standard_error"]) for cell in of_row if cell["seed"] == seed)
             )
             / 3
             for seed in seeds
         ]
-        assert float(row["increase_standard_error_nats_per_token"]) == pytest.approx(
-            statistics.fmean(errors)
-        )
+        assert float(row["change_standard_error"]) == pytest.approx(statistics.fmean(errors))
 
 
 def test_every_figure_is_drawn(undisturbed, plan, monkeypatch):
@@ -217,9 +208,9 @@ def test_every_figure_is_drawn(undisturbed, plan, monkeypatch):
             row,
             experts="",
             missing_cells=1,
-            loss_nats_per_token=None,
-            increase_nats_per_token=None,
-            increase_spread_nats_per_token=None,
+            value=None,
+            change=None,
+            change_spread=None,
         )
         for row in summary.means
     ]
@@ -235,7 +226,7 @@ def test_every_figure_is_drawn(undisturbed, plan, monkeypatch):
 
 def test_tables_and_figures_say_what_the_rows_say(undisturbed):
     found = results_of(undisturbed)
-    names = ("subsets", "domains", "methods", "calibration")
+    names = ("subsets", "subjects", "methods", "calibration")
     assert found.keys() == {
         *("sweep.json", "sweep.md", "rows.csv", "cells.csv"),
         *(f"figures/{name}.{kind}" for name in names for kind in ("png", "csv")),
@@ -253,10 +244,7 @@ def test_tables_and_figures_say_what_the_rows_say(undisturbed):
     assert result["cells"] == CELLS and result["failed"] == []
     table = found["sweep.md"].decode()
     row = next(r for r in result["means"] if r["method"] == "router" and r["keep"] == 0.25)
-    assert (
-        f"{row['increase_nats_per_token']:+.3f} ± {row['increase_spread_nats_per_token']:.3f}"
-        in table
-    )
+    assert f"{row['change']:+.3f} ± {row['change_spread']:.3f}" in table
     assert "2 of 8" in table and "kitchen" in table
 
 
@@ -390,11 +378,11 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
     assert "12 of 39 cells failed; --retry" in said.err
     for row in result["means"]:
         refused = row["method"] == "router"
-        assert (row["increase_nats_per_token"] is None) == refused
+        assert (row["change"] is None) == refused
         assert row["missing_cells"] == (3 if refused else 0)
     assert "refused: 3 cells missing" in (out / "sweep.md").read_text()
     drawn = lines_of(out, "figures/calibration.csv")
-    assert all(line["increase_nats_per_token"] == "" for line in drawn)
+    assert all(line["change"] == "" for line in drawn)
     measured.clear()
     assert sweep(plan, out) == 1 and not measured
     assert sweep(plan, out, "--retry") == 1 and len(measured) == 12
@@ -402,16 +390,16 @@ def test_a_cell_that_fails_is_recorded_and_the_others_go_on(
 
 def test_a_defect_in_one_domain_leaves_the_others(plan, tmp_path, capsys, monkeypatch, undisturbed):
     """And is tried again with --retry alone; the full model is measured with what needs it."""
-    measure = measuring._Domain.measure
+    measure = subjects.Domain.measure
 
     def broken(self, cells):
-        if self.domain == "harbour":
+        if self.name == "harbour":
             raise ZeroDivisionError("of\ntwo lines")
         return measure(self, cells)
 
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(measuring._Domain, "measure", broken)
+        patch.setattr(subjects.Domain, "measure", broken)
         assert sweep(plan, out) == 1
     assert "harbour" in capsys.readouterr().err
     failures = [json.loads(path.read_text()) for path in out.glob("cells/*/failure.json")]
@@ -425,16 +413,16 @@ def test_a_defect_in_one_domain_leaves_the_others(plan, tmp_path, capsys, monkey
 
 
 def test_losses_that_are_not_finite_are_a_failure(plan, tmp_path, capsys, monkeypatch):
-    losses = measuring.losses_of_arms
+    losses = subjects.losses_of_arms
 
     def diverged(*args, **options):
         found = losses(*args, **options)
         found[-1].loss_U[0] = math.nan
         return found
 
-    monkeypatch.setattr(measuring, "losses_of_arms", diverged)
+    monkeypatch.setattr(subjects, "losses_of_arms", diverged)
     assert sweep(plan, tmp_path / "out") == 1
-    assert "its losses are not finite" in capsys.readouterr().err
+    assert "its numbers are not finite" in capsys.readouterr().err
 
 
 def test_one_sweep_at_a_time_writes_to_a_folder(plan, tmp_path, capsys):
@@ -542,38 +530,57 @@ def test_pieces_go_to_processes_that_had_their_kind(tmp_path, monkeypatch):
     assert sum(map(len, kinds)) == 14 and changes <= 2
 
 
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_forty_cells_killed_at_random_ten_times_end_with_the_same_table(run, tiny_data, tmp_path):
     """In two processes, which end with the one that started them."""
     rng = random.Random(0)
-    plan = write_plan(tmp_path / "plan.yaml", run, tiny_data, seeds="[0, 1, 2]")
+    models = f"{{one: {run}, two: {shutil.copytree(run, tmp_path / 'two')}}}"
+    state = next((tmp_path / "two").glob("checkpoints/*/manifest.json"))
+    state.write_text(state.read_text() + " ")  # another checkpoint by its checksum
+    plan = write_plan(tmp_path / "plan.yaml", run, tiny_data, models=models)
     command = [sys.executable, "-m", "emotrain", "sweep", str(plan), "--jobs", "2"]
+    out, alone = tmp_path / "out", tmp_path / "alone"
 
-    def start(out: Path) -> subprocess.Popen:
-        return subprocess.Popen(
-            [*command, "--out", str(out)],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+    def start(folder: Path) -> subprocess.Popen:
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        return subprocess.Popen([*command, "--out", str(folder)], cwd=ROOT, **quiet)
 
-    assert start(tmp_path / "alone").wait(300) == 0
-    assert len(lines_of(tmp_path / "alone", "cells.csv")) >= 40
-    out, kills = tmp_path / "out", 0
+    def there() -> int:
+        return sum(1 for _ in out.glob("cells/*/result.json"))
+
+    assert start(alone).wait(400) == 0
+    assert len(lines_of(alone, "cells.csv")) == 2 * CELLS
+    kills, in_the_middle = 0, 0
     while kills < 10:
         process = start(out)
-        try:
-            process.wait(rng.uniform(2, 9))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
+        # Some die before a cell is done, some while cells are written.
+        wanted, delay = there() + rng.randint(0, 5), rng.random() * 0.05
+        while process.poll() is None and there() < wanted:
+            time.sleep(0.005)
+        time.sleep(delay)
+        if process.poll() is not None:
+            for folder in rng.sample(sorted((out / "cells").iterdir()), 30):
+                (folder / "result.json").unlink()
             continue
-        for folder in rng.sample(sorted((out / "cells").iterdir()), 20):
-            (folder / "result.json").unlink()  # it was done before it was killed often enough
-    deadline = time.monotonic() + 60
-    while (code := start(out).wait(300)) != 0 and time.monotonic() < deadline:
-        pass
-    assert code == 0
-    assert results_of(out) == results_of(tmp_path / "alone")
+        workers_of_it = children_of(process.pid)
+        process.kill()
+        process.wait()
+        while any(map(is_alive, workers_of_it)):
+            time.sleep(0.01)
+        kills += 1
+        in_the_middle += 0 < there() < 2 * CELLS
+    assert in_the_middle >= 3
+    assert start(out).wait(400) == 0
+    assert results_of(out) == results_of(alone)

@@ -33,7 +33,7 @@ class Sweep:
 
     def full(self, cell: Cell) -> Entry:
         """The cell that another one is compared with."""
-        wanted = Cell(cell.model, cell.subject, FULL, 1.0, 0, 0)
+        wanted = Cell(cell.model, cell.kind, cell.subject, FULL, 1.0, 0, 0)
         return next(entry for entry in self.entries if entry.cell == wanted)
 
 
@@ -45,25 +45,31 @@ def prepared(plan: Plan, out: Path, device: str = "auto") -> Sweep:
             known, shares that a model cannot keep.
     """
     target = choose_device(device)
-    dataset = Dataset(plan.data)
-    data = {split: dataset.fingerprint(split) for split in ("train", "valid")}
-    domains = _domains(plan, dataset)
+    dataset = Dataset(plan.data) if plan.data else None
+    domains = _domains(plan, dataset) if dataset else []
     checkpoints: dict[str, Path] = {}
-    depends_on: dict[str, dict[str, Any]] = {}
+    of_model: dict[str, dict[str, str]] = {}
     for model, path in plan.models.items():
         checkpoints[model] = checkpoint = find(path)
         config = read_config(checkpoint)
-        check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+        if dataset:
+            check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
         for keep in plan.keep:
             experts_kept(config.model, keep)  # refuses what cannot be kept
-        depends_on[model] = {
-            "checkpoint": identity(checkpoint),
-            "data": data,
+        precision = str(precision_on(config, target) or torch.float32)
+        of_model[model] = {"checkpoint": identity(checkpoint), "precision": precision}
+    of_subject: dict[tuple[str, str], dict[str, Any]] = {}
+    if dataset:
+        of_data = {
+            "data": {split: dataset.fingerprint(split) for split in ("train", "valid")},
             "documents": plan.documents,
             "document_tokens": plan.document_tokens,
-            "precision": str(precision_on(config, target) or torch.float32),
         }
-    entries = tuple(Entry.of(cell, depends_on[cell.model], out) for cell in cells_of(plan, domains))
+        of_subject |= dict.fromkeys((("domain", name) for name in domains), of_data)
+    entries = tuple(
+        Entry.of(cell, {**of_model[cell.model], **of_subject[cell.kind, cell.subject]}, out)
+        for cell in cells_of(plan, domains)
+    )
     return Sweep(plan, out, entries, checkpoints)
 
 

@@ -1,6 +1,7 @@
 """The figures of a sweep, as PNG bytes and their data as CSV. They follow those of the paper (arXiv
-2605.06663): what a share of the experts loses, by model (Figure 1) and by domain (Figure 3), by who
-chose them (Figure 4), and by how much text chose them (the ablation of the calibration size).
+2605.06663): what a share of the experts loses, by model (Figure 1) and by domain or task (Figure
+3), by who chose them (Figure 4), and by how much text chose them (the ablation of the calibration
+size).
 
 Each is drawn from rows of its own, which are written beside it. A number that is refused is left
 out of the picture, and empty in the data.
@@ -17,50 +18,47 @@ from typing import TYPE_CHECKING
 from emotrain.evaluation.figures import COLORS, png
 from emotrain.evaluation.plots import shown
 from emotrain.sweeps.plan import FULL
-from emotrain.sweeps.summary import ROW_NAMES, Row, Summary, as_csv
+from emotrain.sweeps.summary import ROW_NAMES, Row, Summary, as_csv, most_documents, words_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMES = ("subsets", "domains", "methods", "calibration")
+NAMES = ("subsets", "subjects", "methods", "calibration")
 """Of all figures; a sweep has those that its plan gives something to show."""
 STYLES = ("-", "--", ":", "-.")
-LOSS, INCREASE = "loss (nats/token)", "loss increase (nats/token)"
-
-
 Draw = Callable[["Figure", Sequence[Row]], None]
 
 
 def figures(summary: Summary) -> dict[str, tuple[bytes, Callable[[], bytes]]]:
     """By file name without its ending: the data as CSV, and what draws the PNG (it needs
     matplotlib)."""
-    plan, most = summary.plan, max(summary.plan.calibration_documents)
-    first = plan.methods[0]
+    plan, first = summary.plan, summary.plan.methods[0]
 
     def of_one_size(rows: Iterable[Row], methods: Sequence[str]) -> list[Row]:
         """Rows of all experts and of some methods, where the most text chose."""
-        sizes = {FULL: 0, "random": 0}
         return [
             row
             for row in rows
-            if row.method in methods and row.calibration_documents == sizes.get(row.method, most)
+            if row.method in methods
+            and row.calibration_documents in (0, most_documents(plan, row.method))
         ]
 
+    metrics = len({row.metric for row in summary.means})
+    by_panel = 0.7 + 4.8 * len(plan.models), 0.4 + 3.8 * metrics
     found: dict[str, tuple[list[Row], Draw, tuple[float, float]]] = {}
     subsets = of_one_size(summary.means, (FULL, first, "random"))
-    found["subsets"] = subsets, _by_model, (6.5, 4.2)
-    names = _names(row.domain for row in summary.domains)
+    found["subsets"] = subsets, _by_model, (6.5, 0.4 + 4.0 * metrics)
+    names = _names(row.subject for row in summary.subjects)
     if len(names) > 1:
         columns = min(4, len(names))
-        size = 3.2 * columns, 0.6 + 2.6 * math.ceil(len(names) / columns)
-        found["domains"] = of_one_size(summary.domains, (FULL, first)), _by_domain, size
-    panels = 0.5 + 4.8 * len(plan.models), 4.0
+        size = 3.2 * columns, 0.9 + 2.6 * math.ceil(len(names) / columns)
+        found["subjects"] = of_one_size(summary.subjects, (FULL, first)), _by_subject, size
     if len(plan.methods) > 1:
-        found["methods"] = of_one_size(summary.means, plan.methods), _by_method, panels
+        found["methods"] = of_one_size(summary.means, plan.methods), _by_method, by_panel
     by_size = [r for r in summary.means if r.method == first and r.calibration_documents]
     if len({row.calibration_documents for row in by_size}) > 1:
-        found["calibration"] = by_size, _by_size, panels
+        found["calibration"] = by_size, _by_size, by_panel
     return {
         name: (as_csv(map(asdict, rows), ROW_NAMES), partial(_drawn, draw, rows, size))
         for name, (rows, draw, size) in found.items()
@@ -68,34 +66,44 @@ def figures(summary: Summary) -> dict[str, tuple[bytes, Callable[[], bytes]]]:
 
 
 def _drawn(draw: Draw, rows: Sequence[Row], size: tuple[float, float]) -> bytes:
-    return png(lambda figure: draw(figure, rows), size)
+    def with_note(figure: Figure) -> None:
+        draw(figure, rows)
+        if any(row.change_spread is not None for row in rows):
+            figure.suptitle(
+                "bars: standard deviation over seeds", x=0.99, ha="right", fontsize="small"
+            )
+
+    return png(with_note, size)
 
 
 def _by_model(figure: Figure, rows: Sequence[Row]) -> None:
-    axes = figure.subplots()
-    for index, model in enumerate(_names(row.model for row in rows)):
-        own = [row for row in rows if row.model == model]
-        full = [row for row in own if row.method == FULL]
-        for style, method in enumerate(_names(row.method for row in own if row.method != FULL)):
-            of_method = [row for row in own if row.method == method]
-            label = f"{model}: {method}"
-            _line(axes, full + of_method, index, STYLES[style], label, increase=False)
-    axes.set_title("loss with a share of the experts, mean over domains")
-    _share_axis(axes, rows, LOSS)
-    _legend(axes)
+    metrics = _names(row.metric for row in rows)
+    panels = figure.subplots(len(metrics), squeeze=False)[:, 0]
+    for axes, metric in zip(panels, metrics, strict=True):
+        of_metric = [row for row in rows if row.metric == metric]
+        for index, model in enumerate(_names(row.model for row in rows)):
+            own = [row for row in of_metric if row.model == model]
+            full = [row for row in own if row.method == FULL]
+            methods = _names(row.method for row in own if row.method != FULL)
+            for style, method in zip(STYLES, methods, strict=False):
+                points = full + [row for row in own if row.method == method]
+                _line(axes, points, index, style, f"{model}: {method}", change=False)
+        _share_axis(axes, of_metric, f"mean {words_of(metric)}")
+        _legend(axes)
 
 
-def _by_domain(figure: Figure, rows: Sequence[Row]) -> None:
-    names, models = _names(row.domain for row in rows), _names(row.model for row in rows)
+def _by_subject(figure: Figure, rows: Sequence[Row]) -> None:
+    names, models = _names(row.subject for row in rows), _names(row.model for row in rows)
     columns = min(4, len(names))
     panels = figure.subplots(math.ceil(len(names) / columns), columns, squeeze=False)
     every = list(panels.flat)
     for axes, name in zip(every, names, strict=False):
+        of_subject = [row for row in rows if row.subject == name]
         for index, model in enumerate(models):
-            own = [row for row in rows if (row.model, row.domain) == (model, name)]
-            _line(axes, own, index, "-", model, increase=False)
-        axes.set_title(shown(name))
-        _share_axis(axes, [row for row in rows if row.domain == name], LOSS)
+            own = [row for row in of_subject if row.model == model]
+            _line(axes, own, index, STYLES[index % len(STYLES)], model, change=False)
+        axes.set_title(shown(name.rpartition("/")[2]))
+        _share_axis(axes, of_subject, words_of(of_subject[0].metric))
     for axes in every[len(names) :]:
         axes.set_visible(False)
     _legend(every[0])
@@ -105,11 +113,10 @@ def _by_method(figure: Figure, rows: Sequence[Row]) -> None:
     methods = _names(row.method for row in rows)
     for axes, own in _panels(figure, rows):
         for index, method in enumerate(methods):
-            style = STYLES[index % len(STYLES)]
             of_method = [row for row in own if row.method == method]
-            _line(axes, of_method, index, style, method, increase=True)
-        _share_axis(axes, own, INCREASE)
+            _line(axes, of_method, index, STYLES[index % len(STYLES)], method, change=True)
         axes.axhline(0, color="0.5", linewidth=0.8)
+        _share_axis(axes, own, f"change of {words_of(own[0].metric)}")
         _legend(axes)
 
 
@@ -118,27 +125,30 @@ def _by_size(figure: Figure, rows: Sequence[Row]) -> None:
         for index, keep in enumerate(sorted({row.keep for row in own}, reverse=True)):
             of_keep = [row for row in own if row.keep == keep]
             label = next((row.experts for row in of_keep if row.experts), f"{keep:.3g}")
-            points = _points(of_keep, lambda row: row.calibration_documents, True)
+            points = _points(of_keep, lambda row: row.calibration_documents, change=True)
             _draw(axes, points, index, STYLES[index % len(STYLES)], label)
         sizes = sorted({row.calibration_documents for row in own})
         axes.set_xscale("log")
         axes.set_xticks(sizes, list(map(str, sizes)))
         axes.minorticks_off()
         axes.axhline(0, color="0.5", linewidth=0.8)
-        axes.set(xlabel="documents that choose the experts", ylabel=INCREASE)
+        axes.set(
+            xlabel="documents that choose the experts",
+            ylabel=f"change of {words_of(own[0].metric)}",
+        )
         _legend(axes, "experts kept")
 
 
 def _panels(figure: Figure, rows: Sequence[Row]) -> list[tuple[Axes, list[Row]]]:
-    """One panel a model, with equal axes."""
-    models = _names(row.model for row in rows)
-    every = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
-    for axes, model in zip(every, models, strict=True):
-        axes.set_title(shown(model))
-    return [
-        (axes, [row for row in rows if row.model == model])
-        for axes, model in zip(every, models, strict=True)
-    ]
+    """A column a model and a row a metric, of equal axes."""
+    models, metrics = _names(row.model for row in rows), _names(row.metric for row in rows)
+    every = figure.subplots(len(metrics), len(models), squeeze=False, sharey="row")
+    found = []
+    for metric, of_metric in zip(metrics, every, strict=True):
+        for model, axes in zip(models, of_metric, strict=True):
+            axes.set_title(shown(model))
+            found.append((axes, [r for r in rows if (r.model, r.metric) == (model, metric)]))
+    return found
 
 
 def _names(values: Iterable[str]) -> list[str]:
@@ -149,19 +159,19 @@ Point = tuple[float, float, float]
 """x, y, spread over seeds."""
 
 
-def _points(rows: Iterable[Row], x: Callable[[Row], float], increase: bool) -> list[Point]:
+def _points(rows: Iterable[Row], x: Callable[[Row], float], change: bool) -> list[Point]:
     found = []
     for row in rows:
-        y = row.increase_nats_per_token if increase else row.loss_nats_per_token
+        y = row.change if change else row.value
         if y is not None:
-            found.append((x(row), y, row.increase_spread_nats_per_token or 0.0))
+            found.append((x(row), y, row.change_spread or 0.0))
     return sorted(found)
 
 
 def _line(
-    axes: Axes, rows: Sequence[Row], index: int, style: str, label: str, increase: bool
+    axes: Axes, rows: Sequence[Row], index: int, style: str, label: str, change: bool
 ) -> None:
-    _draw(axes, _points(rows, lambda row: row.keep, increase), index, style, label)
+    _draw(axes, _points(rows, lambda row: row.keep, change), index, style, label)
 
 
 def _draw(axes: Axes, points: Sequence[Point], index: int, style: str, label: str) -> None:

@@ -7,8 +7,9 @@ import difflib
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from emotrain.config.reading import read_settings
 from emotrain.errors import UserError
@@ -28,6 +29,12 @@ class Plan:
     """Folder of `emotrain prepare`: the losses of its held-out documents are measured."""
     domains: tuple[str, ...] = ()
     """Of `data`; none means all."""
+    tasks: tuple[str, ...] = ()
+    """Files of questions, as of `emotrain evaluate --tasks`."""
+    shots: int = 0
+    """Examples before each question of a task."""
+    questions: int = 0
+    """Most questions of a task; 0 asks all."""
     keep: tuple[float, ...] = (0.5, 0.25, 0.125)
     """Shares of each layer's experts, shared ones counted, below 1. All experts are measured
     always."""
@@ -46,14 +53,20 @@ class Plan:
     """Folder of cells, tables and figures; `--out` comes before it."""
 
     def __post_init__(self) -> None:
-        for name in ("keep", "methods", "domains", "calibration_documents", "seeds"):
+        for name in ("keep", "methods", "domains", "tasks", "calibration_documents", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise UserError(f"{name} names something twice; name each once")
         for holds, fault in (
             (self.models, "models is empty; name at least one, as in `EMO: runs/quickstart`"),
             (all(self.models.values()), "models has a name without a path; give its run"),
-            (self.data, "data is missing; give a folder written by `emotrain prepare`"),
+            (
+                self.data or self.tasks,
+                "there is nothing to measure on; give data, a folder of `emotrain prepare`, or "
+                "tasks, files of questions",
+            ),
+            (self.data or not self.domains, "domains are those of data; give it, too"),
+            (min(self.shots, self.questions) >= 0, "shots and questions are whole numbers from 0"),
             (self.keep, "keep is empty; give shares of the experts, for example [0.5, 0.25]"),
             (all(0 < keep < 1 for keep in self.keep), "keep has shares above 0 and below 1"),
             (self.methods, f"methods is empty; choose some of {', '.join(METHODS)}"),
@@ -126,8 +139,9 @@ class Cell:
 
     model: str
     """Its name in the plan."""
+    kind: Literal["domain", "task"]
     subject: str
-    """A domain of the plan's data."""
+    """A domain of the plan's data, or a task's file."""
     method: str
     """Of `emotrain select --method`; `FULL` keeps all experts."""
     keep: float
@@ -138,14 +152,15 @@ class Cell:
 
 def cells_of(plan: Plan, domains: Sequence[str]) -> list[Cell]:
     """Every cell of a plan once, those of a model and a domain together, with all experts first."""
-    found: dict[Cell, None] = {}
-    for model in plan.models:
-        for domain in domains:
-            found[Cell(model, domain, FULL, 1.0, 0, 0)] = None
-            for method in plan.methods:
-                sizes = (0,) if method == "random" else plan.calibration_documents
-                for keep in sorted(plan.keep, reverse=True):
-                    for size in sizes:
-                        for seed in plan.seeds:
-                            found[Cell(model, domain, method, keep, size, seed)] = None
-    return list(found)
+    subjects: list[tuple[Literal["domain", "task"], str]] = [
+        *(("domain", name) for name in domains),
+        *(("task", file) for file in plan.tasks),
+    ]
+    found: list[Cell] = []
+    for model, (kind, name) in product(plan.models, subjects):
+        found.append(Cell(model, kind, name, FULL, 1.0, 0, 0))
+        for method, keep in product(plan.methods, sorted(plan.keep, reverse=True)):
+            sizes = (0,) if method == "random" else plan.calibration_documents
+            for size, seed in product(sizes, plan.seeds):
+                found.append(Cell(model, kind, name, method, keep, size, seed))
+    return found

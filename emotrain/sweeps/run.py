@@ -19,9 +19,10 @@ from emotrain.folders import exclusive_lock
 from emotrain.progress import ProgressBar
 from emotrain.sweeps.cells import Sweep
 from emotrain.sweeps.figures import NAMES, figures
-from emotrain.sweeps.measuring import Bench, Items
+from emotrain.sweeps.measuring import Bench
 from emotrain.sweeps.plan import Cell
 from emotrain.sweeps.store import Entry, Failure, Measured
+from emotrain.sweeps.subjects import Items
 from emotrain.sweeps.summary import ROW_NAMES, Summary, as_csv, cell_rows, row_dicts, tables
 from emotrain.sweeps.workers import Died, run_pieces
 
@@ -68,16 +69,14 @@ def _measure_all(
     sweep: Sweep, bar: ProgressBar, jobs: int, device: str, micro_batch: int, retry: bool
 ) -> None:
     done = {entry.folder for entry in sweep.entries if entry.result is not None}
-    todo = [
-        entry
+    wanted = {  # two names of one model are measured once
+        entry.folder: entry
         for entry in sweep.entries
         if entry.folder not in done and (retry or entry.failure is None)
-    ]
+    }
+    todo = list(wanted.values())
     log.info("%d cells: %d done, %d to do", len(sweep.entries), len(done), len(todo))
-    pieces = [
-        list(piece)
-        for _, piece in groupby(todo, key=lambda entry: (entry.cell.model, entry.cell.subject))
-    ]
+    pieces = [list(piece) for _, piece in groupby(todo, key=_measured_together)]
     prepare = partial(_worker, sweep, device, micro_batch)
     bar.start("cells", len(sweep.entries), len(sweep.entries) - len(todo))
     with closing(run_pieces(pieces, prepare, jobs, lambda piece: piece[0].cell.model)) as work:
@@ -85,6 +84,10 @@ def _measure_all(
             if died is not None:
                 _record_death(piece, died)
             bar.advance(len(piece))
+
+
+def _measured_together(entry: Entry) -> tuple[str, str, str]:
+    return entry.cell.model, entry.cell.kind, entry.cell.subject
 
 
 def _record_death(piece: Sequence[Entry], died: Died) -> None:
@@ -127,7 +130,7 @@ def _outcomes(
     """
     base = found.get(full)
     if known is not None:
-        base = Items(known.item_amounts, known.item_sizes, ())
+        base = Items(known.metric, known.item_amounts, known.item_sizes, ())
     assert isinstance(base, Items), "all experts need no text that could be missing"
     return {
         cell: Failure(str(items), "") if isinstance(items, UserError) else _measured(items, base)
@@ -142,10 +145,10 @@ def _measured(items: Items, full: Items) -> Measured | Failure:
     )
     group_U = torch.zeros(len(sizes_U), dtype=torch.int64)
     if not (amounts_U.isfinite().all() and full_U.isfinite().all()):
-        return Failure("its losses are not finite", "")
+        return Failure("its numbers are not finite", "")
     (change, error), value = mean_increase(amounts_U - full_U, sizes_U, group_U), amounts_U.sum()
     return Measured(
-        "loss_nats_per_token",
+        items.metric,
         float(value / sizes_U.sum()),
         float(change),
         float(error),

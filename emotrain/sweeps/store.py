@@ -35,7 +35,7 @@ class Measured:
     """What a cell came to. `value` is the sum of the items' amounts over the sum of their sizes."""
 
     metric: str
-    """`loss_nats_per_token`."""
+    """`loss_nats_per_token` of a domain; of a task its headline metric."""
     value: float
     change: float
     """From all experts."""
@@ -44,9 +44,10 @@ class Measured:
     experts_kept_per_layer: tuple[int, ...]
     """Shared ones counted."""
     item_amounts: tuple[float, ...]
-    """Of each held-out document, in nats: what later cells are compared with."""
+    """Of each document in nats, of each question in points (or bits): what later cells are compared
+    with."""
     item_sizes: tuple[float, ...]
-    """Tokens of each that were predicted."""
+    """Tokens of each document that were predicted; 1 for a question (or its bytes)."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Entry:
         del of_cell["model"]
         settings = {"format": FORMAT, **of_cell, **depends_on}
         digest = hashlib.sha256(json_text(settings).encode()).hexdigest()[:16]
-        words = (cell.subject, cell.method, cell.keep, cell.calibration_documents, cell.seed)
+        name = cell.subject.rpartition("/")[2]
+        words = (name, cell.method, cell.keep, cell.calibration_documents, cell.seed)
         # A name is any text, and that of a folder is not.
         name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(word))[:40] for word in words)
         return cls(cell, settings, out / "cells" / f"{name.lstrip('.')}-{digest}")

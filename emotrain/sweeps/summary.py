@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from emotrain.evaluation.tables import plain
 from emotrain.sweeps.cells import Sweep
@@ -17,8 +17,7 @@ from emotrain.sweeps.plan import FULL, Cell, Plan
 from emotrain.sweeps.store import Entry, Measured
 from emotrain.tables import Table
 
-MEAN = ""
-"""The domain of a row that is the mean over all of them, each with the same weight."""
+LOSS = "loss_nats_per_token"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,9 @@ class Row:
     missing."""
 
     model: str
-    domain: str
+    subject: str
+    """A domain or a task; empty for the mean over all subjects of the metric."""
+    metric: str
     method: str
     keep: float
     experts: str
@@ -35,13 +36,14 @@ class Row:
     calibration_documents: int
     seeds: int
     missing_cells: int
-    loss_nats_per_token: float | None
-    increase_nats_per_token: float | None
-    """Over all experts."""
-    increase_spread_nats_per_token: float | None
+    value: float | None
+    """In the unit of the metric, as all that follow."""
+    change: float | None
+    """From all experts."""
+    change_spread: float | None
     """Standard deviation over seeds; None with one."""
-    increase_standard_error_nats_per_token: float | None
-    """Over documents, mean over seeds."""
+    change_standard_error: float | None
+    """Over documents or questions, mean over seeds."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,36 @@ class Summary:
     cells: tuple[tuple[Entry, Measured | None, str | None], ...]
     """Of each its result, or why it has none; neither where it was not tried."""
     means: tuple[Row, ...]
-    domains: tuple[Row, ...]
+    subjects: tuple[Row, ...]
 
     @classmethod
     def of(cls, sweep: Sweep) -> Summary:
         cells = tuple((entry, entry.result, entry.failure) for entry in sweep.entries)
         results = {entry.cell: result for entry, result, _ in cells}
-        subjects = list(dict.fromkeys(cell.subject for cell in results))
-        groups: dict[tuple[str, str, float, int], list[int]] = {}
+        metric_of = {
+            (cell.kind, cell.subject): LOSS if cell.kind == "domain" else "" for cell in results
+        }
+        for cell, found in results.items():
+            if found is not None:
+                metric_of[cell.kind, cell.subject] = found.metric
+        seeds_of: dict[Key, dict[int, None]] = {}
         for cell in results:
             key = (cell.model, cell.method, cell.keep, cell.calibration_documents)
-            seeds = groups.setdefault(key, [])
-            if cell.seed not in seeds:
-                seeds.append(cell.seed)
+            seeds_of.setdefault(key, {})[cell.seed] = None
 
-        def rows(domain: str, of: Sequence[str]) -> list[Row]:
-            return [_row(key, domain, of, seeds, results) for key, seeds in groups.items()]
+        def rows(name: str, metric: str, subjects: Sequence[Subject]) -> list[Row]:
+            return [
+                _row(key, name, metric, subjects, list(seeds), results)
+                for key, seeds in seeds_of.items()
+            ]
 
-        return cls(
-            sweep.plan,
-            cells,
-            tuple(rows(MEAN, subjects)),
-            tuple(row for subject in subjects for row in rows(subject, [subject])),
-        )
+        by_metric = {
+            metric: [subject for subject, of in metric_of.items() if of == metric]
+            for metric in dict.fromkeys(metric_of.values())
+        }
+        means = [row for metric, names in by_metric.items() for row in rows("", metric, names)]
+        each = [row for subject, of in metric_of.items() for row in rows(subject[1], of, [subject])]
+        return cls(sweep.plan, cells, tuple(means), tuple(each))
 
     @property
     def failed(self) -> list[tuple[Cell, str]]:
@@ -90,42 +99,59 @@ class Summary:
             "failed": [{**asdict(cell), "error": why} for cell, why in self.failed],
             "plan": asdict(self.plan),
             "means": [asdict(row) for row in self.means],
-            "domains": [asdict(row) for row in self.domains],
+            "subjects": [asdict(row) for row in self.subjects],
         }
 
 
+Subject = tuple[Literal["domain", "task"], str]
+Key = tuple[str, str, float, int]
+"""Model, method, share kept, calibration documents."""
+
+
 def _row(
-    key: tuple[str, str, float, int],
-    domain: str,
-    subjects: Sequence[str],
+    key: Key,
+    subject: str,
+    metric: str,
+    subjects: Sequence[Subject],
     seeds: Sequence[int],
     results: Mapping[Cell, Measured | None],
 ) -> Row:
     model, method, keep, documents = key
-    by_seed = [
-        [results[Cell(model, subject, method, keep, documents, seed)] for subject in subjects]
-        for seed in seeds
-    ]
-    there = [found for of_seed in by_seed for found in of_seed if found is not None]
-    missing = len(subjects) * len(seeds) - len(there)
-    full = next((results[Cell(model, s, FULL, 1.0, 0, 0)] for s in subjects), None)
-    loss = increase = spread = error = None
+
+    def result(subject: Subject, *choice: Any) -> Measured | None:
+        return results[Cell(model, *subject, *choice)]
+
+    by_seed = [[result(of, method, keep, documents, seed) for of in subjects] for seed in seeds]
+    there = [[found for found in of_seed if found is not None] for of_seed in by_seed]
+    missing = sum(map(len, by_seed)) - sum(map(len, there))
+    value = change = spread = error = None
     if not missing:
-        of_seeds = [[found for found in of_seed if found is not None] for of_seed in by_seed]
-        changes = [statistics.fmean(found.change for found in of_seed) for of_seed in of_seeds]
-        loss = statistics.fmean(found.value for found in there)
-        increase = statistics.fmean(changes)
+        changes = [statistics.fmean(found.change for found in of_seed) for of_seed in there]
+        value = statistics.fmean(found.value for of_seed in there for found in of_seed)
+        change = statistics.fmean(changes)
         spread = statistics.stdev(changes) if len(changes) > 1 else None
-        # Domains hold different documents, seeds the same.
+        # Subjects hold different items, seeds the same.
         error = statistics.fmean(
             math.hypot(*(found.change_standard_error for found in of_seed)) / len(of_seed)
-            for of_seed in of_seeds
+            for of_seed in there
         )
-    experts = _experts(keep, there, full)
+    full = next((result(of, FULL, 1.0, 0, 0) for of in subjects), None)
+    every = [found for of_seed in there for found in of_seed]
     return Row(
-        model, domain, method, keep, experts, documents, len(seeds), missing, loss, increase,
-        spread, error,
-    )  # fmt: skip
+        model=model,
+        subject=subject,
+        metric=metric,
+        method=method,
+        keep=keep,
+        experts=_experts(keep, every, full),
+        calibration_documents=documents,
+        seeds=len(seeds),
+        missing_cells=missing,
+        value=value,
+        change=change,
+        change_spread=spread,
+        change_standard_error=error,
+    )
 
 
 def _experts(keep: float, there: Sequence[Measured], full: Measured | None) -> str:
@@ -142,16 +168,27 @@ def _experts(keep: float, there: Sequence[Measured], full: Measured | None) -> s
 
 
 def tables(summary: Summary) -> list[Table]:
-    """The means; and of each model, by domain, what the first method and the most text chose."""
-    return [*(_domain_table(summary, model) for model in summary.plan.models), mean_table(summary)]
+    """Of each model, by subject, what the first method and the most text chose; then the means."""
+    metrics = dict.fromkeys(row.metric for row in summary.means)
+    return [
+        *(_subject_table(summary, model, m) for model in summary.plan.models for m in metrics),
+        *(_mean_table(summary, metric) for metric in metrics),
+    ]
 
 
-def mean_table(summary: Summary) -> Table:
+def words_of(metric: str) -> str:
+    """A metric and its unit."""
+    known = {LOSS: "loss (nats/token)", "bits_per_byte": "bits per byte"}
+    return known.get(metric, f"{metric.replace('_', ' ')} (share of questions)")
+
+
+def _mean_table(summary: Summary, metric: str) -> Table:
     """Every row of the means."""
     return Table(
-        "Loss with a share of the experts, and its increase over all experts, in nats/token; mean "
-        "over domains, unweighted, and over seeds; ± standard deviation over seeds",
-        ("model", "chosen by", "experts kept", "calibration docs", "seeds", "loss", "increase"),
+        f"Mean {words_of(metric)} with a share of the experts, and its change from all experts; "
+        f"over {'domains' if metric == LOSS else 'tasks'}, unweighted, and over seeds; ± standard "
+        f"deviation over seeds",
+        ("model", "chosen by", "experts kept", "calibration docs", "seeds", "mean", "change"),
         tuple(
             (
                 row.model,
@@ -159,63 +196,55 @@ def mean_table(summary: Summary) -> Table:
                 row.experts or f"{row.keep:.3g} of each layer",
                 str(row.calibration_documents or "–"),
                 "–" if row.method == FULL else str(row.seeds),
-                plain(row.loss_nats_per_token, 3),
-                "" if row.method == FULL and not row.missing_cells else _increase(row),
+                plain(row.value, 3),
+                "" if row.method == FULL and not row.missing_cells else _change(row),
             )
             for row in summary.means
+            if row.metric == metric
         ),
         names=3,
     )
 
 
-def _domain_table(summary: Summary, model: str) -> Table:
-    method, documents = shown_choice(summary.plan)
+def _subject_table(summary: Summary, model: str, metric: str) -> Table:
+    method = summary.plan.methods[0]
+    documents = most_documents(summary.plan, method)
     rows = {
-        (row.domain, row.keep): row
-        for row in summary.domains
-        if row.model == model
+        (row.subject, row.keep): row
+        for row in summary.subjects
+        if (row.model, row.metric) == (model, metric)
         and (row.method == FULL or (row.method, row.calibration_documents) == (method, documents))
     }
     keeps = sorted({keep for _, keep in rows if keep < 1}, reverse=True)
-    names = list(dict.fromkeys(domain for domain, _ in rows))
+    names = list(dict.fromkeys(subject for subject, _ in rows))
     by_text = f", by {documents} documents" if documents else ""
-    labels = [
-        next((r.experts for (_, k), r in rows.items() if k == keep and r.experts), "")
-        for keep in keeps
-    ]
+    labels = {keep: f"{keep:g}" for keep in keeps}
+    labels |= {row.keep: row.experts for row in rows.values() if row.experts and row.keep < 1}
     return Table(
-        f"{model}: each domain with the experts that {method} chose{by_text}, in nats/token; ± "
-        f"standard deviation over seeds",
-        (
-            "domain",
-            "full loss",
-            *(f"+ with {label or keep}" for label, keep in zip(labels, keeps, strict=True)),
-        ),
+        f"{model}, {words_of(metric)}: with all experts, and the change with those that {method} "
+        f"chose{by_text}; ± standard deviation over seeds",
+        ("domain" if metric == LOSS else "task", "all", *labels.values()),
         tuple(
             (
                 name,
-                plain(rows[name, 1.0].loss_nats_per_token, 3),
-                *(_increase(rows[name, keep]) for keep in keeps),
+                plain(rows[name, 1.0].value, 3),
+                *(_change(rows[name, keep]) for keep in keeps),
             )
             for name in names
         ),
     )
 
 
-def _increase(row: Row) -> str:
+def _change(row: Row) -> str:
     if row.missing_cells:
         return f"refused: {row.missing_cells} cells missing"
-    spread = row.increase_spread_nats_per_token
-    return f"{row.increase_nats_per_token:+.3f}" + (
-        f" ± {spread:.3f}" if spread is not None else ""
-    )
+    spread = "" if row.change_spread is None else f" ± {row.change_spread:.3f}"
+    return f"{row.change:+.3f}{spread}"
 
 
-def shown_choice(plan: Plan) -> tuple[str, int]:
-    """The method and the calibration size that figures of one choice show: the first of the plan,
-    and the largest."""
-    method = plan.methods[0]
-    return method, 0 if method == "random" else max(plan.calibration_documents)
+def most_documents(plan: Plan, method: str) -> int:
+    """The calibration size that tables and figures of one size show: the largest."""
+    return 0 if method == "random" else max(plan.calibration_documents)
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> bytes:
@@ -231,8 +260,8 @@ ROW_NAMES = tuple(field.name for field in fields(Row))
 
 
 def row_dicts(summary: Summary) -> list[dict[str, Any]]:
-    """Every row, as a line of rows.csv: the means first, whose domain is empty."""
-    return [asdict(row) for row in (*summary.means, *summary.domains)]
+    """Every row, as a line of rows.csv: the means first, whose subject is empty."""
+    return [asdict(row) for row in (*summary.means, *summary.subjects)]
 
 
 def cell_rows(summary: Summary) -> list[dict[str, Any]]:
@@ -240,9 +269,10 @@ def cell_rows(summary: Summary) -> list[dict[str, Any]]:
     return [
         {
             **asdict(entry.cell),
-            "loss_nats_per_token": result and result.value,
-            "increase_nats_per_token": result and result.change,
-            "increase_standard_error_nats_per_token": result and result.change_standard_error,
+            "metric": result and result.metric,
+            "value": result and result.value,
+            "change": result and result.change,
+            "change_standard_error": result and result.change_standard_error,
             "folder": entry.folder.name,
             "error": why,
         }
