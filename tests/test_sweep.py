@@ -44,6 +44,8 @@ from emotrain.sweeps.cells import prepared
 from emotrain.sweeps.plan import FULL, Cell, Plan, cells_of, read_plan
 from emotrain.sweeps.store import Entry
 from emotrain.sweeps.summary import Summary
+from emotrain.tasks.evaluation import evaluate_tasks
+from emotrain.tasks.settings import TaskSettings
 from emotrain.training import run as run_module
 from emotrain.training.checkpoint import find, load_model
 from tests.conftest import ROOT, tiny_settings
@@ -165,6 +167,52 @@ def test_a_seed_draws_other_documents_and_a_criterion_chooses_by_them(run, tiny_
     assert found.amounts == pytest.approx(losses.loss_U.tolist(), rel=1e-6)
     assert found.sizes == tuple(len(document) - 1 for document in held_out)
     assert found.experts_kept_per_layer == counts
+
+
+def test_a_task_is_asked_as_evaluate_asks_it(run, tiny_data, tmp_path, capsys):
+    """Also beside domains; a mean is over the subjects of one metric."""
+    choices = tmp_path / "choices.jsonl"
+    with open(choices, "w", encoding="utf-8") as file:
+        for i in range(14):
+            split = {"split": "train"} if i % 2 else {}
+            item = {"question": f"bread {i}?", "choices": ["oven", "tide", "moss"], "answer": i % 3}
+            file.write(json.dumps({**item, **split}) + "\n")
+    texts = tmp_path / "texts.jsonl"
+    lines = [{"text": f"salt {word} rope"} for word in ("oven", "tide", "moss")]
+    texts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    plan = write_plan(
+        *(tmp_path / "plan.yaml", run, tiny_data),
+        domains="[kitchen]",
+        tasks=f"[{choices}, {texts}]",
+        keep="[0.5]",
+        calibration_documents="[2]",
+        shots="1",
+    )
+    assert sweep(plan, tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert said.count("failed: ") == 2 and "has 0 examples that are not asked" in said
+    settings = TaskSettings(shots=1, keep=(0.5,), calibration_documents=2, random_seeds=0)
+    found = evaluate_tasks(run, [choices], settings, device="cpu")
+    cells = {
+        (cell["subject"], cell["method"], cell["seed"]): cell
+        for cell in lines_of(tmp_path / "out", "cells.csv")
+    }
+    for method, experts in ((FULL, "all experts"), ("router", "keep 0.5, own choice")):
+        expected = found.score("choices", experts).metrics["accuracy_raw"].value
+        cell = cells[str(choices), method, "0"]
+        assert (cell["metric"], float(cell["value"])) == ("accuracy_raw", pytest.approx(expected))
+    [of_texts] = evaluate_tasks(run, [texts], TaskSettings(), device="cpu").scores
+    assert float(cells[str(texts), FULL, "0"]["value"]) == pytest.approx(
+        of_texts.metrics["bits_per_byte"].value
+    )
+    rows = [row for row in lines_of(tmp_path / "out", "rows.csv") if not row["subject"]]
+    assert [row["metric"] for row in rows if row["method"] == FULL] == [
+        "loss_nats_per_token",
+        "accuracy_raw",
+        "bits_per_byte",
+    ]
+    table = (tmp_path / "out/sweep.md").read_text()
+    assert "accuracy raw (share of questions)" in table and "refused: 2 cells missing" in table
 
 
 def test_means_are_over_domains_and_their_spread_is_over_seeds(undisturbed):
@@ -453,6 +501,9 @@ def test_one_sweep_at_a_time_writes_to_a_folder(plan, tmp_path, capsys):
         ({"models": "{a: 1}"}, "models=1 must be text"),
         ({"models": "{a: /nowhere}"}, "no checkpoint here"),
         ({"data": "/nowhere"}, "/nowhere"),
+        ({"data": "''"}, "there is nothing to measure on; give data"),
+        ({"shots": "1"}, "shots and questions are of tasks"),
+        ({"tasks": "[/nowhere.jsonl]"}, "/nowhere.jsonl"),
         ({"domains": "[moon]"}, "domain 'moon' has 0 held-out documents"),
         ({"data": "${nowhere}"}, "nowhere"),
         ({"keep": "[0.5"}, "not readable as YAML"),

@@ -1,5 +1,5 @@
-"""`emotrain sweep`: models, shares of experts, methods, domains, calibration sizes and seeds, each
-with each, as tables and figures."""
+"""`emotrain sweep`: models, shares of experts, methods, domains, tasks, calibration sizes and
+seeds, each with each, as tables and figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from emotrain.progress import ProgressBar
 
 DESCRIPTION = """\
 Measure every cell of a plan: each of its models, with each share of the experts, chosen by each
-method and by each number of documents, drawn with each seed, on each domain. Then write the means
-and their spread over seeds as tables and figures."""
+method and by each number of documents, drawn with each seed, on each domain and task. Then write
+the means and their spread over seeds as tables and figures."""
 EPILOG = """\
 example:
   emotrain sweep configs/sweeps/quickstart.yaml --jobs 2

@@ -16,6 +16,7 @@ from emotrain.evaluation.reading import check_vocabulary
 from emotrain.modular.counts import experts_kept
 from emotrain.sweeps.plan import FULL, Cell, Plan, cells_of
 from emotrain.sweeps.store import Entry
+from emotrain.sweeps.task_subject import check_tokenizer, tasks_of
 from emotrain.training.checkpoint_folders import find, identity, read_config
 
 log = logging.getLogger("emotrain")
@@ -54,6 +55,8 @@ def prepared(plan: Plan, out: Path, device: str = "auto") -> Sweep:
         config = read_config(checkpoint)
         if dataset:
             check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+        if plan.tasks:
+            check_tokenizer(checkpoint, config.model.vocab_size)
         for keep in plan.keep:
             experts_kept(config.model, keep)  # refuses what cannot be kept
         precision = str(precision_on(config, target) or torch.float32)
@@ -66,6 +69,12 @@ def prepared(plan: Plan, out: Path, device: str = "auto") -> Sweep:
             "document_tokens": plan.document_tokens,
         }
         of_subject |= dict.fromkeys((("domain", name) for name in domains), of_data)
+    for file, task in zip(plan.tasks, tasks_of(plan) if plan.tasks else (), strict=True):
+        of_subject["task", file] = {
+            "task": task.file.fingerprint,
+            "shots": plan.shots,
+            "questions": plan.questions,
+        }
     entries = tuple(
         Entry.of(cell, {**of_model[cell.model], **of_subject[cell.kind, cell.subject]}, out)
         for cell in cells_of(plan, domains)

@@ -67,6 +67,10 @@ class Plan:
             ),
             (self.data or not self.domains, "domains are those of data; give it, too"),
             (min(self.shots, self.questions) >= 0, "shots and questions are whole numbers from 0"),
+            (
+                self.tasks or not (self.shots or self.questions),
+                "shots and questions are of tasks; name some, or leave them out",
+            ),
             (self.keep, "keep is empty; give shares of the experts, for example [0.5, 0.25]"),
             (all(0 < keep < 1 for keep in self.keep), "keep has shares above 0 and below 1"),
             (self.methods, f"methods is empty; choose some of {', '.join(METHODS)}"),

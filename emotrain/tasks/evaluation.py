@@ -37,7 +37,7 @@ from emotrain.tasks.results import (
     numbers_of,
 )
 from emotrain.tasks.scoring import Pair, encode_pairs, encode_texts, fit, log_probabilities, windows
-from emotrain.tasks.settings import TaskSettings
+from emotrain.tasks.settings import TaskSettings, headline
 from emotrain.training.checkpoint import load_state
 from emotrain.training.checkpoint_folders import identity
 
@@ -127,7 +127,9 @@ def evaluate_tasks(
     for keep in settings.keep:
         experts_kept(session.config.model, keep)  # refuses what cannot be kept
     arms = fixed_arms(settings.subsets, folder, session.config, len(tasks))
-    questions = [q for j, task in enumerate(tasks) for q in _questions(task, j, session, settings)]
+    questions = [
+        q for j, task in enumerate(tasks) for q in questions_of(task, j, session, settings)
+    ]
     texts: list[CalibrationText] = []
     if settings.keep:
         texts = calibration_of(tasks, session.tokenizer, settings.calibration_documents)
@@ -145,7 +147,7 @@ def evaluate_tasks(
         )
     answers: list[Answer] = []
     for arm in arms:
-        answers += _ask(session, tasks, questions, arm, settings)
+        answers += ask(session, tasks, questions, arm, settings)
     state = load_state(folder)
     shared = session.config.model.experts.shared
     result = TaskEvaluation(
@@ -173,7 +175,7 @@ def evaluate_tasks(
     return result
 
 
-def _questions(
+def questions_of(
     task: Task, number: int, session: Session, settings: TaskSettings
 ) -> list[_Question]:
     """The questions of a task as pairs of tokens.
@@ -231,7 +233,7 @@ def _encoded(task: Task, prompts: Sequence[str], tokenizer: TextTokenizer) -> li
     return [[next(pairs) for _ in range(count)] for count in counts]
 
 
-def _ask(
+def ask(
     session: Session,
     tasks: Sequence[Task],
     questions: Sequence[_Question],
@@ -325,11 +327,6 @@ def _info(
     settings: TaskSettings,
     texts: Sequence[CalibrationText],
 ) -> TaskInfo:
-    headlines = {
-        "choice": f"accuracy_{settings.normalisation}",
-        "generation": "f1",
-        "text": "bits_per_byte",
-    }
     return TaskInfo(
         name=task.name,
         kind=task.kind,
@@ -342,7 +339,7 @@ def _info(
         examples=len(task.examples),
         examples_from=str(task.examples_from),
         cut_prompts=sum(question.cut for question in questions),
-        headline=headlines[task.kind],
+        headline=headline(task.kind, settings),
         calibration=provenance(texts[0]) if texts else None,
     )
 

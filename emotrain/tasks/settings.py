@@ -60,3 +60,13 @@ class TaskSettings:
             )
         if not self.split:
             raise UserError("split is empty; name the one that is asked, for example test")
+
+
+def headline(kind: str, settings: TaskSettings) -> str:
+    """The metric that stands for a task of a kind."""
+    headlines = {
+        "choice": f"accuracy_{settings.normalisation}",
+        "generation": "f1",
+        "text": "bits_per_byte",
+    }
+    return headlines[kind]
