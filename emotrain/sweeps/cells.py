@@ -12,11 +12,11 @@ import torch
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import choose_device, precision_on
-from emotrain.evaluation.reading import check_vocabulary
+from emotrain.evaluation.reading import check_vocabulary, tokenizer_of
 from emotrain.modular.counts import experts_kept
 from emotrain.sweeps.plan import FULL, Cell, Plan, cells_of
 from emotrain.sweeps.store import Entry
-from emotrain.sweeps.task_subject import check_tokenizer, tasks_of
+from emotrain.sweeps.task_subject import tasks_of
 from emotrain.training.checkpoint_folders import find, identity, read_config
 
 log = logging.getLogger("emotrain")
@@ -56,7 +56,7 @@ def prepared(plan: Plan, out: Path, device: str = "auto") -> Sweep:
         if dataset:
             check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
         if plan.tasks:
-            check_tokenizer(checkpoint, config.model.vocab_size)
+            tokenizer_of(checkpoint, config)  # refuses one that does not fit
         for keep in plan.keep:
             experts_kept(config.model, keep)  # refuses what cannot be kept
         precision = str(precision_on(config, target) or torch.float32)

@@ -9,7 +9,7 @@ from emotrain.config import Config
 from emotrain.data.formats import Dataset
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import choose_device, rows_of
-from emotrain.generation.loading import tokenizer_of
+from emotrain.evaluation.reading import tokenizer_of
 from emotrain.model.transformer import Transformer
 from emotrain.sweeps.plan import Cell, Plan
 from emotrain.sweeps.subjects import Domain, Items, Subject
@@ -42,7 +42,7 @@ class Bench:
     def _subject(self, cell: Cell, config: Config, model: Transformer) -> Subject:
         rows = rows_of(self._micro_batch, config.training.micro_batch)
         if cell.kind == "task":
-            tokenizer = tokenizer_of(self._checkpoints[cell.model])
+            tokenizer = tokenizer_of(self._checkpoints[cell.model], config)
             return TaskSubject(model, config, self._plan, rows, cell.subject, tokenizer=tokenizer)
         own = cell.subject if cell.subject in dict(config.model.experts.exclusive) else ""
         return Domain(model, config, self._plan, rows, cell.subject, own, self._dataset)

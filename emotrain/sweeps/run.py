@@ -146,6 +146,8 @@ def _measured(items: Items, full: Items) -> Measured | Failure:
     group_U = torch.zeros(len(sizes_U), dtype=torch.int64)
     if not (amounts_U.isfinite().all() and full_U.isfinite().all()):
         return Failure("its numbers are not finite", "")
+    if len(sizes_U) < 2:
+        return Failure("a single item gives no standard error; give at least 2", "")
     (change, error), value = mean_increase(amounts_U - full_U, sizes_U, group_U), amounts_U.sum()
     return Measured(
         items.metric,

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from emotrain.data.tokenizer import TextTokenizer
-from emotrain.errors import UserError
-from emotrain.generation.loading import tokenizer_of
 from emotrain.modular.select import Subsets
 from emotrain.sweeps.plan import Plan
 from emotrain.sweeps.subjects import Subject, Text
@@ -54,16 +51,6 @@ class TaskSubject(Subject):
     def _session(self) -> Session:
         assert self.tokenizer is not None
         return Session(self.model, self.tokenizer, self.config, self.rows, self.precision)
-
-
-def check_tokenizer(checkpoint: Path, vocab_size: int) -> None:
-    """Refuse a checkpoint whose tokenizer is missing, or has ids that its model lacks."""
-    tokenizer = tokenizer_of(checkpoint)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} ids and its model "
-            f"{vocab_size}; put the tokenizer of its training there"
-        )
 
 
 def settings_of(plan: Plan) -> TaskSettings:
