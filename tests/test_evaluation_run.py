@@ -371,7 +371,7 @@ def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    assert "example: emotrain evaluate" in text and "as many experts at random" in text
+    assert "examples: emotrain evaluate" in text and "as many experts at random" in text
     example = re.search(
         r"with (\d+) routed experts and (\d+) shared one, (\d+) in all, `--keep ([\d.]+)` "
         r"keeps (\d+) .*the shared one and the (\d+) routed",

@@ -31,12 +31,16 @@ domain choose its experts; the loss is taken on held-out documents, for every do
 subset. Two controls say whether the choice matters: as many experts at random, and those that
 another domain chose. Training is not needed, nor is a GPU."""
 EPILOG = """\
-example:
+examples:
   emotrain evaluate runs/quickstart --data data/sample --keep 1.0 0.5 0.25 0.125
+  torchrun --nproc-per-node 8 -m emotrain evaluate runs/large parallel.ep=8 --data data/mine
 
 --keep counts shared experts, which always stay: of a layer with 32 routed experts and 1 shared one,
 33 in all, `--keep 0.25` keeps 8 (0.25 * 33 = 8.25, rounded), the shared one and the 7 routed ones
 that the domain gives the most routing probability. At least one routed expert stays.
+
+Several processes divide the documents among them and share the model, by default in equal parts
+(FSDP2). The numbers are those of one process, which a large model need not fit into.
 
 Reading it: a modular model loses little with the experts a domain chose itself, and much with the
 other two.
@@ -52,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_checkpoint(parser)
     add_data(parser, required=False)
+    parser.add_argument(
+        "settings",
+        metavar="parallel.*=N",
+        nargs="*",
+        default=[],
+        help="how several processes share the model: parallel.replicate, parallel.shard, "
+        "parallel.ep (default: all of them one copy)",
+    )
     parser.add_argument(
         "--keep",
         type=float,
@@ -123,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
         return run_lm_eval(args)
     if not args.data:
         raise UserError("give --data DIR, a prepared data set, or --tasks FILE, questions")
-    from emotrain.evaluation.measure import default_folder, evaluate, write_results
+    from emotrain.distributed.joining import join
+    from emotrain.evaluation.measure import choose_device, default_folder, evaluate, write_results
     from emotrain.evaluation.tables import tables
     from emotrain.training.checkpoint import find
 
@@ -134,16 +147,20 @@ def run(args: argparse.Namespace) -> int:
     lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     settings = EvaluationSettings(**{**given, **lists})
     folder = Path(args.out) if args.out else default_folder(find(args.checkpoint))
-    with ProgressBar("batches") as bar:
+    choose_device(args.device)
+    with join(args.device) as ranks, ProgressBar("batches", shown=ranks.is_first) as bar:
         result = evaluate(
             args.checkpoint,
             args.data,
             settings,
-            device=args.device,
             micro_batch=args.micro_batch,
             track=bar.track,
             folder=folder,
+            ranks=ranks,
+            layout=args.settings,
         )
+    if not ranks.is_first:
+        return 0
     finish(args, result.to_json(), "\n\n".join(table.text() for table in tables(result)))
     # What was printed is not lost when this fails.
     written = write_results(result, folder)

@@ -87,6 +87,8 @@ def refuse_what_says_nothing(args: argparse.Namespace) -> None:
             f"questions are asked by one process, this is one of {processes}; start it without a "
             f"launcher"
         )
+    if args.settings and (args.tasks or args.lm_eval):
+        raise UserError(f"{args.settings[0]} says nothing of questions; leave it out")
     if args.tasks and args.lm_eval:
         raise UserError("give --tasks or --lm-eval: each writes results of its own")
     others: tuple[str, ...]

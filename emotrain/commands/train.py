@@ -38,18 +38,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from emotrain.config import load_config, warnings_of
     from emotrain.distributed.joining import join
+    from emotrain.evaluation.while_training import TrainingEvaluation
     from emotrain.training.run import train
 
-    engine: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if args.deepspeed:
         from emotrain.training.deepspeed import DeepSpeedEngine
 
-        engine["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
+        options["build_engine"] = partial(DeepSpeedEngine, args.deepspeed)
     config = load_config(args.config, args.settings)
     with join(config.training.device, config.training.collective_timeout_s) as ranks:
         for line in warnings_of(config) if ranks.is_first else ():
             logging.getLogger(__name__).warning("warning: %s", line)
-        summary = train(config, ranks, **engine)
+        if config.evaluation.every:
+            options["observe"] = TrainingEvaluation(config, ranks)
+        summary = train(config, ranks, **options)
     if ranks.is_first:
         last = summary["metrics"].get("loss")
         finish(

@@ -7,8 +7,10 @@ quickstart with that learning rate. An unknown setting, a value of the wrong typ
 that cannot work are refused before anything starts.
 """
 
+from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts
+from emotrain.config.profile import ProfileConfig
 from emotrain.config.reading import (
     config_from_dict,
     config_to_dict,
@@ -29,7 +31,6 @@ from emotrain.config.schema import (
     OptimizerConfig,
     ParallelConfig,
     PoolConfig,
-    ProfileConfig,
     RepetitionFilterConfig,
     RouterConfig,
     TrainingConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "Config",
     "Counts",
     "DataConfig",
+    "EvaluationConfig",
     "ExpertsConfig",
     "FinetuneConfig",
     "LossConfig",

@@ -11,3 +11,6 @@ PathText = Annotated[str, PATH]
 """A path; `~` is the home folder."""
 Counts = tuple[tuple[str, int], ...]
 """Numbers by name, in order; a file writes `{name: 2}`."""
+Names = tuple[str, ...]
+Shares = tuple[float, ...]
+"""Each above 0 and up to 1."""

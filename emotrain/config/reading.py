@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from emotrain.config.kinds import PATH, Counts
+from emotrain.config.kinds import PATH, Counts, Names, Shares
 from emotrain.config.old_names import translate, warn_of_old_names
 from emotrain.config.rules import check, pool_fault
 from emotrain.config.schema import Config, flatten, setting_types
@@ -118,9 +118,7 @@ def save_config(config: Config, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     settings = config_to_dict(config)
-    experts = settings["model"]["experts"]
-    experts["routed_per_layer"] = list(config.model.experts.routed_per_layer)
-    experts["exclusive"] = dict(config.model.experts.exclusive)
+    settings["model"]["experts"]["exclusive"] = dict(config.model.experts.exclusive)
     text = OmegaConf.to_yaml(OmegaConf.create(_without_interpolation(settings)))
     Path(path).write_text(text, encoding="utf-8")
 
@@ -129,6 +127,8 @@ def _without_interpolation(value: Any) -> Any:
     """Settings whose texts are read back as they are, `${` in them too."""
     if isinstance(value, dict):
         return {name: _without_interpolation(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_interpolation(item) for item in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
@@ -283,8 +283,7 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if plain is bool and isinstance(value, bool):
         return value
     if plain is str and isinstance(value, str):
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in value):
-            raise UserError(f"{key}={value!r} has characters that no text has; leave them out")
+        _check_text(key, value)
         return os.path.expanduser(value) if PATH in typing.get_args(kind) else value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if plain is int and _is_whole(value):
@@ -294,6 +293,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     is_list = plain == tuple[int, ...] and isinstance(value, (list, tuple))
     if is_list and all(type(count) is int and count >= 0 for count in value):
         return tuple(value)
+    if plain in (Names, Shares) and isinstance(value, (list, tuple)):
+        return tuple(_coerce(key, item, typing.get_args(plain)[0]) for item in value)
     if plain == Counts and (counts := _counts(value)) is not None:
         return counts
     if isinstance(value, dict) and plain != Counts:
@@ -304,9 +305,16 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
         int: "a whole number below 2^63",
         float: "a number",
         tuple[int, ...]: "a list of whole numbers",
+        Names: "a list of names, as in [code, law]",
+        Shares: "a list of numbers, as in [0.5, 0.25]",
         Counts: "whole numbers by name, as in {name: 2}",
     }
     raise UserError(f"{key}={value!r} must be {names[plain]}{_quotes_hint(value)}")
+
+
+def _check_text(key: str, text: str) -> None:
+    if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in text):
+        raise UserError(f"{key}={text!r} has characters that no text has; leave them out")
 
 
 def _counts(value: Any) -> Counts | None:

@@ -25,6 +25,7 @@ def check(config: Config) -> None:
         raise UserError(fault)
     _check_run(config)
     _check_finetune(config)
+    _check_evaluation(config)
 
 
 def warnings_of(config: Config) -> list[str]:
@@ -270,6 +271,29 @@ def _check_finetune(config: Config) -> None:
         ("optimizer.warmup_share", config.optimizer.warmup_share),
     ):
         _require(share <= 1, f"{name}={share} is a share; make it at most 1")
+
+
+def _check_evaluation(config: Config) -> None:
+    setup = config.evaluation
+    for share in setup.keep:
+        _require(
+            0 < share <= 1,
+            f"evaluation.keep={list(setup.keep)}: {share:g} is not a share of the experts; give "
+            f"numbers above 0 and up to 1, for example 0.25",
+        )
+    _require(
+        setup.documents >= 2,
+        f"evaluation.documents={setup.documents} gives no standard error; give at least 2 a domain",
+    )
+    _require(
+        setup.document_tokens != 1,
+        "evaluation.document_tokens=1 leaves nothing to predict; give at least 2, or 0 for whole "
+        "documents",
+    )
+    _require(
+        len(set(setup.domains)) == len(setup.domains),
+        f"evaluation.domains={list(setup.domains)} names one twice; give each domain once",
+    )
 
 
 def _require(holds: bool, message: str) -> None:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts, NonNegativeFloat, NonNegativeInt, PathText
+from emotrain.config.profile import ProfileConfig
 
 
 @dataclass(frozen=True)
@@ -384,17 +386,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
-    """A profile of a few steps: a Chrome trace of each rank and a table of the step's parts, in
-    RUN_DIR/profile."""
-
-    start: NonNegativeInt = 0
-    """First step profiled; 0 means no profile."""
-    steps: int = 3
-    """Steps profiled."""
-
-
-@dataclass(frozen=True)
 class Config:
     """A run."""
 
@@ -412,6 +403,8 @@ class Config:
     """Annealing from a checkpoint."""
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     """Tuning of a trained model."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Evaluation while training."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How processes share the model."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)

@@ -26,6 +26,9 @@ from torch import Tensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig
+from emotrain.distributed.agreement import of_first_rank
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import DocumentLosses, autocast, losses_of_arms, pack_groups
 from emotrain.evaluation.plots import subset_figure
@@ -54,7 +57,9 @@ from emotrain.modular.select import (
     random_select,
 )
 from emotrain.progress import Track, untracked
-from emotrain.training.checkpoint import find, load_model, load_state
+from emotrain.training.checkpoint import find, load_state
+from emotrain.training.checkpoint_folders import read_config
+from emotrain.training.spread_model import layout_of, load_to_predict
 
 log = logging.getLogger("emotrain")
 
@@ -72,6 +77,8 @@ def evaluate(
     micro_batch: int = 0,
     track: Track[PackedBatch] = untracked,
     folder: Path | None = None,
+    ranks: Ranks | None = None,
+    layout: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate a checkpoint on the held-out documents of a prepared data set.
 
@@ -81,30 +88,39 @@ def evaluate(
         device: `cpu`, `cuda` or `auto`.
         micro_batch: rows of one forward pass; 0 means as in training.
         folder: where results will be written, found out to be writable before the work.
+        ranks: processes that evaluate together, each with a part of the model and some of the
+            documents; by default this one alone, on `device`. All get the same result.
+        layout: `parallel.*` settings that say how those share the model (`layout_of`).
     Raises:
         ValueError: settings, checkpoint or data that cannot be used; FileNotFoundError: one of them
-            is not there.
+            is not there. On all ranks.
     """
     settings = settings or EvaluationSettings()
     rows_of(micro_batch, 1)
-    target = choose_device(device)
-    checkpoint_folder = find(checkpoint)
-    config, model = load_model(checkpoint_folder, target)
-    for fraction in settings.keep:
-        experts_kept(config.model, fraction)  # refuses what cannot be kept before any data is read
-    domains = read_domains(data, config, checkpoint_folder, settings)
-    if folder is not None:
-        make_writable(folder)
+    ranks = ranks or Ranks(device=choose_device(device))
+
+    def read() -> tuple[Path, Config, dict[str, DomainDocuments]]:
+        found = find(checkpoint)
+        config = layout_of(read_config(found), layout)
+        counts_of(settings, config.model)  # refuses shares before any data is read
+        domains = read_domains(data, config, found, settings)
+        if folder is not None:
+            make_writable(folder)
+        return found, config, domains
+
+    checkpoint_folder, config, domains = of_first_rank(read, ranks)
+    model = load_to_predict(checkpoint_folder, config, ranks)
     result = measure(
         model,
         domains,
         settings,
         config.data.sequence_length,
         rows_of(micro_batch, config.training.micro_batch),
-        precision_on(config, target),
+        precision_on(config, ranks.device),
         track,
+        ranks,
     )
-    if result.mean.loss_nats is None:
+    if result.mean.loss_nats is None and ranks.is_first:
         log.warning("%s: the losses of this model are not finite", checkpoint_folder)
     return Evaluation(
         **vars(result),
@@ -124,6 +140,7 @@ def measure(
     rows_per_batch: int,
     precision: torch.dtype | None = None,
     track: Track[PackedBatch] = untracked,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """Select experts for all domains and shares at once, and measure every arm in one pass; see
     `evaluate`."""
@@ -134,10 +151,7 @@ def measure(
         rows, mask = max(1, rows_per_batch // copies), model.config.attention.document_mask
         return pack_groups(documents, exclusive, row_length, rows, mask)
 
-    counts = {
-        str(float(fraction)): experts_kept(model.config, fraction)
-        for fraction in sorted(set(settings.keep), reverse=True)
-    }
+    counts = counts_of(settings, model.config)
     everything = counted_experts(model.config)
     sizes = {keep: kept for keep, kept in counts.items() if kept != everything}
     selected: dict[str, Subsets] = {}
@@ -145,7 +159,7 @@ def measure(
         documents = [domains[name].calibration for name in names]
         groups = group_of_each(documents), len(names), list(sizes.values())
         with autocast(model.head.weight.device, precision):
-            found = greedy_rankings(model, packed(documents), *groups, track, exclusive)
+            found = greedy_rankings(model, packed(documents), *groups, track, exclusive, ranks)
         selected = {keep: subsets for keep, (subsets, _) in zip(sizes, found, strict=True)}
     own = own_experts(model.config, exclusive)
     runs = {
@@ -158,7 +172,7 @@ def measure(
     group_U, batches = group_of_each(documents), packed(documents, len(each))
     what = f"full model and {len(each) - 1} subsets"
     full, *others = losses_of_arms(
-        model, batches, group_U, each, track, what, precision, rows_per_batch
+        model, batches, group_U, each, track, what, precision, rows_per_batch, ranks
     )
     rest = iter(others)
     losses = {key: _mean([next(rest).loss_U for _ in of_arm]) for key, of_arm in runs.items()}
@@ -187,6 +201,19 @@ def measure(
         mean=mean,
         routing=routing_summary(full, group_U, len(names)),
     )
+
+
+def counts_of(settings: EvaluationSettings, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Experts that each layer keeps at each share, the largest first. A dense model, too, keeps all
+    of its own.
+
+    Raises:
+        UserError: a share that is none, or that a dense model cannot keep.
+    """
+    return {
+        str(float(share)): counted_experts(model) if share == 1 else experts_kept(model, share)
+        for share in sorted(set(settings.keep), reverse=True)
+    }
 
 
 def _arms(

@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.config import ModelConfig
 from emotrain.data.packing import pack_documents
+from emotrain.distributed.gathering import gathered_for
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE, share
 from emotrain.model.attention import TokenView
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
@@ -138,6 +141,7 @@ def losses_of_arms(
     description: str = "held-out documents",
     precision: torch.dtype | None = None,
     rows_per_pass: int = 0,
+    ranks: Ranks = ALONE,
 ) -> list[DocumentLosses]:
     """Loss of every document with the subsets of every arm, without a document pool, as at
     inference (spec 2.5); and the routing with those of the first arm.
@@ -153,6 +157,8 @@ def losses_of_arms(
         precision: run under autocast in this dtype; None means in the model's own.
         rows_per_pass: most rows that go through the experts at once, if a batch has no more; 0 for
             those of all arms.
+        ranks: those that have the model between them. Each runs a share of the batches; all get
+            the losses of all documents.
     Returns:
         for each arm its losses; `routing` is empty but for the first.
     """
@@ -166,13 +172,16 @@ def losses_of_arms(
         for routed in map(model.config.routed_in_layer, range(model.config.num_layers))
         if routed
     ]
-    for batch in track(batches, description):
+    # The same in every batch, so that all ranks run the model as often.
+    rows = max(len(batch.tokens_BS) for batch in batches)
+    at_once = max(1, rows_per_pass // rows) if rows_per_pass else len(arms)
+    own = track(share(batches, ranks), description)
+    for batch in gathered_for(own, model, model.blocks[0]):
         batch = batch.to(device)
         # Padding has no targets and no routing scores: adding it to document 0 adds zeros.
         document_G = batch.document_ids_G.clamp(min=0)
         has_target_T = (batch.targets_BS.reshape(-1) != IGNORE).long()
         targets_U.index_add_(0, document_G[batch.document_T], has_target_T)
-        at_once = max(1, rows_per_pass // len(batch.tokens_BS)) if rows_per_pass else len(arms)
         with autocast(device, precision):
             h_BSD = model.blocks[0].attend(*model.embed(batch))
             for first in range(0, len(arms), at_once):
@@ -194,10 +203,13 @@ def losses_of_arms(
                 if first == 0:
                     for sum_UN, scores_GN in zip(routing, scores, strict=True):
                         sum_UN.index_add_(0, document_G, scores_GN[: len(document_G)].double())
-    measured = tuple(sum_UN.cpu() for sum_UN in routing)
+    # Whole numbers of targets are exact in float64.
+    columns = [loss_XU.T, targets_U[:, None].double(), *routing]
+    widths = [column.shape[1] for column in columns]
+    loss_UX, targets_U1, *sums = ranks.sum(torch.cat(columns, 1)).cpu().split(widths, 1)
     return [
-        DocumentLosses(loss_U, targets_U.cpu(), () if arm else measured)
-        for arm, loss_U in enumerate(loss_XU.cpu())
+        DocumentLosses(loss_U, targets_U1[:, 0].long(), () if arm else tuple(sums))
+        for arm, loss_U in enumerate(loss_UX.T)
     ]
 
 

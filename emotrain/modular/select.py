@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from emotrain.batch import PackedBatch
 from emotrain.config import ModelConfig
+from emotrain.distributed.gathering import gathered, gathered_in_turn
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE, share
 from emotrain.errors import UserError
 from emotrain.model.attention import TokenView
 from emotrain.model.router import LayerRequest, select_pool, sum_by_document
@@ -112,6 +115,7 @@ def greedy_rankings(
     sizes: Sequence[Sequence[int]],
     track: Track[Any] = untracked,
     domains: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> list[Ranking]:
     """The published selection, for several sizes at once: layer by layer, keep the experts that a
     group's tokens give the most routing probability.
@@ -127,6 +131,7 @@ def greedy_rankings(
         sizes: of each, for each layer experts to keep, shared ones included (`experts_kept`).
         track: shows progress.
         domains: of each group, whose exclusive experts stay; none by default.
+        ranks: those that have the model between them. Each runs a share of the batches.
     Raises:
         UserError: counts that the model cannot keep, or a group without tokens.
     """
@@ -134,23 +139,25 @@ def greedy_rankings(
         check_counts(model.config, counts)
     device, shared = model.head.weight.device, model.config.experts.shared
     document_group_U = document_group_U.to(device)
-    carried = [
-        _Carried.of(model, batch.to(device), document_group_U)
-        for batch in track(batches, "reading calibration documents")
-    ]
+    with gathered(model):
+        carried = [
+            _Carried.of(model, batch.to(device), document_group_U)
+            for batch in track(share(batches, ranks), "reading calibration documents")
+        ]
     own = own_experts(model.config, domains or [""] * num_groups)
     # Groups of each size, [X, J, N] a layer.
     subsets: list[Tensor] = []
     scores: list[Tensor] = []
     num_layers = model.config.num_layers
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(gathered_in_turn(model.blocks)):
         for state in track(carried, f"ranking experts of layer {layer + 1}/{num_layers}"):
             state.x_BSD = block.attend(state.x_BSD, state.view)
         num_routed = model.config.routed_in_layer(layer)
         score_XJN = torch.zeros(len(sizes), num_groups, 0, dtype=torch.float64, device=device)
         chosen_XJN = score_XJN.bool()
         if num_routed:
-            score_JN = _mean_routing(block, carried, num_groups * (len(sizes) if layer else 1))
+            groups = num_groups * (len(sizes) if layer else 1)
+            score_JN = _mean_routing(block, carried, groups, ranks)
             score_XJN = score_JN.unflatten(0, (-1, num_groups)).expand(len(sizes), -1, -1)
             own_JN = own[layer].to(device)
             chosen_XJN = torch.stack(
@@ -195,9 +202,11 @@ class _Carried:
         return cls(batch, view, group_of_documents(batch, document_group_U), x_BSD)
 
 
-def _mean_routing(block: Block, carried: Sequence[_Carried], num_groups: int) -> Tensor:
-    """Mean routing probability of each group's tokens in a layer that has all of its experts ->
-    float64 [J, N].
+def _mean_routing(
+    block: Block, carried: Sequence[_Carried], num_groups: int, ranks: Ranks = ALONE
+) -> Tensor:
+    """Mean routing probability of each group's tokens, over all ranks, in a layer that has all of
+    its experts -> float64 [J, N].
 
     Raises:
         UserError: a group without tokens.
@@ -210,7 +219,8 @@ def _mean_routing(block: Block, carried: Sequence[_Carried], num_groups: int) ->
         document_T = state.batch.document_T
         valid_T1 = (state.batch.document_ids_G >= 0)[document_T][:, None].double()
         tokens.append(sum_by_document(valid_T1, state.group_G[document_T], num_groups))
-    score_JN, tokens_J1 = torch.stack(scores).sum(0), torch.stack(tokens).sum(0)
+    sums = torch.cat([torch.stack(scores).sum(0), torch.stack(tokens).sum(0)], 1)
+    score_JN, tokens_J1 = ranks.sum(sums).tensor_split([-1], 1)
     empty = (tokens_J1[:, 0] == 0).nonzero()[:, 0].tolist()
     if empty:
         raise UserError(

@@ -38,6 +38,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.config import Config
+from emotrain.distributed.agreement import on_every_rank
 from emotrain.distributed.placement import by_number
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
@@ -332,14 +333,17 @@ def verified_model(
     been found whole and of this configuration. Those of the optimizer are not read. `track` is told
     the bytes of each file that was.
     """
-    stored = verify(
-        folder, lambda names: [name for name in names if not name.startswith("optimizer-")], track
-    )
+    stored = verify(folder, _weights, track)
     with torch.device("meta"):
         model = Transformer(config.model)
     parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
     _require_match(folder, stored, parts)
     return model, stored
+
+
+def _weights(names: list[str]) -> list[str]:
+    """Files of a checkpoint without those of the optimizer."""
+    return [name for name in names if not name.startswith("optimizer-")]
 
 
 def restore(
@@ -367,7 +371,7 @@ def restore(
         }
 
     with by_number(model, optimizer):
-        state, num_updates = restore_parts(path, wanted)
+        state, num_updates = restore_parts(path, wanted, weights_only)
         for name, parameter in trained_parameters(model):
             optimizer.state.pop(parameter, None)
             if moments:
@@ -382,21 +386,27 @@ def restore(
 
 
 def restore_parts(
-    path: Path, wanted: Callable[[int], dict[str, TensorPart]]
+    path: Path, wanted: Callable[[int], dict[str, TensorPart]], weights_only: bool = False
 ) -> tuple[TrainingState, int]:
     """Fill the parts that `wanted` names for AdamW's count of updates: parameters, and moments
-    where it is not 0; see `restore`. Returns the training state and that count."""
+    where it is not 0; see `restore`. Files of the optimizer are read unless `weights_only`.
+    Returns the training state and that count."""
     distributed = dist.is_initialized() and dist.get_world_size() > 1
     ranks = Ranks(dist.get_rank(), dist.get_world_size()) if distributed else Ranks()
 
     def check() -> tuple[TrainingState, int, StoredTensors, dict[str, TensorPart]]:
-        stored = verify(path, lambda names: names[ranks.rank :: ranks.world_size])
+        stored = verify(
+            path,
+            lambda names: (_weights(names) if weights_only else names)[
+                ranks.rank :: ranks.world_size
+            ],
+        )
         state, num_updates = read_state(path)
         parts = wanted(num_updates)
         _require_match(path, stored, parts)
         return state, num_updates, stored, parts
 
-    state, num_updates, stored, parts = _on_every_rank(check, ranks)
+    state, num_updates, stored, parts = on_every_rank(check, ranks)
     load_parts(parts, path, stored, distributed)
     return state, num_updates
 
@@ -426,20 +436,6 @@ def _parts(
             f"saved"
         )
     return parts, int(counts[0])
-
-
-def _on_every_rank(check: Callable[[], T], ranks: Ranks) -> T:
-    """The result of `check`, unless it failed on any rank: then all raise what the first of them
-    met."""
-    results: list[T] = []
-    failure = None
-    try:
-        results.append(check())
-    except (OSError, ValueError) as error:
-        failure = str(error)
-    if first := next(filter(None, ranks.gather(failure)), None):
-        raise UserError(first)
-    return results[0]
 
 
 def _require_match(path: Path, stored: StoredTensors, parts: Mapping[str, TensorPart]) -> None:

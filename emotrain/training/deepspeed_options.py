@@ -295,6 +295,12 @@ def _check_stage(path: Path, zero: dict[str, Any], config: Config, world_size: i
         f"parallel.reduce_dtype={parallel.reduce_dtype}: under DeepSpeed gradients are summed in "
         f"fp32; remove it, or start without --deepspeed",
     )
+    _require(
+        not config.evaluation.every or stage != 3,
+        f"evaluation.every={config.evaluation.every}: at ZeRO stage 3 no part of a model runs by "
+        f"itself, as the choice of experts asks; set it to 0, take stage 1 or 2, or start without "
+        f"--deepspeed",
+    )
     setup = config.finetune
     for key, is_used in (
         (f"finetune.train={setup.train}", setup.parts != frozenset(PARTS)),

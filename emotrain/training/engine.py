@@ -40,6 +40,7 @@ class Phase(StrEnum):
     OPTIMIZER = "optimizer"
     CLIPPING_AND_OPTIMIZER = "clipping and optimizer"
     """DeepSpeed does both in one."""
+    EVALUATION = "evaluation"
     CHECKPOINT = "checkpoint copy"
     OTHER = "other"
     """What no other phase covers."""
@@ -140,8 +141,7 @@ class NativeEngine:
 
 
 def spreading(loss: Tensor) -> Tensor:
-    """A loss that makes a gradient that is not finite where it is not: engines look at gradients
-    alone when they skip an update."""
+    """A loss whose gradient is not finite where it is not: engines skip updates by gradients."""
     return loss * (1 + 0 * loss.detach())
 
 

@@ -7,7 +7,8 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +237,7 @@ class RunLog:
         self.flops, self.peak = flops_per_token(config), peak_flops(config, ranks.device)
         self.first_step = self.logged_step = first_step
         self.started = self.logged_time = time.perf_counter()
-        self.tokens_per_second = 0.0
+        self.tokens_per_second = self.seconds_aside = 0.0
         self.metrics: dict[str, Any] = {}
 
     def step(
@@ -254,6 +255,17 @@ class RunLog:
         if "load_imbalance" in self.metrics:
             note += f"  load max/mean {mean(self.metrics['load_imbalance']):.2f}"
         self.bar.update(state.step, note, line=logged)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The time of the block is no time of training: rates do not count it."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began
+            self.logged_time += spent
+            self.seconds_aside += spent
 
     def _measure(self, state: TrainingState, result: StepResult) -> list[list[int]]:
         """Take the metrics of a step; returns the slots of each expert, which are too many for a
@@ -294,7 +306,7 @@ class RunLog:
             "last_step": last_step,
             "tokens": state.tokens,
             "seconds": seconds,
-            "mean_tokens_per_second": num_tokens / seconds,
+            "mean_tokens_per_second": num_tokens / (seconds - self.seconds_aside),
             "metrics": self.metrics,
         }
 

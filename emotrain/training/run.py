@@ -44,11 +44,21 @@ from emotrain.training.tuned_engine import build_engine
 
 log = logging.getLogger("emotrain")
 
+NOTHING_TO_LEARN = (
+    "step %d: no position of its sequences has a target; see data.cross_document_targets and "
+    "data.repetition_filter"
+)
+
+Observer = Callable[[Engine, int, bool], dict[str, Any]]
+"""Looks at a run after a step and changes nothing of it: (engine, step, whether it is the last) ->
+metrics of the step, often none. All ranks call it alike."""
+
 
 def train(
     config: Config,
     ranks: Ranks | None = None,
     build_engine: Callable[[Config, Ranks, bool], Engine] = build_engine,
+    observe: Observer = lambda engine, step, is_last: {},
 ) -> dict[str, Any]:
     """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary
     of the run.
@@ -58,6 +68,7 @@ def train(
 
     Args:
         build_engine: makes the model and what updates it.
+        observe: is called after every step, before its checkpoint.
     Raises:
         UserError: settings, data or a checkpoint that cannot be used. OSError: disk full or not
             writable. RunError: too many updates in a row were not finite.
@@ -93,18 +104,16 @@ def train(
             micro_batches = [batch.to(ranks.device) for batch in micro_batches]
             result = train_step(engine, micro_batches, config, step, ranks, stop_requested())
             if not result.num_targets and ranks.is_first:
-                log.warning(
-                    "step %d: no position of its sequences has a target; see "
-                    "data.cross_document_targets and data.repetition_filter",
-                    step,
-                )
+                log.warning(NOTHING_TO_LEARN, step)
             under_way.note(result.applied)
             if not result.applied:
                 _report_skipped(config, step, result, micro_batches, under_way, ranks)
             state = _next_state(state, config, step, lr, result.applied)
             is_last, stops = step == last_step, result.stop and step < last_step
             state, moved = reconsider(config, engine, state, result.reports, micro_batches, ranks)
-            run_log.step(state, result, is_last or stops, moved)
+            with run_log.aside():
+                seen = observe(engine, step, is_last)
+            run_log.step(state, result, is_last or stops, moved | seen)
             if _saves(config, step, is_last, stops, under_way, ranks):
                 with part(Phase.CHECKPOINT):
                     engine.save(checkpoints, config, state, loader.tokenizer_file)

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config, FinetuneConfig, ParallelConfig
-from emotrain.distributed.parallelize import build_model
+from emotrain.config import Config
+from emotrain.distributed.gathering import gathered
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.model.imitation import Imitation
-from emotrain.training.checkpoint import restore_parts
 from emotrain.training.checkpoint_folders import find, read_config
-from emotrain.training.tensor_index import TensorPart
+from emotrain.training.spread_model import load_to_predict
 
 log = logging.getLogger("emotrain")
 
@@ -45,17 +43,7 @@ class Teacher:
                 f"{config.model.vocab_size}; give a teacher with the model's tokenizer"
             )
         self.weight, self.temperature = config.finetune.teacher_weight, config.finetune.temperature
-        parallel = config.parallel
-        own = replace(
-            config,
-            model=model,
-            finetune=FinetuneConfig(),
-            # It has no backward pass and trains nothing: experts stay where they are.
-            parallel=ParallelConfig(parallel.replicate, parallel.shard, parallel.ep),
-        )
-        self.model = build_model(own, ranks, fresh=False).requires_grad_(False)
-        parts = {name: TensorPart.of(p) for name, p in self.model.named_parameters()}
-        restore_parts(folder, lambda num_updates: parts)
+        self.model = load_to_predict(folder, replace(config, model=model), ranks)
         if ranks.is_first:
             log.info("learning from the predictions of %s", folder)
 
@@ -66,11 +54,8 @@ class Teacher:
         with torch.no_grad():
             hidden_TD = self.model(batch).hidden_TD
         head = self.model.head
-        if isinstance(head, FSDPModule):
-            head.unshard()
-        yield Imitation(hidden_TD, _as(head.weight, hidden_TD), self.weight, self.temperature)
-        if isinstance(head, FSDPModule):
-            head.reshard()
+        with gathered(head):
+            yield Imitation(hidden_TD, _as(head.weight, hidden_TD), self.weight, self.temperature)
 
 
 def _as(weight: Tensor, hidden_TD: Tensor) -> Tensor:
