@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import csv
 import json
 import statistics
 import sys
@@ -251,6 +252,10 @@ def test_overlap_is_a_table_and_a_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     assert main(["subsets", "overlap", *files, "--plot", str(plot), "--json"]) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader(plot.with_suffix(".csv").read_text().splitlines()))
+    [row] = [r for r in rows if (r["subset"], r["other_subset"]) == (files[0], files[1])]
+    assert len(rows) == 9 and float(row["jaccard"]) == pytest.approx(7 / 9)
+    assert main(["subsets", "overlap", *files, "--plot", str(plot.with_suffix(".csv"))]) == 2
     result = json.loads(capsys.readouterr().out)
     assert result["plot"] == str(plot) and result["jaccard"][0][1] == pytest.approx(7 / 9)
 

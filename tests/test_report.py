@@ -225,6 +225,7 @@ def check_whole(page: Page) -> None:
     for used in re.findall(r"url\(([^)]*)\)", page.source):
         assert used[0] == "#" and used[1:] in page.ids
     for name, svg in page.pictures.items():
+        assert set(svg) == {"viewbox", "role", "aria-label"}
         assert svg["role"] == "img" and len(svg["aria-label"]) > 20 and page.rows(name)
         assert "http" not in page.figure(name)
 
@@ -344,6 +345,8 @@ def test_metrics_of_a_run_that_was_killed_went_back_and_diverged(tmp_path):
         {"step": 1, "tokens": 64, "cross_entropy": 4.0, "load_imbalance": [2.0, 1.5]},
         {"step": 1, "cross_entropy": None, "grad_norm": None, "load_imbalance": [None, None]},
         {"step": 0, "tokens": 0, "cross_entropy": 0.0, "grad_norm": 0, "lr": 0},
+        {"step": 1, "tokens": None, "cross_entropy": 3.0, "tokens_per_second": float("inf")},
+        {"step": 1, "tokens": [1], "cross_entropy": 3.0},
         {"step": 1, "something": 3, "a list": [], "lists": [[1]], "pool_size_mean": [3.0]},
         {"step": 1},
     ],
@@ -407,7 +410,17 @@ def test_names_of_any_kind_are_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"starts": 3}', '{"starts": [3, null]}', "[" * 100_000, "\x00"]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"starts": 3}',
+        '{"ranks": [{"parts": {"x": {"seconds": NaN, "collective_seconds": 1}}}]}',
+        '{"starts": [3, null]}',
+        "[" * 100_000,
+        "\x00",
+    ],
 )
 def test_side_files_that_are_damaged_are_as_if_they_were_not_there(text, tmp_path):
     folder = bare_run(tmp_path / "run", {"step": 1, "cross_entropy": 3.0})

@@ -164,18 +164,21 @@ class FakeTracker:
 
     def _note(self, *call):
         self.calls.append(call)
+        if call[0] != "log":
+            print("words of the tracker's own")
         if self.fails == call[0]:
             raise RuntimeError("no\nnetwork")
 
 
 @pytest.mark.parametrize("module", ["trackio", "wandb"])
-def test_a_tracker_gets_the_names_of_the_metrics(module, tiny_data, tmp_path, monkeypatch):
+def test_a_tracker_gets_the_names_of_the_metrics(module, tiny_data, tmp_path, monkeypatch, capsys):
     tracker = FakeTracker()
     monkeypatch.setitem(sys.modules, module, tracker)
     folder = tmp_path / "project" / "first"
     train(config_from_dict(tiny_settings(tiny_data, folder, steps=2, tracker=module)))
     (name, _, options), *logs, (last, _, _) = tracker.calls
     assert (name, last) == ("init", "finish")
+    assert "words of the tracker" not in capsys.readouterr().out
     assert (options["project"], options["name"]) == ("project", "first")
     assert options["config"]["training"]["steps"] == 2
     lines = lines_of(folder / "metrics.jsonl")
@@ -226,8 +229,16 @@ def test_tensorboard_gets_the_same_names(tiny_data, tmp_path):
 
 NUMBERS = st.one_of(st.floats(width=32), st.integers(-5, 5), st.none(), st.booleans(), st.text())
 RECORDS = st.lists(
-    st.dictionaries(
-        st.sampled_from(["step", "a", "b"]), st.one_of(NUMBERS, st.lists(NUMBERS, max_size=2))
+    st.builds(
+        lambda step, values: {**step, **values},
+        st.one_of(
+            st.fixed_dictionaries({"step": st.integers(0, 3)}),
+            st.fixed_dictionaries({}, optional={"step": NUMBERS}),
+        ),
+        st.dictionaries(
+            st.sampled_from(["a", "b"]),
+            st.one_of(st.floats(width=32), NUMBERS, st.lists(NUMBERS, max_size=2)),
+        ),
     ),
     max_size=12,
 )

@@ -107,7 +107,7 @@ def overlap_figure(
         axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(ticks, names)
         axes.grid(False)
-        axes.set_title("experts in common (Jaccard index, mean over layers), and by chance")
+        axes.set_title("experts in common: Jaccard index,\nmean over layers (and by chance)")
         for row in ticks:
             for column in ticks:
                 value = jaccard[row][column]

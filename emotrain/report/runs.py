@@ -44,9 +44,10 @@ class Run:
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
         """Tokens seen at each of these steps, as the run counted them."""
-        if "tokens" in self.history:
-            known = self.history.series["tokens"]
-            return np.interp(steps, known.steps, known.values[:, 0])
+        if (known := self.history.series.get("tokens")) is not None:
+            tokens = known.values[:, 0]
+            if (finite := np.isfinite(tokens)).any():
+                return np.interp(steps, known.steps[finite], tokens[finite])
         return steps * float(self.config.tokens_per_step)
 
 
@@ -103,9 +104,10 @@ def _read_phases(path: Path) -> list[tuple[str, float, float]]:
     """The parts of rank 0's step, in order; none without a profile that can be read."""
     try:
         parts = json.loads(path.read_text(encoding="utf-8"))["ranks"][0]["parts"]
-        return [
+        phases = [
             (str(name), 1e3 * float(part["seconds"]), 1e3 * float(part["collective_seconds"]))
             for name, part in sorted(parts.items(), key=lambda item: item[0] == Phase.OTHER)
         ]
+        return phases if np.isfinite([phase[1:] for phase in phases]).all() else []
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return []

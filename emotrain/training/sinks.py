@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,19 +53,21 @@ class Tracker:
         run_dir = run_dir.resolve()
         # wandb finds a run to go on with by its id, trackio by its name.
         identity = {"id": run_dir.name} if module == "wandb" else {}
-        self._module.init(
-            project=run_dir.parent.name or "emotrain",
-            name=run_dir.name,
-            config=config_to_dict(config),
-            resume="allow",
-            **identity,
-        )
+        with redirect_stdout(sys.stderr):  # stdout is the command's own
+            self._module.init(
+                project=run_dir.parent.name or "emotrain",
+                name=run_dir.name,
+                config=config_to_dict(config),
+                resume="allow",
+                **identity,
+            )
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         self._module.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        self._module.finish()
+        with redirect_stdout(sys.stderr):
+            self._module.finish()
 
 
 class Guarded:
