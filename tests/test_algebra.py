@@ -3,9 +3,9 @@ files alone, no model."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import itertools
-import csv
 import json
 import statistics
 import sys

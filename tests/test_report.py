@@ -23,6 +23,7 @@ from emotrain.config import config_from_dict, save_config
 from emotrain.evaluation.findings import findings as of_evaluation
 from emotrain.evaluation.results import read_evaluation
 from emotrain.report.page import write_report
+from emotrain.training.profiling import summarize
 from emotrain.training.run import train
 from tests.conftest import ROOT, tiny_settings
 from tests.test_labels import NAMES, result_of
@@ -113,15 +114,22 @@ def bare_run(folder: Path, *lines: Any, **settings: Any) -> Path:
     return folder
 
 
+STEP = {"other": (0.5, 0.1), "forward": (0.3, 0.0), "backward": (0.4, 0.2)}
+MEASURED = [{"host": "here", "steps": [STEP, STEP]}]
+"""What a profile measures: seconds of the parts of two steps, and of these in collectives."""
+
+
 @pytest.fixture(scope="module")
 def runs(tiny_data, tmp_path_factory) -> list[Path]:
-    """Two runs of other settings; the first is stopped, goes on, and is evaluated and profiled."""
+    """Two runs of other settings; the first is stopped, goes on, and is evaluated."""
     folder = tmp_path_factory.mktemp("runs")
     first, second = folder / "one", folder / "two"
     settings = tiny_settings(tiny_data, first, steps=4)
     train(config_from_dict(settings))
-    settings["training"]["steps"], settings["profile"] = 6, {"start": 5, "steps": 2}
+    settings["training"]["steps"] = 6
     train(config_from_dict(settings))
+    (first / "profile").mkdir()
+    (first / "profile/summary.json").write_text(json.dumps(summarize([5, 6], MEASURED)))
     train(config_from_dict(tiny_settings(tiny_data, second, steps=3, global_batch=8)))
     words = ["evaluate", str(first), "--data", str(tiny_data), "--keep", "1.0", "0.5", "0.25"]
     assert main([*words, "--random-seeds", "1", "--documents", "2"]) == 0
@@ -187,6 +195,7 @@ def test_subsets_and_parts_of_a_step_are_there(page, runs):
     [rank] = json.loads((runs[0] / "profile/summary.json").read_text())["ranks"]
     parts = {row["part"]: float(row["milliseconds_per_step"]) for row in page.rows("phases")}
     assert parts == pytest.approx({k: 1e3 * v["seconds"] for k, v in rank["parts"].items()})
+    assert list(parts) == ["forward", "backward", "other"]  # what is left over comes last
     assert "backward" in page.figure("phases")
 
 

@@ -23,6 +23,9 @@ PAGE = (ROOT / "docs/report.md").read_text(encoding="utf-8")
 
 
 def test_every_command_of_the_page_runs(tiny_data, tmp_path, monkeypatch, capsys):
+    # tests/test_report.py looks at plots; drawing these would take most of the time.
+    for module in ("charts", "loads"):
+        monkeypatch.setattr(f"emotrain.report.{module}.svg", lambda *_: "<svg></svg>")
     monkeypatch.chdir(tmp_path)
     settings = tiny_settings(tiny_data, "runs/quickstart", steps=2)
     (tmp_path / "configs").mkdir()
