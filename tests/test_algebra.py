@@ -22,7 +22,7 @@ from emotrain.modular.algebra import (
     Operand,
     combine,
     counted_model,
-    expected_jaccard,
+    jaccard_by_chance,
     merge,
     overlap,
 )
@@ -191,8 +191,9 @@ def test_chance_is_the_mean_over_all_subsets(total):
     for a, b in itertools.product(range(1, total + 1), repeat=2):
         one = set(range(a))
         every = [set(other) for other in itertools.combinations(range(total), b)]
-        mean = statistics.mean(len(one & other) / len(one | other) for other in every)
-        assert expected_jaccard(a, b, total) == pytest.approx(mean)
+        indices = [len(one & other) / len(one | other) for other in every]
+        mean, variance = statistics.mean(indices), statistics.pvariance(indices)
+        assert jaccard_by_chance(a, b, total) == pytest.approx((mean, variance), abs=1e-12)
 
 
 @settings(max_examples=30, deadline=None)

@@ -21,6 +21,7 @@ COMMANDS = {
     "subsets": "combine subsets: union, merge and others, what they share, what each loses",
     "report": "write a run's curves and subsets as one HTML page",
     "explore": "write documents, their tokens and the experts as one page to look at",
+    "coverage": "measure which experts domains use, and when they become modules",
     "locality": "measure how few experts serve a document: hit rates of caches and pins",
     "cluster": "group documents and tokens by their experts: subjects, or words?",
     "placement": "choose which experts share a rank, so that fewer tokens travel",

@@ -44,6 +44,12 @@ from emotrain.evaluation.results import (
     RoutingSummary,
     SubsetLosses,
 )
+from emotrain.evaluation.routing import (
+    cosine_table,
+    entropy_nats,
+    mean_of_pairs,
+    sum_by_group,
+)
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.tables import subset_csv, tables
 from emotrain.files import json_text, make_writable, write_whole
@@ -240,8 +246,8 @@ def _summary(
     group_U: Tensor,
 ) -> tuple[dict[str, DomainLosses], SubsetLosses]:
     """Losses of each domain, and their unweighted mean over domains."""
-    targets_J = _by_group(full.targets_U.double(), group_U)
-    loss_J = _by_group(full.loss_U, group_U) / targets_J
+    targets_J = sum_by_group(full.targets_U.double(), group_U)
+    loss_J = sum_by_group(full.loss_U, group_U) / targets_J
     increase = {
         keep: {
             arm: None
@@ -288,12 +294,12 @@ def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple
     Documents, not tokens, are the independent draws. The increase is a ratio of two sums over them,
     whose error follows from the documents' residuals (the linearised ratio estimator).
     """
-    targets_J = _by_group(targets_U.double(), group_U)
-    documents_J = _by_group(torch.ones_like(change_U), group_U)
-    increase_J = _by_group(change_U, group_U) / targets_J
+    targets_J = sum_by_group(targets_U.double(), group_U)
+    documents_J = sum_by_group(torch.ones_like(change_U), group_U)
+    increase_J = sum_by_group(change_U, group_U) / targets_J
     residual_U = change_U - increase_J[group_U] * targets_U
     error_J = (
-        _by_group(residual_U.square(), group_U) * documents_J / (documents_J - 1)
+        sum_by_group(residual_U.square(), group_U) * documents_J / (documents_J - 1)
     ).sqrt() / targets_J
     return increase_J, error_J
 
@@ -303,12 +309,9 @@ def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> R
     spreads over."""
     cosines, effective = [], []
     for scores_UN in full.routing:
-        share_UN = scores_UN / scores_UN.sum(dim=1, keepdim=True).clamp(min=1e-30)
-        effective.append(torch.special.entr(share_UN).sum(dim=1).exp().mean())
-        direction_JN = torch.nn.functional.normalize(_by_group(scores_UN, group_U), dim=1)
-        pairs_JJ = direction_JN @ direction_JN.T
+        effective.append(entropy_nats(scores_UN).exp().mean())
         if num_groups > 1:
-            cosines.append((pairs_JJ.sum() - pairs_JJ.trace()) / (num_groups * (num_groups - 1)))
+            cosines.append(mean_of_pairs(cosine_table(sum_by_group(scores_UN, group_U))))
     return RoutingSummary(
         domain_cosine_per_layer=tuple(map(_finite, cosines)),
         domain_cosine=_finite(torch.stack(cosines).mean()) if cosines else None,
@@ -320,12 +323,6 @@ def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> R
 def _finite(value: Tensor) -> float | None:
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _by_group(values_U: Tensor, group_U: Tensor) -> Tensor:
-    """Sum over each group's documents; groups are numbered without gaps."""
-    sums_J = values_U.new_zeros(int(group_U.max()) + 1, *values_U.shape[1:])
-    return sums_J.index_add_(0, group_U, values_U)
 
 
 def group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:

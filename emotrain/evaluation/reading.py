@@ -44,26 +44,14 @@ def read_domains(
     Raises:
         UserError: data of another vocabulary than the model's, or too few documents.
     """
-    dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
-    check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+    dataset, names = _open(data, config, checkpoint, settings.domains)
 
     def take(split: str, domain: str, count: int) -> list[np.ndarray]:
         return documents_of(dataset, split, domain, count, settings.document_tokens)
 
-    names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
-    if not names:
-        raise UserError(
-            f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
-            f"a larger valid share"
-        )
-    if unknown := sorted(set(settings.domains) - set(names)):
-        raise UserError(
-            f"{data}: has no held-out documents of domain {unknown[0]!r}; its domains are "
-            f"{', '.join(names)}"
-        )
     found: dict[str, DomainDocuments] = {}
     problems = []
-    for name in settings.domains or names:
+    for name in names:
         calibration = take("train", name, settings.calibration_documents)
         held_out = take("valid", name, settings.documents)
         problem = _too_few(name, calibration, held_out, settings)
@@ -77,6 +65,56 @@ def read_domains(
     if not found:
         raise UserError(f"{data}: no domain has enough documents: {problems[0]}")
     return found
+
+
+def read_held_out(
+    data: str | Path,
+    config: Config,
+    checkpoint: Path,
+    documents: int,
+    document_tokens: int = 0,
+    domains: Sequence[str] = (),
+) -> dict[str, list[np.ndarray]]:
+    """Token ids of the held-out documents of every domain, those that `read_domains` measures a
+    loss on; one document is enough.
+
+    Args:
+        documents, document_tokens: at most so many of a domain, and so much of each (0: all).
+        domains: names; none means all of the valid split.
+    Raises:
+        UserError: data of another vocabulary than the model's, or a domain without documents.
+    """
+    dataset, names = _open(data, config, checkpoint, domains)
+    found = {
+        name: documents_of(dataset, "valid", name, documents, document_tokens) for name in names
+    }
+    for name in [name for name, held_out in found.items() if not held_out]:
+        told = f"{data}: domain {name!r} has only empty valid documents"
+        if domains or len(found) == 1:
+            raise UserError(f"{told}; prepare the data again, or leave the domain out")
+        log.warning("%s; the domain is left out", told)
+        del found[name]
+    return found
+
+
+def _open(
+    data: str | Path, config: Config, checkpoint: Path, domains: Sequence[str]
+) -> tuple[Dataset, list[str]]:
+    """The data set, and the domains asked for, each once, or all of its valid split."""
+    dataset = Dataset(data, verify_checksums=config.data.verify_checksums)
+    check_vocabulary(dataset.path, dataset.vocab_size, config, checkpoint)
+    names = sorted(name for name, count in dataset.domains["valid"].items() if count["documents"])
+    if not names:
+        raise UserError(
+            f"{data}: its valid split has no documents to measure a loss on; prepare it again with "
+            f"a larger valid share"
+        )
+    if unknown := sorted(set(domains) - set(names)):
+        raise UserError(
+            f"{data}: has no held-out documents of domain {unknown[0]!r}; its domains are "
+            f"{', '.join(names)}"
+        )
+    return dataset, list(dict.fromkeys(domains)) or names
 
 
 def documents_of(

@@ -150,7 +150,7 @@ class Evaluation(Measurement):
                 form = value.get("format") if isinstance(value, dict) else value
                 raise UserError(f"format is {form!r}, not {FORMAT}")
             fields = {key: item for key, item in value.items() if key != "format"}
-            result: Evaluation = _read(cls, fields, "")
+            result: Evaluation = read_as(cls, fields)
             _check_shares(result)
             return result
         except ValueError as error:
@@ -179,23 +179,25 @@ LATER_KEYS = {EvaluationSettings: ("document_tokens", "domains")}
 """Fields that files of before lack. Their defaults say what was done then."""
 
 
-def _read(kind: Any, value: Any, where: str) -> Any:
+def read_as(kind: Any, value: Any, where: str = "") -> Any:
     """A value of JSON as one of a type: dataclass, dict, tuple, optional or plain.
 
     Args:
         where: keys that lead to the value, with dots between them.
+    Raises:
+        UserError: another type, a key that is missing or not known; names it.
     """
     if dataclasses.is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else _read(parts[0], value, where)
+        return None if value is None else read_as(parts[0], value, where)
     if origin is dict:
         _check_type(value, dict, where)
-        return {key: _read(parts[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: read_as(parts[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
         _check_type(value, list, where)
-        return tuple(_read(parts[0], item, where) for item in value)
+        return tuple(read_as(parts[0], item, where) for item in value)
     if kind is float and type(value) is int:
         return float(value)
     _check_type(value, kind, where)
@@ -209,7 +211,7 @@ def _read_dataclass(kind: Any, value: Any, where: str) -> Any:
         raise UserError(f"{prefix}{unknown[0]} is not known")
     if missing := [n for n in hints if n not in value and n not in LATER_KEYS.get(kind, ())]:
         raise UserError(f"{prefix}{missing[0]} is missing")
-    return kind(**{name: _read(hints[name], item, prefix + name) for name, item in value.items()})
+    return kind(**{name: read_as(hints[name], item, prefix + name) for name, item in value.items()})
 
 
 def _check_type(value: Any, kind: type, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from math import comb, isfinite, sqrt
 from pathlib import Path
 from typing import Any
@@ -297,9 +297,12 @@ def overlap(operands: Sequence[Operand]) -> Overlap:
     sets = [[operand.routed(layer) for operand in operands] for layer in layers]
     totals = [first.num_routed(layer) for layer in layers]
 
-    jaccard = [_table(_jaccard, of_layer) for of_layer in sets]
+    jaccard = [
+        jaccard_table(np.array([[i in kept for i in range(total)] for kept in of_layer])).tolist()
+        for of_layer, total in zip(sets, totals, strict=True)
+    ]
     chance = [
-        _table(partial(expected_jaccard, total=total), [len(kept) for kept in of_layer])
+        _table(lambda *sizes, n=total: jaccard_by_chance(*sizes, n)[0], list(map(len, of_layer)))
         for of_layer, total in zip(sets, totals, strict=True)
     ]
     by_subset = list(zip(*sets, strict=True))
@@ -323,20 +326,31 @@ def _table(value: Callable[[Any, Any], Any], of: Sequence[Any]) -> list[list[Any
     return [[value(one, other) for other in of] for one in of]
 
 
-def _jaccard(one: Set, other: Set) -> float:
-    return len(one & other) / len(one | other)
+def jaccard_table(kept_XN: np.ndarray) -> np.ndarray:
+    """Jaccard index of every two sets of experts, none of them empty -> float64 [X, X].
+
+    Args:
+        kept_XN: bool, the experts of each set.
+    """
+    common_XX = kept_XN.astype(np.float64) @ kept_XN.T
+    size_X = common_XX.diagonal()
+    return common_XX / (size_X[:, None] + size_X - common_XX)
 
 
-def expected_jaccard(one: int, other: int, total: int) -> float:
-    """Mean Jaccard index of two random subsets with these sizes of a set of `total`, at least one
-    of them not empty: the number in common is hypergeometric."""
+@cache
+def jaccard_by_chance(one: int, other: int, total: int) -> tuple[float, float]:
+    """Mean and variance of the Jaccard index of two random subsets with these sizes of a set of
+    `total`, at least one of them not empty: the number in common is hypergeometric."""
     ways = comb(total, other)
-    return sum(
-        comb(one, common) * comb(total - one, other - common) / ways * common
-        / (one + other - common)
-        for common in range(1, min(one, other) + 1)
-        if other - common <= total - one
-    )  # fmt: skip
+    points = [
+        (
+            comb(one, common) * comb(total - one, other - common) / ways,
+            common / (one + other - common),
+        )
+        for common in range(max(0, one + other - total), min(one, other) + 1)
+    ]
+    mean = sum(chance * index for chance, index in points)
+    return mean, sum(chance * (index - mean) ** 2 for chance, index in points)
 
 
 def _deviations(ones: Sequence[Set], others: Sequence[Set], totals: Sequence[int]) -> float | None:
