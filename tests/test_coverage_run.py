@@ -8,7 +8,6 @@ import csv
 import hashlib
 import json
 import re
-import shlex
 import shutil
 import sys
 
@@ -17,7 +16,7 @@ import pytest
 
 from emotrain.analysis import coverage_steps
 from emotrain.cli import main
-from emotrain.config import config_from_dict, load_config
+from emotrain.config import config_from_dict
 from emotrain.data.prepare import prepare
 from emotrain.training.run import train
 from tests.conftest import ROOT, tiny_settings
@@ -398,30 +397,14 @@ def test_without_matplotlib_numbers_stay(trained, tiny_data, tmp_path, capsys, c
     assert not list(out.glob("*.png")) and len(list(out.glob("*.csv"))) == 4
 
 
-def test_the_commands_of_the_page_run(trained, tiny_data, tmp_path, monkeypatch, capsys):
-    """On a small run in place of the quickstart's."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/sample").symlink_to(tiny_data)
-    for name in ("quickstart", "steps"):
-        shutil.copytree(trained, tmp_path / "runs" / name)
+def test_the_page_names_what_there_is(trained, tiny_data, tmp_path, capsys):
+    """Its commands are run by tests/test_analysis_page.py."""
+    assert command(trained, tiny_data, "--out", tmp_path, "--checkpoints", "2", "6", "--json") == 0
     page = (ROOT / "docs/analysis.md").read_text(encoding="utf-8")
     section = page.split("\n## Coverage\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```\n(.*?)```", section, re.DOTALL)
-    commands = [shlex.split(line) for block in blocks for line in block.strip().splitlines()]
-    assert [words[1] for words in commands] == ["coverage", "train", "coverage"]
-    for name, *words in commands:
-        if words[0] == "train":  # a run of its own length: its settings are read and nothing more
-            settings = dict(word.split("=") for word in words[2:])
-            config = load_config(ROOT / words[1], [f"{k}={v}" for k, v in settings.items()])
-            assert config.training.keep_checkpoints == 0 < config.training.checkpoint_every
-            continue
-        assert name == "emotrain" and main(words) == 0, capsys.readouterr().err
-    for number in re.findall(r"^\| `(\w+\.png)`", section, re.MULTILINE):
-        assert (tmp_path / "runs/steps/coverage" / number).with_suffix(".csv").is_file()
-    result = json.loads((tmp_path / "runs/steps/coverage/coverage.json").read_text())
-    names = result["domains"]["garden"]["slots"]["document"]
+    pictures = set(re.findall(r"^\| `(\w+)\.png`", section, re.MULTILINE))
+    assert pictures == {path.stem for path in tmp_path.glob("*.csv")}
     table = section.split("| name in `coverage.json` |")[1].split("\n\n")[0]
-    known = {name for name in re.findall(r"`(\w+)`", table)}
-    assert known == {name for name in names if not name.endswith("_per_layer")}
+    numbers = found(capsys)["domains"]["garden"]["slots"]["document"]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == {name for name in numbers if not name.endswith("_per_layer")}

@@ -227,7 +227,8 @@ def steps_figure(run: RunCoverage) -> bytes:
             left.plot(steps, values, color="0.75", linewidth=0.8)
         for color, keep in zip(COLORS, run.last.overlap, strict=False):
             values = [step.subset_jaccard_mean[keep] for step in run.steps]
-            left.plot(steps, values, "o-", color=color, markersize=3.5, label=f"{float(keep):.3g}")
+            name = f"{float(keep):.3g} kept"
+            left.plot(steps, values, "o-", color=color, markersize=3.5, label=name)
         overlap = run.last.overlap[middle]
         for value, line, name in (
             (overlap.within, "--", "halves of documents"),
@@ -257,9 +258,16 @@ def steps_figure(run: RunCoverage) -> bytes:
         right.set_ylabel(f"routed experts, of {max(run.last.routed_experts_per_layer)}")
         for axes in (left, centre, right):
             axes.set_xlabel("step")
-            axes.legend(fontsize="small", frameon=False)
+            # Below: lines may be anywhere.
+            axes.legend(
+                fontsize="small",
+                frameon=False,
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.15),
+                ncols=2,
+            )
 
-    return png(draw, (12, 4.2), dark=False)
+    return png(draw, (12, 4.8), dark=False)
 
 
 def steps_csv(run: RunCoverage) -> str:
