@@ -62,7 +62,7 @@ def experts_figure(of: Coverage) -> bytes:
         figure.colorbar(image, ax=columns, label=f"routed experts, of {most} in a layer")
 
     width = max(1.7, 0.36 * len(of.layers) + 0.3)
-    return png(draw, (3 * width + 3.2, 0.27 * len(of.names) + 1.6), dark=False)
+    return png(draw, (3 * width + 3.2, 0.27 * len(of.names) + 1.6))
 
 
 def experts_csv(of: Coverage) -> str:
@@ -95,7 +95,7 @@ def cosine_figure(of: Coverage) -> bytes:
         figure.colorbar(image, ax=panels, label="cosine of mean routing (1: the same experts)")
         _head(figure, of, "how alike the routing of two domains is")
 
-    return png(draw, _panel_size(len(shown), len(of.names)), dark=False)
+    return png(draw, _panel_size(len(shown), len(of.names)))
 
 
 def cosine_csv(of: Coverage) -> str:
@@ -128,7 +128,7 @@ def overlap_figure(of: Coverage) -> bytes:
         )
         _head(figure, of, "experts that two domains would both choose")
 
-    return png(draw, _panel_size(len(of.overlap), len(of.names)), dark=False)
+    return png(draw, _panel_size(len(of.overlap), len(of.names)))
 
 
 def overlap_csv(of: Coverage) -> str:
@@ -184,7 +184,7 @@ def together_figure(of: Coverage) -> bytes:
         _head(figure, of, "experts in the same pools; groups, and the domains that use them most")
 
     wide, tall = _grid(len(shown))
-    return png(draw, (5.4 * wide + 1, 4.0 * tall), dark=False)
+    return png(draw, (5.4 * wide + 1, 4.0 * tall))
 
 
 def together_csv(of: Coverage) -> str:
@@ -267,7 +267,7 @@ def steps_figure(run: RunCoverage) -> bytes:
                 ncols=2,
             )
 
-    return png(draw, (12, 4.8), dark=False)
+    return png(draw, (12, 4.8))
 
 
 def steps_csv(run: RunCoverage) -> str:
