@@ -11,7 +11,7 @@ from emotrain.analysis.coverage import Coverage
 from emotrain.analysis.coverage_steps import RunCoverage
 from emotrain.analysis.coverage_tables import groups_of
 from emotrain.analysis.together import by_chance, lift
-from emotrain.evaluation.plots import COLORS, png
+from emotrain.evaluation.figures import COLORS, png
 from emotrain.tables import csv_text
 
 if TYPE_CHECKING:
