@@ -34,6 +34,7 @@ LOOK: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.grid": True,
     "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
     "grid.color": GRID,
     # Labels are names that people gave, not mathematics.
     "text.parse_math": False,

@@ -108,6 +108,7 @@ def draw_chart(
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         elif chart.from_zero:
             axes.set_ylim(bottom=0, top=None if axes.get_ylim()[1] > 0.1 else 1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.xaxis.set_major_formatter(short)
         axes.set(xlabel="tokens" if by_tokens else "step", ylabel=unit)
         _mark_not_finite(axes, curves, by_tokens)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from emotrain.evaluation.tables import ARM_NAMES
 from emotrain.report.charts import Chart, Curves, Plot, bars, draw_chart, layer_names
 from emotrain.report.history import Series
 from emotrain.report.loads import heatmaps, little_used
@@ -95,6 +96,7 @@ POOL_KEYS = ("pool_size_mean", "pool_size_min", "pool_size_max")
 EVALUATED = "evaluation/"
 """What the names of metrics begin with that are measured on held-out documents."""
 OF_DOMAIN = re.compile(f"{EVALUATED}domains/(.+)/(loss_nats|increase_nats/.+)", re.DOTALL)
+BY_DOMAIN = ", by domain"
 QUANTITIES = {
     "loss_nats": ("Held-out loss", "nats/token"),
     "increase_nats": ("Loss increase with fewer experts", "nats/token"),
@@ -169,15 +171,19 @@ class Panels:
                 continue
             quantity, _, rest = key.removeprefix(EVALUATED).partition("/")
             if domain:
-                group, line = f"{domain[2]}, by domain", domain[1]
+                group, line = f"{domain[2]}{BY_DOMAIN}", domain[1]
             elif self.several or quantity not in QUANTITIES:
                 group, line = key.removeprefix(EVALUATED), key
             else:
-                group, line = quantity, rest.replace("/", ", ") or quantity
+                group, line = quantity, _kept(rest) or quantity
             groups.setdefault(group, []).append((key, line))
         known = list(QUANTITIES)
         order = sorted(
-            groups, key=lambda g: next((i for i, k in enumerate(known) if g.startswith(k)), 99)
+            groups,
+            key=lambda group: (
+                next((i for i, name in enumerate(known) if group.startswith(name)), len(known)),
+                group.endswith(BY_DOMAIN),
+            ),
         )
         return [
             self._joined(_evaluated_chart(number, group), groups[group])
@@ -246,11 +252,20 @@ class Panels:
         return draw_chart(chart, curves, self.several, self.by_tokens)
 
 
+def _kept(name: str) -> str:
+    """`0.25/cross_domain` as a reader calls it: 0.25 kept, another domain's."""
+    share, _, arm = name.partition("/")
+    for key, words in ARM_NAMES.items():
+        if arm.removesuffix(BY_DOMAIN) == key:
+            return f"{share} kept, {words}{BY_DOMAIN if arm.endswith(BY_DOMAIN) else ''}"
+    return name.replace("/", ", ")
+
+
 def _evaluated_chart(number: int, group: str) -> Chart:
     """How a quantity of `evaluation/` is called, by the first part of its name."""
     quantity, _, rest = group.partition("/")
     title, unit = QUANTITIES.get(quantity.partition(",")[0], (quantity, "as the run gave it"))
-    ending = re.sub("/", ", ", rest) if rest else group.removeprefix(quantity.partition(",")[0])
+    ending = _kept(rest) if rest else group.removeprefix(quantity.partition(",")[0])
     title += f", {ending.removeprefix(', ')}" if ending else ""
     about = "On held-out documents, while training went on."
     return Chart(f"evaluated-{number}", title, unit, about)
