@@ -62,32 +62,11 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="keep the page here")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--page", type=Path, help="only open this page, which --out has kept")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        page = args.out or folder / "page.html"
-        checkpoints = list(map(Path, args.checkpoints))
-        if checkpoints:
-            tokenizer = ["--tokenizer", next(checkpoints[0].rglob("tokenizer.json"))]
-        else:
-            tokenizer = ["--train-tokenizer", "--vocab-size", 4096]
-        write_pieces(folder / "pieces.jsonl")
-        command("prepare", folder / "pieces.jsonl", "--out", folder / "data", *tokenizer)
-        if not checkpoints:
-            checkpoints = list(train(folder, args.steps))
-        command(
-            "explore",
-            *checkpoints,
-            "--data",
-            folder / "data",
-            "--out",
-            page,
-            "--documents",
-            args.documents,
-        )
+        page = args.page or make_page(Path(name), args)
         result = {
-            "documents": args.documents,
-            "models": len(checkpoints),
             "size_mib": page.stat().st_size / 2**20,
             **measure(page, args.repeats),
             "cpus": os.cpu_count(),
@@ -98,6 +77,20 @@ def main() -> int:
     else:
         print("\n".join(f"{key:24} {value}" for key, value in result.items()))
     return 0
+
+
+def make_page(folder: Path, args: argparse.Namespace) -> Path:
+    """The page of the checkpoints, or of models trained for it."""
+    page, checkpoints = args.out or folder / "page.html", list(map(Path, args.checkpoints))
+    tokenizer: list[object] = ["--train-tokenizer", "--vocab-size", 4096]
+    if checkpoints:
+        tokenizer = ["--tokenizer", next(checkpoints[0].rglob("tokenizer.json"))]
+    write_pieces(folder / "pieces.jsonl")
+    command("prepare", folder / "pieces.jsonl", "--out", folder / "data", *tokenizer)
+    checkpoints = checkpoints or list(train(folder, args.steps))
+    data = ["--data", folder / "data", "--documents", args.documents]
+    command("explore", *checkpoints, *data, "--out", page)
+    return page
 
 
 def command(*words: object) -> None:
@@ -150,6 +143,8 @@ def measure(page: Path, repeats: int) -> dict[str, Any]:
             searchable.append(mark(tab, "searchable") / 1e3)
             opening += tab.evaluate("window.longTasks.splice(0)")
             rows = tab.locator("#filters .row").count()
+            documents = int(tab.inner_text("#panel h2").split()[0].replace(",", ""))
+            models = tab.locator("figure").count()
             for index in range(0, rows, max(1, rows // 40)):
                 answers.append(tab.evaluate(ANSWER, index))
             for words in ("the", "function", "zzzz"):
@@ -161,6 +156,8 @@ def measure(page: Path, repeats: int) -> dict[str, Any]:
             using += tab.evaluate("window.longTasks.splice(0)")
             browser.close()
     return {
+        "documents": documents,
+        "models": models,
         "interactive_s": statistics.median(ready),
         "interactive_max_s": max(ready),
         "searchable_s": statistics.median(searchable),

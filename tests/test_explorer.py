@@ -8,7 +8,11 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import zlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,18 +23,21 @@ from hypothesis import strategies as st
 from emotrain.batch import PackedBatch
 from emotrain.cli import main
 from emotrain.config import config_from_dict
+from emotrain.data.document_clusters import DOCUMENT_COLUMNS, Origin, write_columns
 from emotrain.data.formats import Dataset
 from emotrain.data.tokenizer import TextTokenizer, train_tokenizer
 from emotrain.explorer.experts import pool_lifts, pools, router_cosines, typical_tokens
+from emotrain.explorer.explore import label_groups_by
 from emotrain.explorer.maps import map_labels, principal_map
 from emotrain.explorer.page import FOLDER, SCRIPTS
 from emotrain.explorer.routing import route, shown_layers
 from emotrain.explorer.vocabulary import token_bytes
 from emotrain.model.router import RoutingRequest
-from emotrain.training.checkpoint import load_model
+from emotrain.training.checkpoint import find, load_model
+from emotrain.training.checkpoint_folders import identity
 from emotrain.training.run import train
 from tests.conftest import tiny_settings
-from tests.explorer_pages import made_documents, made_page, made_view
+from tests.explorer_pages import BYTES, made_documents, made_page, made_view
 from tests.test_explorer_page import HOSTILE
 
 # ---- bytes of tokens
@@ -217,7 +224,7 @@ def test_the_command_writes_one_page_of_two_models(runs, tiny_data, tmp_path, ca
     assert explore(*words, "--json") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["documents"] == 96 and result["document_tokens"] == 32
-    assert list(result["models"]) == ["emo", "standard"]
+    assert [m["name"] for m in result["models"]] == ["emo", "standard"]
     assert result["size_mib"] == len(out.read_bytes()) / 2**20
     blocks = blocks_of(out.read_text())
     index = json.loads(blocks["index"])
@@ -238,6 +245,102 @@ def test_the_command_writes_one_page_of_two_models(runs, tiny_data, tmp_path, ca
     assert "96 documents" in capsys.readouterr().out
 
 
+def clusters_of(
+    run: Path, data: Path, path: Path, index=None, cluster=None, **origin: object
+) -> Path:
+    """A file as `emotrain cluster` writes it: every third document, in two clusters."""
+    checkpoint, dataset = find(run), Dataset(data)
+    index = np.arange(0, 90, 3) if index is None else index
+    about = {
+        "data": str(data),
+        "split": "train",
+        "fingerprint": dataset.fingerprint("train"),
+        "checkpoint": str(checkpoint),
+        "checkpoint_fingerprint": identity(checkpoint),
+        "step": 6,
+    }
+    zeros = np.zeros(len(index))
+    columns: dict[str, Any] = {name: zeros for name in ("length", "tokens", "distance", "x", "y")}
+    columns |= {
+        "index": index,
+        "domain": [""] * len(index),
+        "cluster": index % 2 if cluster is None else np.full(len(index), cluster),
+    }
+    return write_columns(path, DOCUMENT_COLUMNS, columns, Origin(**{**about, **origin}))
+
+
+def test_clusters_of_files_are_those_of_the_page(runs, tiny_data, tmp_path):
+    files = [
+        clusters_of(runs / name, tiny_data, tmp_path / f"{name}.parquet")
+        for name in ("emo", "standard")
+    ]
+    out = tmp_path / "page.html"
+    words = [runs / "emo", runs / "standard", "--data", tiny_data, "--out", out, "--clusters"]
+    assert explore(*words, *files) == 0
+    blocks = blocks_of(out.read_text())
+    index = json.loads(blocks["index"])
+    for name, expected in (("doc", np.arange(0, 90, 3)), ("cluster1", np.arange(0, 90, 3) % 2)):
+        kind, start, end = index["columns"][name]
+        assert np.frombuffer(blocks["columns"][start:end], kind).tolist() == expected.tolist()
+    assert [len(model["clusters"]) for model in index["models"]] == [2, 2]
+
+
+def test_clusters_of_something_else_are_refused(runs, tiny_data, tmp_path, capsys):
+    good = clusters_of(runs / "emo", tiny_data, tmp_path / "good.parquet")
+    standard = runs / "standard"
+    cases = [
+        ([runs / "emo", standard], [good], "1 files for 2 models"),
+        ([standard], [good], f"are not of {find(standard)}"),
+        ([runs / "emo"], [{"fingerprint": "0" * 16}], "about other documents"),
+        ([runs / "emo", standard], [good, {"index": np.arange(5)}], "about different documents"),
+        ([runs / "emo"], [{"cluster": 2**31 - 1}], "one has the number 2147483647"),
+    ]
+    for models, files, told in cases:
+        paths = [
+            clusters_of(models[-1], tiny_data, tmp_path / "other.parquet", **file)
+            if isinstance(file, dict)
+            else file
+            for file in files
+        ]
+        words = [*models, "--data", tiny_data, "--out", tmp_path / "page.html", "--clusters"]
+        assert explore(*words, *paths) == 2
+        printed = capsys.readouterr().err
+        assert told in printed and printed.count("\n") == 1
+
+
+def test_a_map_by_umap_is_a_second_one(runs, tiny_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "page.html"
+    words = [runs / "emo", "--data", tiny_data, "--out", out, "--umap", "--seed", 5]
+    monkeypatch.setitem(sys.modules, "umap", None)
+    assert explore(*words) == 2
+    assert "needs umap-learn, which is not installed" in capsys.readouterr().err
+
+    class Umap:
+        def __init__(self, n_neighbors, metric, random_state, n_jobs):
+            assert (n_neighbors, metric, random_state, n_jobs) == (15, "cosine", 5, 1)
+
+        def fit_transform(self, unit_UP):
+            return np.stack([np.arange(len(unit_UP)), -np.arange(len(unit_UP))], 1)
+
+    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=Umap))
+    assert explore(*words) == 0
+    blocks = blocks_of(out.read_text())
+    index = json.loads(blocks["index"])
+    assert index["maps"] == ["pca", "umap"] and set(index["models"][0]["labels"]) == {"pca", "umap"}
+    kind, start, end = index["columns"]["umap_y0"]
+    assert np.frombuffer(blocks["columns"][start:end], kind)[[0, -1]].tolist() == [65535, 0]
+
+
+def test_labels_leave_out_the_words_of_every_document():
+    texts = [f"the {'anchor tide' if i % 2 else 'bread oven'} is {'x' * i}" for i in range(20)]
+    texts += ["the is"] * 200
+    documents = made_documents(texts, ["a"] * len(texts))
+    group_U = np.array([i % 2 for i in range(20)] + [2] * 200)
+    labels = label_groups_by(documents, BYTES)(group_U, 4)
+    assert labels[0].startswith("bread oven") and labels[1].startswith("anchor tide")
+    assert labels[2:] == ["", ""]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -246,6 +349,7 @@ def test_the_command_writes_one_page_of_two_models(runs, tiny_data, tmp_path, ca
         (["--num-clusters", "0"], "clusters=0: there is 1 cluster or more"),
         (["--layers", "7"], "--layers 7: is not a layer with routed experts; they are 0, 1"),
         (["--clusters", "nowhere.parquet"], "nowhere.parquet: no such file"),
+        (["--seed", "-1"], "seed=-1 is not in 0 to 2^32 - 1"),
         (["--micro-batch", "-1"], "micro_batch=-1 must be a positive number of rows"),
         (["--out", "."], ".: is a folder; give the name of a file"),
     ],

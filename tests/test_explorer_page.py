@@ -5,6 +5,7 @@ known."""
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,12 @@ def counts(tab, section: int) -> list[int]:
 def title(tab) -> str:
     settle(tab)
     return tab.locator("#panel h2").inner_text()
+
+
+def place_of(tab, view, m: int, document: int) -> tuple[float, float]:
+    """Where a document is on the screen, on the map of the m-th model."""
+    box, (x, y) = tab.locator("figure canvas").nth(m).bounding_box(), view.maps["pca"][document]
+    return box["x"] + 20 + x * (box["width"] - 40), box["y"] + 42 + y * (box["height"] - 62)
 
 
 def pool_members(view, layer: int, among: np.ndarray) -> list[int]:
@@ -338,12 +345,27 @@ def test_nothing_of_the_data_is_run_or_becomes_markup(page, made):
         show(page, fragment)
     page.fill("#search", "<img")
     assert page.locator("#found li").count() >= 2
-    box = page.locator("figure canvas").nth(1).bounding_box()
-    for step in range(12):
-        page.mouse.move(box["x"] + 20 * step + 30, box["y"] + 15 * step + 40)
+    show(page, "")
+    for number in (7, 8):
+        page.mouse.move(*place_of(page, views[1], 1, number))
+        until(
+            page,
+            f"document.getElementById('tip').textContent.includes({HOSTILE[number - 6][:20]!r})",
+        )
+    assert HOSTILE[0] in page.locator("#tip").inner_text()  # its domain
     assert page.locator("img, iframe, svg:not(.mark), script[src], object, embed").count() == 0
     scripts = page.locator("script").evaluate_all("(all) => all.map((s) => s.type)")
     assert scripts.count("") == 1 and set(scripts) == {"", "text/plain"}
+
+
+def test_a_file_that_is_not_whole_says_so(page, made, tmp_path):
+    """Cut between two blocks, and inside of one: the tokens of some documents are missing."""
+    whole = Path(made[2].removeprefix("file://")).read_bytes()
+    cuts = {"between": whole.index(b'<script type="text/plain" id="block-tokens1"'), "inside": -900}
+    for name, cut in cuts.items():
+        (tmp_path / name).with_suffix(".html").write_bytes(whole[:cut])
+        page.goto((tmp_path / name).with_suffix(".html").as_uri())
+        until(page, "document.querySelector('#panel').textContent.includes('cannot be shown')")
 
 
 # ---- the map, two models, a small screen
@@ -351,9 +373,7 @@ def test_nothing_of_the_data_is_run_or_becomes_markup(page, made):
 
 def test_the_map_is_pointed_at_and_clicked(page, made):
     documents, views, _ = made
-    box = page.locator("figure canvas").first.bounding_box()
-    x, y = views[0].maps["pca"][42]
-    at = (box["x"] + 20 + x * (box["width"] - 40), box["y"] + 42 + y * (box["height"] - 62))
+    at = place_of(page, views[0], 0, 42)
     page.mouse.move(*at)
     until(page, "!document.getElementById('tip').hidden")
     assert documents.domains[documents.domain_U[42]] in page.locator("#tip").inner_text()
@@ -373,7 +393,12 @@ def test_two_models_stand_side_by_side(page, made):
     numbers = page.locator(".tokens").nth(1).locator("sub").all_inner_texts()
     start = made[0].start_U[3]
     assert numbers == [str(e) for e in made[1][1].routing.first[1][start : start + len(numbers)]]
+    for m, view in enumerate(made[1]):
+        links = page.locator("article").nth(m).locator(".facts").nth(1).locator("button")
+        pool = np.argsort(-view.routing.mean[1][3], kind="stable")[:8]
+        assert [text.split()[0] for text in links.all_inner_texts()] == [str(e) for e in pool]
     page.select_option("#model", "1")
+    settle(page)
     assert "of </script>" in page.locator("#filters h2").nth(1).inner_text()
 
 

@@ -20,7 +20,7 @@ DESCRIPTION = """\
 Write one HTML file to look at what the experts of a model do, or those of two models side by side:
 a map of documents by their routing, clusters with labels, documents with each token coloured by its
 expert, a page for every expert, search, and histograms that filter one another. It opens from the
-disk in a browser of 2023 or newer and loads nothing."""
+disk in a browser of 2024 or newer and loads nothing."""
 EPILOG = """\
 example:
   emotrain explore runs/quickstart --data data/sample --out explorer.html

@@ -24,6 +24,7 @@ from emotrain.explorer.page import ModelView, build_page
 from emotrain.explorer.routing import route, shown_layers
 from emotrain.explorer.vocabulary import token_bytes
 from emotrain.progress import Track, untracked
+from emotrain.report.runs import labels_of
 from emotrain.training.checkpoint import find, load_model, load_state
 from emotrain.training.checkpoint_folders import identity, read_config
 
@@ -33,8 +34,6 @@ VARIANCE = 0.95
 """Share that the components keep by which documents are clustered (spec 9.1)."""
 LABEL_WORDS = 3
 """Words of a label."""
-COMMON = 0.15
-"""A word in a larger share of the documents is no part of a label."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,8 @@ class ExploreSettings:
             )
         if self.clusters < 1:
             raise UserError(f"clusters={self.clusters}: there is 1 cluster or more")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is not in 0 to 2^32 - 1; give for example 0")
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def explore(
     documents = read_documents(dataset, split, settings.documents, document_tokens, ids)
     words = token_bytes(dataset.tokenizer())
     label = label_groups_by(documents, words)
-    names = model_names(checkpoints)
+    names = labels_of([Path(checkpoint).resolve() for checkpoint in checkpoints])
     views = [
         _view(
             names[m],
@@ -142,24 +143,19 @@ def explore(
         "document_tokens": document_tokens,
         "tokens": int(documents.start_U[-1]),
         "domains": len(documents.domains),
-        "models": {
-            view.name: {
+        "models": [
+            {
+                "name": view.name,
                 "checkpoint": str(folder),
                 "layers": list(view.routing.layers),
                 "routed_experts_per_layer": view.routing.num_experts(),
                 "clusters": len(view.clusters),
             }
             for view, folder in zip(views, folders, strict=True)
-        },
+        ],
         "size_mib": len(page) / 2**20,
     }
     return Explored(page, result)
-
-
-def model_names(checkpoints: Sequence[str | Path]) -> list[str]:
-    """Names of models: the last part of their paths where that tells them apart."""
-    names = [Path(path).resolve().name for path in checkpoints]
-    return names if len(set(names)) == len(names) else [str(path) for path in checkpoints]
 
 
 def label_groups_by(
@@ -169,8 +165,9 @@ def label_groups_by(
     class-wise TF-IDF. Its arguments are those of `map_labels`."""
     texts = [b"".join(words[i] for i in ids).decode(errors="ignore") for ids in documents.tokens]
     counts_UX, terms = count_words(texts)
-    # What stands in many documents tells none apart: words that every language has.
-    rare_X = np.flatnonzero(np.asarray((counts_UX > 0).sum(0)).reshape(-1) <= COMMON * len(texts))
+    # Words in more documents than the largest domain has, or half of them, belong to none.
+    most = min(np.bincount(documents.domain_U).max(), len(texts) / 2)
+    rare_X = np.flatnonzero(np.asarray((counts_UX > 0).sum(0)).reshape(-1) <= most)
     counts_UX, terms = counts_UX[:, rare_X], [terms[x] for x in rare_X.tolist()]
 
     def label(group_U: np.ndarray, num_groups: int) -> list[str]:
@@ -210,6 +207,11 @@ def _clustered_documents(
             raise UserError(
                 f"--clusters: the clusters are about other documents than {dataset.path} has; give "
                 f"--data {origin.data}, or leave --clusters out"
+            )
+        if (number := int(file.columns["cluster"].max(initial=0))) >= MOST_DOCUMENTS:
+            raise UserError(
+                f"--clusters: a page shows at most {MOST_DOCUMENTS} clusters, and one has the "
+                f"number {number}; run `emotrain cluster` again"
             )
         if origin.split != files[0].origin.split or not np.array_equal(
             file.columns["index"], files[0].columns["index"]

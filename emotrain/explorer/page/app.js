@@ -22,7 +22,7 @@ class App {
     data.readTexts().then(() => {
       this.show();
       performance.mark("searchable");
-    });
+    }).catch(fail);
   }
 
   fillControls() {
@@ -216,7 +216,9 @@ Data.open().then((data) => {
   new App(data);
   // After the first picture: the page answers from here on.
   requestAnimationFrame(() => setTimeout(() => performance.mark("interactive")));  // for benchmarks
-}).catch((error) => {
-  document.getElementById("panel").textContent = `This page cannot be shown: ${error.message}`;
-  throw error;
-});
+}).catch(fail);
+
+/** Say why the page does not work, in place of the documents. */
+function fail(error) {
+  document.getElementById("panel").textContent = `This page cannot be shown: ${error.message}.`;
+}

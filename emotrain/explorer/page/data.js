@@ -8,7 +8,9 @@ const lenient = new TextDecoder("utf-8", {ignoreBOM: true});
 
 /** The bytes of a block: base64 of zlib. */
 async function bytesOf(name) {
-  const text = document.getElementById(`block-${name}`).textContent;
+  const block = document.getElementById(`block-${name}`);
+  if (!block) throw new Error(`the file is not whole: its part ${name} is missing`);
+  const text = block.textContent;
   let packed;
   if (Uint8Array.fromBase64) {
     packed = Uint8Array.fromBase64(text);
@@ -25,7 +27,7 @@ async function bytesOf(name) {
 class Data {
   static async open() {
     if (typeof DecompressionStream === "undefined") {
-      throw new Error("This browser is too old for the page: it needs DecompressionStream (2023).");
+      throw new Error("this browser is too old: it needs one of 2024 or newer");
     }
     const [index, columns, words] = await Promise.all(["index", "columns", "vocabulary"].map(bytesOf));
     return new Data(JSON.parse(utf8.decode(index)), columns, new Uint8Array(words));
