@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +35,7 @@ from emotrain.training import run as run_module
 from emotrain.training.data_source import build_loader
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
-from tests.conftest import tiny_settings
+from tests.conftest import ROOT, tiny_settings
 from tests.processes import run_ranks
 
 EVERY_TWO = {
@@ -315,3 +317,27 @@ def test_a_dense_model_is_measured_without_subsets(tiny_data: Path, tmp_path: Pa
     values["evaluation"] = EVERY_TWO
     with pytest.raises(UserError, match="the model is dense"):
         TrainingEvaluation(config_from_dict(values), Ranks())
+
+
+def test_what_the_page_says(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its command of training runs, on a configuration of another size, and writes the names of its
+    table. That of two processes is one that the parser takes."""
+    page = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    values = settings(tiny_data, tmp_path / "elsewhere", {})
+    Path("configs").mkdir()
+    save_config(config_from_dict(values), "configs/quickstart.yaml")
+    [line] = re.findall(r"^emotrain (train .*)$", page, re.MULTILINE)
+    assert main(shlex.split(line)) == 0, capsys.readouterr().err
+    [found] = of_evaluation(tmp_path / "runs/watched").values()
+    named = set(re.findall(r"^\| `(evaluation/[^`…]+)` \|", page, re.MULTILINE))
+    assert named - {"evaluation/seconds", "evaluation/domains/NAME/"} <= set(found)
+    known = {re.sub("domains/[^/]+/", "", key) for key in found} | {"evaluation/seconds"}
+    assert known == {name for name in named if "NAME" not in name}
+    [line] = re.findall(
+        r"^torchrun --nproc-per-node 2 -m emotrain (evaluate .*)$", page, re.MULTILINE
+    )
+    assert main(shlex.split(line)) == 2
+    assert "runs/quickstart" in capsys.readouterr().err.splitlines()[-1]

@@ -68,7 +68,7 @@ EXPERTS = (
 SPEED = (
     Chart(
         "tokens_per_second", "Throughput", "tokens/s, all devices",
-        "Since the line of metrics before, checkpoints and evaluations included.", from_zero=True,
+        "Since the line before: checkpoints count, evaluations do not.", from_zero=True,
     ),
     Chart("mfu", "Model FLOPs utilisation", "share of the peak", "", from_zero=True),
     Chart(
