@@ -96,19 +96,19 @@ def draw_chart(
     unit = chart.unit + (", log" if is_log(chart, curves) else "")
 
     def draw(figure: Figure) -> None:
+        from matplotlib.ticker import LogFormatter, MaxNLocator
+
         axes = figure.subplots()
         for part in curves:
             x = part.tokens if by_tokens else part.steps
             _draw_part(axes, chart, part, x, several, names)
         if is_log(chart, curves):
-            from matplotlib.ticker import LogFormatter
-
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(short)
             axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
         elif chart.from_zero:
             axes.set_ylim(bottom=0, top=None if axes.get_ylim()[1] > 0.1 else 1)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(short)
         axes.set(xlabel="tokens" if by_tokens else "step", ylabel=unit)
         _mark_not_finite(axes, curves, by_tokens)
