@@ -59,6 +59,7 @@ def folder(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     settings = tiny_settings(tiny_data, folder / "run")
     settings["data"]["sequence_length"] = 192
+    settings["model"]["init_std"] = 0.3  # so that experts differ, and texts with them
     run_module.train(config_from_dict(settings), Ranks())
     options = ["--calibration", str(tiny_data), "--domain", "kitchen", "--keep", "4"]
     assert not main(["select", str(folder / "run"), *options, "--out", str(folder / "half.json")])
@@ -89,7 +90,7 @@ def result(folder):
     files = [str(folder / f"{name}.jsonl") for name in NAMES]
     options = ["--subset", str(folder / "half.json"), "--out", str(folder / "out")]
     command = ["evaluate", str(folder / "run"), "--tasks", *files, *OPTIONS, *options]
-    assert main([*command, "--answer-tokens", "8"]) == 0
+    assert main([*command, "--answer-tokens", "24"]) == 0
     written = json.loads((folder / "out/tasks.json").read_text())
     written["lines"] = [
         json.loads(line) for line in (folder / "out/questions.jsonl").read_text().splitlines()
@@ -232,14 +233,17 @@ def test_generated_answers_are_greedy_and_end_with_the_line(result, folder, caps
     """As `emotrain generate` goes on from the same prompt, with the same experts."""
     (task,) = read_tasks([folder / "words.jsonl"], TaskSettings(shots=2))
     prompts = [task.prompt(item) for item in task.questions]
+    both = []
     for experts in ("all experts", str(folder / "half.json")):
-        words = ["generate", str(folder / "run"), *prompts, "--max-tokens", "8", "--stop", "\n"]
+        words = ["generate", str(folder / "run"), *prompts, "--max-tokens", "24", "--stop", "\n"]
         if experts != "all experts":
             words += ["--subset", experts]
         assert main([*words, "--json"]) == 0
         texts = [one["text"] for one in json.loads(capsys.readouterr().out)["generations"]]
         found = [one["answer"] for one in lines_of(result, "words", experts)]
         assert found == [text.strip() for text in texts]
+        both.append(found)
+    assert both[0] != both[1]
 
 
 def test_a_model_that_knows_the_answers_is_always_right(folder, monkeypatch):

@@ -106,6 +106,7 @@ def folder(tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("harness")
     settings = tiny_settings(tiny_data, folder / "run")
     settings["data"]["sequence_length"] = 128
+    settings["model"]["init_std"] = 0.3  # so that experts differ, and texts with them
     run_module.train(config_from_dict(settings), Ranks())
     options = ["--calibration", str(tiny_data), "--domain", "kitchen", "--keep", "0.5"]
     assert not main(["select", str(folder / "run"), *options, "--out", str(folder / "half.json")])
@@ -161,8 +162,9 @@ def test_texts_have_the_bits_of_our_own_reader(folder, models):
 
 
 def test_texts_go_on_as_those_of_generate(folder, models, capsys):
-    prompts = ["the bread and", "the tide and the", "seed"]
-    options = [{"until": ["s"], "max_gen_toks": 6}, {"until": "z", "max_gen_toks": 9}]
+    prompts = ["Question: root soil hedge\nAnswer:", "the bread and", "the tide and the", "seed"]
+    options = [{"until": ["s"], "max_gen_toks": 6}, {"until": "z", "max_gen_toks": 24}]
+    texts = []
     for model, arm in models:
         subset = [] if arm.masks is None else ["--subset", arm.file]
         for option in options:
@@ -172,7 +174,15 @@ def test_texts_go_on_as_those_of_generate(folder, models, capsys):
             assert main(words) == 0
             answers = json.loads(capsys.readouterr().out)["generations"]
             assert found == [answer["text"] for answer in answers]
+        texts.append(found)
+    assert texts[0] != texts[1]
     assert len(model.generate_until([asked("", {"max_gen_toks": 4})])) == 1
+    # Of a prompt that is too long the start has no part in the answer, and the end has.
+    long = [
+        " ".join(words) for words in (["salt"] * 200, ["tide"] + ["salt"] * 200, ["tide"] * 200)
+    ]
+    first, same, other = model.generate_until([asked(one, {"max_gen_toks": 24}) for one in long])
+    assert first == same != other
     with pytest.raises(UserError, match="an answer of 128 tokens leaves no room"):
         model.generate_until([asked("a", {"max_gen_toks": 128})])
 
