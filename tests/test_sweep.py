@@ -460,6 +460,28 @@ def test_a_defect_in_one_domain_leaves_the_others(plan, tmp_path, capsys, monkey
     assert results_of(out) == results_of(undisturbed)
 
 
+def test_a_process_that_is_killed_leaves_the_others(
+    plan, tmp_path, capsys, monkeypatch, undisturbed
+):
+    """What it was at is measured again by the same command."""
+    monkeypatch.setattr(workers, "context", multiprocessing.get_context("fork"))
+    measure, this = subjects.Domain.measure, os.getpid()
+
+    def killed_once(self, cells):
+        if self.name == "harbour" and not (tmp_path / "killed").exists():
+            assert os.getpid() != this
+            (tmp_path / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return measure(self, cells)
+
+    monkeypatch.setattr(subjects.Domain, "measure", killed_once)
+    assert sweep(plan, tmp_path / "out", "--jobs", "2") == 1
+    error = capsys.readouterr().err
+    assert error.count("its process ended in the middle of it (exit code -9)") == CELLS // 3
+    assert sweep(plan, tmp_path / "out", "--jobs", "2") == 0
+    assert results_of(tmp_path / "out") == results_of(undisturbed)
+
+
 def test_losses_that_are_not_finite_are_a_failure(plan, tmp_path, capsys, monkeypatch):
     losses = subjects.losses_of_arms
 

@@ -70,11 +70,13 @@ def _measure_all(
 ) -> None:
     done = {entry.folder for entry in sweep.entries if entry.result is not None}
     wanted = {  # two names of one model are measured once
-        entry.folder: entry
-        for entry in sweep.entries
-        if entry.folder not in done and (retry or entry.failure is None)
+        entry.folder: entry for entry in sweep.entries if entry.folder not in done
     }
-    todo = list(wanted.values())
+    todo = [
+        entry
+        for entry in wanted.values()
+        if retry or (failure := entry.failure) is None or failure.killed
+    ]
     log.info("%d cells: %d done, %d to do", len(sweep.entries), len(done), len(todo))
     pieces = [list(piece) for _, piece in groupby(todo, key=_measured_together)]
     prepare = partial(_worker, sweep, device, micro_batch)
@@ -94,7 +96,7 @@ def _record_death(piece: Sequence[Entry], died: Died) -> None:
     error = f"its process ended in the middle of it (exit code {died.exit_code})"
     for entry in piece:
         if entry.result is None:
-            entry.write(Failure(error, ""))
+            entry.write(Failure(error, killed=True))
 
 
 def _worker(sweep: Sweep, device: str, micro_batch: int) -> Callable[[Sequence[Entry]], None]:
@@ -112,7 +114,7 @@ def measure_piece(sweep: Sweep, bench: Bench, piece: Sequence[Entry]) -> None:
         found = bench.measure([entry.cell for entry in piece])
         outcomes = _outcomes(found, full.cell, known)
     except (UserError, RunError) as error:
-        outcomes = dict.fromkeys((e.cell for e in piece), Failure(str(error), ""))
+        outcomes = dict.fromkeys((e.cell for e in piece), Failure(str(error)))
     except Exception as error:  # whatever it is, the other cells go on
         text = " ".join(f"{type(error).__name__}: {error}".split())
         failure = Failure(text, traceback.format_exc())
@@ -133,7 +135,7 @@ def _outcomes(
         base = Items(known.metric, known.item_amounts, known.item_sizes, ())
     assert isinstance(base, Items), "all experts need no text that could be missing"
     return {
-        cell: Failure(str(items), "") if isinstance(items, UserError) else _measured(items, base)
+        cell: Failure(str(items)) if isinstance(items, UserError) else _measured(items, base)
         for cell, items in found.items()
     }
 
@@ -145,9 +147,9 @@ def _measured(items: Items, full: Items) -> Measured | Failure:
     )
     group_U = torch.zeros(len(sizes_U), dtype=torch.int64)
     if not (amounts_U.isfinite().all() and full_U.isfinite().all()):
-        return Failure("its numbers are not finite", "")
+        return Failure("its numbers are not finite")
     if len(sizes_U) < 2:
-        return Failure("a single item gives no standard error; give at least 2", "")
+        return Failure("a single item gives no standard error; give at least 2")
     (change, error), value = mean_increase(amounts_U - full_U, sizes_U, group_U), amounts_U.sum()
     return Measured(
         items.metric,

@@ -56,8 +56,10 @@ class Failure:
 
     error: str
     """One line."""
-    traceback: str
+    traceback: str = ""
     """Empty where a person can mend it."""
+    killed: bool = False
+    """Whether its process ended in the middle of it: it may pass when it is measured again."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +101,16 @@ class Entry:
             return None
 
     @property
-    def failure(self) -> str | None:
-        """Why the cell has no number, in one line; None where it has one or was not tried."""
+    def failure(self) -> Failure | None:
+        """Why the cell has no number; None where it has one or was not tried."""
         file = self.folder / "failure.json"
         if not file.is_file() or self.result is not None:
             return None
         try:
-            return str(json.loads(file.read_text(encoding="utf-8"))["error"])
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return Failure(str(values["error"]), killed=values["killed"] is True)
         except (ValueError, TypeError, KeyError, RecursionError):
-            return "its failure.json is not readable"
+            return Failure("its failure.json is not readable", killed=True)
 
     def write(self, outcome: Measured | Failure) -> None:
         """Record what the cell came to, in place of what was there."""

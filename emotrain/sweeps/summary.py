@@ -58,7 +58,10 @@ class Summary:
 
     @classmethod
     def of(cls, sweep: Sweep) -> Summary:
-        cells = tuple((entry, entry.result, entry.failure) for entry in sweep.entries)
+        cells = tuple(
+            (entry, entry.result, failure.error if (failure := entry.failure) else None)
+            for entry in sweep.entries
+        )
         results = {entry.cell: result for entry, result, _ in cells}
         metric_of = {
             (cell.kind, cell.subject): LOSS if cell.kind == "domain" else "" for cell in results
