@@ -198,7 +198,7 @@ def test_evaluation_is_deterministic_and_does_not_depend_on_the_batch(run_dir, d
         (("--keep", "0"), "keep=0 is not a share"),
         (
             ("--calibration-documents", "7"),
-            "domain 'code <b>&' has 6 train documents, 7 are needed; lower --calibration-documents",
+            "domain 'code <b>&' has 6 train documents, 7 are needed; lower calibration_documents",
         ),
         (("--documents", "1"), "documents=1 gives no standard error"),
         (("--micro-batch", "-1"), "micro_batch=-1"),

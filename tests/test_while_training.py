@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +195,27 @@ def test_two_processes_train_the_same_and_evaluate_as_one(
     run_ranks(body, 2)
     assert_same_run(tmp_path / "on", tmp_path / "off")
     assert_as_evaluated(tmp_path / "on", tiny_data, 1e-6, steps)
+
+
+@pytest.mark.long
+def test_nothing_is_compiled_for_it(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of blocks that training runs compiled."""
+    graphs: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs[-1] += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    for name, evaluation in (("off", {}), ("on", EVERY_TWO)):
+        graphs.append(0)
+        torch._dynamo.reset()
+        train(settings(tiny_data, tmp_path / name, evaluation, compile=True))
+    assert graphs[0] == graphs[1] > 0
+    assert_same_run(tmp_path / "on", tmp_path / "off")
+    assert list(of_evaluation(tmp_path / "on")) == [2, 4, 5]
 
 
 # ---- what it leaves as it was

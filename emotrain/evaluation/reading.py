@@ -139,7 +139,7 @@ def _too_few(
     if len(calibration) < wanted:
         return (
             f"domain {name!r} has {len(calibration)} train documents, {wanted} are needed; lower "
-            f"--calibration-documents or prepare more of them"
+            f"calibration_documents or prepare more of them"
         )
     if len(held_out) < 2:
         return (
