@@ -317,6 +317,7 @@ def test_questions_that_do_not_fit_are_counted_and_answers_that_do_not_refused(f
         ("--tasks kitchen.jsonl --cross-domain all", "--cross-domain says nothing with --tasks"),
         ("--tasks kitchen.jsonl --document-tokens 9", "--document-tokens says nothing"),
         ("--tasks kitchen.jsonl --random-seeds 2", "--random-seeds says nothing with --tasks with"),
+        ("parallel.ep=2 --tasks kitchen.jsonl", "parallel.ep=2 says nothing of questions"),
         ("--tasks kitchen.jsonl --lm-eval a", "give --tasks or --lm-eval"),
         ("--lm-eval a", "--lm-eval needs --include-path DIR"),
         ("--lm-eval a --include-path . --keep 0.5", "--keep says nothing with --lm-eval"),
