@@ -11,7 +11,8 @@ initial ones, which the counts do not depend on. Nothing is timed.
 
 The terms say what is left to save. From the first experts on, the hidden states of a document
 differ from subset to subset, so that no other layer and no head of an arm can be shared with
-another: `least_forward_equivalents` is what remains when the first layer's experts cost nothing.
+another: `least_forward_equivalents` is what remains when arms and shares find all outputs of the
+first layer's experts computed.
 """
 
 from __future__ import annotations
@@ -180,9 +181,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "arms, first experts": share(experts, (0,)),
         "arms, other layers": share((), later),
         "arms, head": share((), (last,)),
-        "selection, first layer": flops(now, "selection", (), (0,)) / one,
+        "selection, first attention": flops(now, "selection", ("attention", "moe.router"), (0,))
+        / one,
+        "selection, first experts": flops(now, "selection", experts[:2], (0,)) / one,
         "selection, other layers": flops(now, "selection", (), later) / one,
     }
+    shareable = "arms, first experts", "selection, first experts"
     tokens = sum(batch.tokens_BS.numel() for batch in batches)
     return {
         "forward_equivalents": flops(now) / one,
@@ -190,7 +194,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "over_before": flops(now) / flops(before),
         "terms_forward_equivalents": terms,
         "before_selection_forward_equivalents": flops(before, "selection") / one,
-        "least_forward_equivalents": flops(now) / one - terms["arms, first experts"],
+        "least_forward_equivalents": flops(now) / one - sum(terms[name] for name in shareable),
         "forward_gflops": one / 1e9,
         "forward_share_by_part": {part: flops(full, "", (part,)) / one for part in PARTS},
         "held_out_tokens": tokens,
