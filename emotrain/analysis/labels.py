@@ -94,13 +94,14 @@ def count_words(texts: Sequence[str]) -> tuple[Any, Sequence[str]]:
 
 
 def class_tf_idf(counts_YX: np.ndarray) -> np.ndarray:
-    """Weight of each term in each class (Grootendorst 2022, arXiv 2203.05794): its share of the
-    class's terms, times log(1 + A / f), where f is how often it is in all classes and A the mean
-    number of terms of a class -> float64 [Y, X]."""
+    """Weight of each term in each class (Grootendorst 2022, arXiv 2203.05794, with the weights of
+    BM25 and the root that his BERTopic offers): the root of its share of the class's terms, times
+    log((A + 1) / (f + 1/2)), where f is how often it is in all classes and A the mean number of
+    terms of a class -> float64 [Y, X]. Words that are everywhere, as `the` is, weigh nothing or
+    less, without a list of them."""
     of_class_Y1 = counts_YX.sum(1, keepdims=True)
-    frequency_X = counts_YX.sum(0)
     share_YX = counts_YX / np.maximum(of_class_Y1, 1e-30)
-    return share_YX * np.log1p(of_class_Y1.mean() / np.maximum(frequency_X, 1e-30))
+    return np.sqrt(share_YX) * np.log((of_class_Y1.mean() + 1) / (counts_YX.sum(0) + 0.5))
 
 
 def best_terms(counts_YX: np.ndarray, names: Sequence[str], count: int) -> list[Terms]:
