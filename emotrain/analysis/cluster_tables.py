@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from emotrain.data.document_clusters import (
 from emotrain.evaluation.figures import COLORS, png
 from emotrain.evaluation.tables import plain
 from emotrain.files import json_text, write_whole
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,7 +180,7 @@ def agreement_figure(models: Sequence[tuple[str, dict[str, Any]]]) -> bytes:
 def agreement_csv(models: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """The numbers of the picture, and the other ones of agreement."""
     keys = ("labels", "nmi", "nmi_shuffled", "ami", "purity")
-    return _csv(
+    return csv_text(
         ("model", "level", "label", *keys),
         (
             (name, level, label, *(of[key] for key in keys))
@@ -221,7 +219,7 @@ def domains_figure(result: ClusterResult) -> bytes:
 
 def domains_csv(result: ClusterResult) -> str:
     """The numbers of the picture: one line a level, cluster and domain that is in it."""
-    return _csv(
+    return csv_text(
         ("level", "cluster", "rows", "domain", "rows_of_domain", "share"),
         (
             (name, of["cluster"], of["rows"], domain, rows, rows / of["rows"])
@@ -230,14 +228,6 @@ def domains_csv(result: ClusterResult) -> str:
             for domain, rows in of["domains"].items()
         ),
     )
-
-
-def _csv(header: Sequence[str], rows: Any) -> str:
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return stream.getvalue()
 
 
 # ---- files
