@@ -165,10 +165,6 @@ def label_groups_by(
     class-wise TF-IDF. Its arguments are those of `map_labels`."""
     texts = [b"".join(words[i] for i in ids).decode(errors="ignore") for ids in documents.tokens]
     counts_UX, terms = count_words(texts)
-    # Words in more documents than the largest domain has, or half of them, belong to none.
-    most = min(np.bincount(documents.domain_U).max(), len(texts) / 2)
-    rare_X = np.flatnonzero(np.asarray((counts_UX > 0).sum(0)).reshape(-1) <= most)
-    counts_UX, terms = counts_UX[:, rare_X], [terms[x] for x in rare_X.tolist()]
 
     def label(group_U: np.ndarray, num_groups: int) -> list[str]:
         counts_YX = np.stack(

@@ -53,9 +53,8 @@ class Panel {
     this.put(chips.length ? `${some} of ${all} documents` : `${all} documents`, [],
       element("div", {className: "chips"}, ...chips),
       passing.length ? rows : element("p", {className: "empty", textContent: "No document passes these filters."}));
-    this.fill(rows, room);
     this.watch?.disconnect();
-    this.watch = new ResizeObserver(() => this.fill(rows, room));
+    this.watch = new ResizeObserver(() => this.fill(rows, room));  // also when it is first shown
     this.watch.observe(rows);
   }
 

@@ -110,8 +110,12 @@ class Filters {
     const model = Number(kind.slice(-1));
     if (kind.startsWith("cluster")) return (doc) => wanted.has(data.clusterOf(model, doc));
     const experts = [...wanted].map((text) => expertOf(data, model, text));
-    return (doc) => experts.some(({layer, expert}) =>
-      data.poolOf(model, layer, doc).experts.includes(expert));
+    const pool = data.columns[`pool${model}`], width = data.pool;
+    return (doc) => experts.some(({layer, expert}) => {
+      const at = (layer * data.count + doc) * width;
+      for (let i = at; i < at + width; i++) if (pool[i] === expert) return true;
+      return false;
+    });
   }
 
   /** Documents of each value that all other kinds of filters leave -> counts of the values. */
