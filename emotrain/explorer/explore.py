@@ -19,7 +19,7 @@ from emotrain.evaluation.measure import choose_device, rows_of
 from emotrain.evaluation.reading import check_vocabulary
 from emotrain.explorer.documents import ShownDocuments, read_documents
 from emotrain.explorer.experts import expert_pages
-from emotrain.explorer.maps import map_labels, principal_map, umap_map
+from emotrain.explorer.maps import map_labels, principal_map, umap_learn, umap_map
 from emotrain.explorer.page import ModelView, build_page
 from emotrain.explorer.routing import route, shown_layers
 from emotrain.explorer.vocabulary import token_bytes
@@ -102,6 +102,8 @@ def explore(
         UserError: settings, checkpoints, files or data that cannot be used, or not together.
     """
     rows_of(micro_batch, 1)
+    if settings.umap:
+        umap_learn()  # is it there? before any work
     folders, target = [find(checkpoint) for checkpoint in checkpoints], choose_device(device)
     configs = [read_config(folder) for folder in folders]
     dataset = Dataset(data, verify_checksums=configs[0].data.verify_checksums)

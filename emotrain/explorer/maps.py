@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,22 +26,29 @@ def principal_map(components_UP: np.ndarray) -> np.ndarray:
 
 
 def umap_map(unit_UP: np.ndarray, seed: int) -> np.ndarray:
-    """UMAP's map by the cosine of documents, float [U, 2], scaled to [0, 1].
+    """UMAP's map by the cosine of documents, float [U, 2], scaled to [0, 1]. Raises: of
+    `umap_learn`."""
+    neighbours = min(15, len(unit_UP) - 1)
+    if neighbours < 2:  # too few documents to have neighbours
+        return principal_map(unit_UP)
+    reducer = umap_learn().UMAP(
+        n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1
+    )
+    return _scaled(np.asarray(reducer.fit_transform(unit_UP)))
+
+
+def umap_learn() -> Any:
+    """The library of UMAP.
 
     Raises:
-        MissingPackageError: umap-learn is not installed.
+        MissingPackageError: it is not installed.
     """
     try:
-        import umap
+        return importlib.import_module("umap")
     except ImportError:
         raise MissingPackageError(
             "--umap needs umap-learn, which is not installed; pip install 'emotrain[umap]'"
         ) from None
-    neighbours = min(15, len(unit_UP) - 1)
-    if neighbours < 2:  # too few documents to have neighbours
-        return principal_map(unit_UP)
-    reducer = umap.UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed, n_jobs=1)
-    return _scaled(np.asarray(reducer.fit_transform(unit_UP)))
 
 
 def map_labels(
