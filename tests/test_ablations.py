@@ -157,7 +157,7 @@ def test_rows_are_trained_measured_and_gone_on_with(
             return SimpleNamespace(returncode=1)
         return SimpleNamespace(returncode=emotrain(command[3:]))
 
-    monkeypatch.setattr(ablations.subprocess, "run", train)
+    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(run=train))
     out = tmp_path / "out"
     command = [str(tmp_path / "plan.yaml"), "--data", str(tiny_data), "--out", str(out)]
     command += ["--documents", "3", "--json"]

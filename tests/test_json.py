@@ -54,6 +54,9 @@ KEYS = {
     "documents tokens overall domains layers curve compared_with",
     "cluster": "format domain_nmi domain_ami domain_nmi_shuffled domain_purity token_identity_nmi "
     "token_identity_ami document_domain_nmi checkpoint step data split documents tokens levels",
+    "explore": "documents document_tokens tokens domains models size_mib",
+    "sweep": "cells failed plan means subjects",
+    "coverage": "format checkpoint step data settings",
     "placement": "format checkpoint step data ep rows_per_token contiguous_rows_per_token "
     "rows_over_contiguous load_max_over_mean exchange_load_max_over_mean layers",
     "plan": "gpu nodes gpus_per_node fits peak_gib usable_gib memory_gib tokens_per_second_per_gpu "
@@ -86,6 +89,11 @@ def test_json_is_all_of_stdout_with_stable_keys(
     with documents.open("a", encoding="utf-8") as file:
         file.write("{broken\n")  # which prepare warns of
     save_config(config_from_dict(tiny_settings(data, run_dir)), config)
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"{{models: {{run: {run_dir}}}, data: {data}, keep: [0.5], methods: [router], "
+        f"calibration_documents: [1], documents: 2, out: {tmp_path / 'sweep'}}}"
+    )
     # Compiling kernels takes minutes; test_kernels_compile.py looks at that result.
     monkeypatch.setattr("emotrain.kernels.compile_check.compile_all", lambda *_, **__: [])
     arguments: dict[str, list[Any]] = {
@@ -96,6 +104,9 @@ def test_json_is_all_of_stdout_with_stable_keys(
         "report": [run_dir],
         "locality": [run_dir, "--data", data, "--documents", 2],
         "cluster": [run_dir, "--data", data, "--clusters", 4],
+        "coverage": [run_dir, "--data", data, "--documents", 4],
+        "sweep": [sweep, "--jobs", 1],
+        "explore": [run_dir, "--data", data, "--num-clusters", 4, "--out", tmp_path / "page.html"],
         "placement": [run_dir, "--data", data, "--ep", 2, "--out", tmp_path / "placement.json"],
         "plan": [config, "--gpus-per-node", 1],
         "verify": [run_dir],

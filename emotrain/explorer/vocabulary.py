@@ -10,6 +10,7 @@ import json
 import re
 
 from emotrain.data.tokenizer import TextTokenizer
+from emotrain.files import json_text
 
 BLANK = "\u2581"
 """What vocabularies of SentencePiece write for a blank."""
@@ -23,7 +24,7 @@ def token_bytes(tokenizer: TextTokenizer) -> list[bytes]:
     """
     backend = tokenizer.backend
     decoder = json.loads(backend.to_str(pretty=False))["decoder"]
-    described = json.dumps(decoder, ensure_ascii=False)
+    described = json_text(decoder, ensure_ascii=False)
     byte_of = _byte_alphabet() if "ByteLevel" in described else {}
     added = backend.get_added_tokens_decoder()
     found = []

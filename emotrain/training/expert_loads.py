@@ -58,7 +58,7 @@ class ExpertLoads:
             if self._file is None:
                 self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (until close)
             record = {"step": step, "slots": slots}
-            self._file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            self._file.write(json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n")
             self._file.flush()
 
     def _keep(self, last_step: int) -> None:
