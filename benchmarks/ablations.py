@@ -26,8 +26,6 @@ not averaged: the table says which.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import subprocess
 import sys
@@ -39,7 +37,7 @@ from typing import Any
 from emotrain.commands.common import add_json
 from emotrain.errors import RunError, UserError
 from emotrain.files import json_text, write_whole
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAN_KEYS = {"base", "standard", "keep", "seeds", "rows"}
@@ -360,13 +358,14 @@ def table_of(results: Mapping[str, Any], plan: Plan) -> Table:
 
 def csv_of(results: Mapping[str, Any]) -> str:
     """row, number, mean, spread, seeds: one line a number."""
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(("row", "number", "mean", "spread", "seeds"))
-    for name, row in results["rows"].items():
-        for number, mean in row.get("mean", {}).items():
-            lines.writerow((name, number, mean, row["spread"][number], len(row["seeds"])))
-    return text.getvalue()
+    return csv_text(
+        ("row", "number", "mean", "spread", "seeds"),
+        [
+            (name, number, mean, row["spread"][number], len(row["seeds"]))
+            for name, row in results["rows"].items()
+            for number, mean in row.get("mean", {}).items()
+        ],
+    )
 
 
 if __name__ == "__main__":

@@ -98,11 +98,15 @@ def test_pools_and_partners_are_those_of_a_loop():
     for document, pool in enumerate(pool_UX):
         assert pool.tolist() == sorted(range(6), key=lambda e: -mean_UN[document, e])[:3]
     lift_NN, _ = pool_lifts(pool_UX, 6)
-    for a in range(6):
-        for b in range(6):
-            together = sum(a in pool and b in pool for pool in pool_UX.tolist())
-            alone = [sum(e in pool for pool in pool_UX.tolist()) for e in (a, b)]
-            assert lift_NN[a, b] == pytest.approx(together * 40 / (alone[0] * alone[1]))
+    found = pool_UX.tolist()
+    alone = [sum(e in pool for pool in found) for e in range(6)]
+    pairs = [(a, b) for a in range(6) for b in range(6) if a != b]
+    # Each of 40 pools holds 3 * 2 ordered pairs: by chance they go to two experts in proportion to
+    # how often each is in a pool.
+    scale = 40 * 6 / sum(alone[a] * alone[b] for a, b in pairs)
+    for a, b in pairs:
+        together = sum(a in pool and b in pool for pool in found)
+        assert lift_NN[a, b] == pytest.approx(together / (scale * alone[a] * alone[b]))
     # A layer with fewer experts than a pool has leaves places empty.
     assert pools(mean_UN, 8)[0, 6:].tolist() == [6, 6]
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -594,6 +595,41 @@ def test_a_file_that_was_cut_short_is_503_and_the_server_goes_on(run_folder, tmp
             assert "cut short" in found.json()["error"]["message"]
         assert httpx.get(f"{address}/health").status_code == 200
         assert "emotrain_expert_misses" in httpx.get(f"{address}/metrics").text
+
+
+@pytest.mark.parametrize("remove", [False, True], ids=["cut short", "removed"])
+def test_others_go_on_where_experts_cannot_be_read_any_more(run_folder, tmp_path, remove):
+    """A subset whose experts are in memory is answered, whole and in the same words, beside
+    requests that need an expert from a file that is damaged or gone."""
+    shutil.copytree(run_folder / "run", tmp_path / "run")
+    words = [str(tmp_path / "run"), "--memory", "100MB"]
+    words.append(f"--subset=harbour={run_folder / 'harbour.json'}")
+    few, all_experts = (
+        {**BODY, "model": model, "max_tokens": 16, "temperature": 0} for model in ("harbour", "run")
+    )
+    with serving(*words) as (address, _):
+
+        def post(body):
+            return httpx.post(f"{address}/v1/completions", json=body, timeout=60)
+
+        asked = post(few)
+        assert asked.status_code == 200, asked.text
+        before = asked.json()["choices"]
+        for file in (tmp_path / "run").rglob("*.safetensors"):
+            if remove:
+                file.unlink()
+            else:
+                os.truncate(file, 100)
+        with ThreadPoolExecutor(4) as clients:
+            answers = [clients.submit(post, body) for body in [few, all_experts] * 4]
+        for answer, of_few in zip(answers, [True, False] * 4, strict=True):
+            found = answer.result()
+            if of_few:
+                assert found.status_code == 200 and found.json()["choices"] == before
+            else:
+                # What is mapped already can be read after its name is gone.
+                assert found.status_code == 503 or (remove and found.status_code == 200)
+        assert httpx.get(f"{address}/health").status_code == 200
 
 
 def test_a_key_is_needed_where_there_is_one(run_folder, tmp_path):

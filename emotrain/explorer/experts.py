@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from emotrain.analysis.together import by_chance, count_pools
 from emotrain.explorer.documents import ShownDocuments
 from emotrain.explorer.routing import DocumentRouting
 
@@ -119,18 +120,17 @@ def router_cosines(rows_ND: np.ndarray) -> np.ndarray:
 
 def pool_lifts(pool_UX: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray]:
     """How many times as often as by chance two experts are in one pool, float64 [N, N], and how
-    sure that is: the excess over the expected number in its standard deviations.
+    sure that is: the excess over the expected number in its standard deviations. Both as of
+    `emotrain coverage`.
 
     Args:
         pool_UX: of `pools`.
     """
-    member_UN = np.zeros((len(pool_UX), num_experts + 1), np.float32)
-    np.put_along_axis(member_UN, pool_UX, 1, axis=1)
-    member_UN = member_UN[:, :num_experts]
-    together_NN = (member_UN.T @ member_UN).astype(np.float64)
-    alone_N = member_UN.sum(0, dtype=np.float64)
-    expected_NN = np.maximum(np.outer(alone_N, alone_N) / len(pool_UX), 1e-12)
-    return together_NN / expected_NN, (together_NN - expected_NN) / np.sqrt(expected_NN)
+    member_UN = np.zeros((len(pool_UX), num_experts + 1), bool)
+    np.put_along_axis(member_UN, pool_UX, True, axis=1)
+    together_NN = count_pools(member_UN[:, :num_experts])
+    chance_NN = np.maximum(by_chance(together_NN), 1e-12)
+    return together_NN / chance_NN, (together_NN - chance_NN) / np.sqrt(chance_NN)
 
 
 def _pairs(

@@ -3,8 +3,6 @@ of which a cell is missing is refused, not averaged over the rest."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +13,7 @@ from emotrain.evaluation.tables import plain
 from emotrain.sweeps.cells import Sweep
 from emotrain.sweeps.plan import FULL, Cell, Plan
 from emotrain.sweeps.store import Entry, Measured
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text
 
 LOSS = "loss_nats_per_token"
 
@@ -252,11 +250,7 @@ def most_documents(plan: Plan, method: str) -> int:
 
 def as_csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     """Rows of equal keys; None is an empty field."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: row[name] for name in names} for row in rows)
-    return stream.getvalue().encode()
+    return csv_text(names, ([row[name] for name in names] for row in rows)).encode()
 
 
 ROW_NAMES = tuple(field.name for field in fields(Row))
