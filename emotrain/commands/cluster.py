@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.commands.common import (
     add_checkpoint_and_data,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -48,14 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="most clusters, of documents and of tokens (default: %(default)s)",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=12_000,
-        metavar="N",
-        help="most documents, those of under 32 tokens passed over (default: %(default)s)",
-    )
-    add_document_tokens(parser, 100)
+    add_documents(parser, 12_000, 100, "most documents, those of under 32 tokens passed over")
     parser.add_argument(
         "--split",
         choices=("train", "valid"),

@@ -75,6 +75,23 @@ def add_document_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def add_documents(
+    parser: argparse.ArgumentParser,
+    documents: int,
+    tokens: int,
+    what: str = "most held-out documents of a domain",
+) -> None:
+    """--documents and --document-tokens, with these defaults."""
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=documents,
+        metavar="N",
+        help=f"{what} (default: %(default)s)",
+    )
+    add_document_tokens(parser, tokens)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device, of the same commands."""
     parser.add_argument(

@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.commands.common import (
     add_checkpoint_and_data,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -69,14 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the same share of a document's pool, for experts that go together (default: "
         "%(default)s)",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most held-out documents of a domain (default: %(default)s)",
-    )
-    add_document_tokens(parser, 1024)
+    add_documents(parser, 64, 1024)
     parser.add_argument(
         "--domains", nargs="+", default=(), metavar="NAME", help="domains to measure (default: all)"
     )

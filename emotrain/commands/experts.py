@@ -9,7 +9,7 @@ from typing import Any
 from emotrain.commands.common import (
     add_checkpoint,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -88,14 +88,7 @@ def _add_new(parser: argparse.ArgumentParser) -> None:
         help="text of the domain for mean and nearest: a folder written by `emotrain prepare` (its "
         "training documents of the domain), or a JSONL file of documents",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most documents of it to read (default: %(default)s)",
-    )
-    add_document_tokens(parser, 0)
+    add_documents(parser, 64, 0, "most documents of it to read")
     parser.add_argument(
         "--seed",
         type=int,

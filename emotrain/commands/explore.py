@@ -7,7 +7,7 @@ import argparse
 from emotrain.commands.common import (
     add_checkpoint_and_data,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -63,14 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="train",
         help="documents of which split, without --clusters (default: %(default)s)",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=12_000,
-        metavar="N",
-        help="most documents (default: %(default)s)",
-    )
-    add_document_tokens(parser, 128)
+    add_documents(parser, 12_000, 128, "most documents")
     parser.add_argument(
         "--layers",
         type=int,

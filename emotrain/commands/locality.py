@@ -8,7 +8,7 @@ from pathlib import Path
 from emotrain.commands.common import (
     add_checkpoint_and_data,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -81,14 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="training documents of a domain that say what is pinned (default: %(default)s)",
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most held-out documents of a domain (default: %(default)s)",
-    )
-    add_document_tokens(parser, 1024)
+    add_documents(parser, 16, 1024)
     add_micro_batch(parser)
     add_device(parser)
     parser.add_argument("--export-pins", metavar="FILE", help="JSON file to write, as below")

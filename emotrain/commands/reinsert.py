@@ -8,7 +8,7 @@ from dataclasses import asdict
 from emotrain.commands.common import (
     add_checkpoint,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     finish,
 )
@@ -56,14 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="DIR", help="folder of `emotrain prepare`: measure every domain on it"
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=16,
-        metavar="N",
-        help="most held-out documents of a domain (default: %(default)s)",
-    )
-    add_document_tokens(parser, 512)
+    add_documents(parser, 16, 512)
     add_device(parser)
     add_json(parser)
 

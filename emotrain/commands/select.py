@@ -7,7 +7,7 @@ import argparse
 from emotrain.commands.common import (
     add_checkpoint,
     add_device,
-    add_document_tokens,
+    add_documents,
     add_json,
     add_micro_batch,
     finish,
@@ -68,14 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="router", metavar="NAME", help="as below (default: %(default)s)"
     )
-    parser.add_argument(
-        "--documents",
-        type=int,
-        default=64,
-        metavar="N",
-        help="most documents to read (default: %(default)s)",
-    )
-    add_document_tokens(parser, 0)
+    add_documents(parser, 64, 0, "most documents to read")
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),

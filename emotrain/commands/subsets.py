@@ -315,6 +315,12 @@ def _overlap_table(found: Overlap) -> str:
 # ---- measure
 
 
+def _documents(args: argparse.Namespace) -> dict[str, Any]:
+    """What both of these commands are told of the documents, and how they run."""
+    names = ("domains", "documents", "document_tokens", "device", "micro_batch")
+    return {name: getattr(args, name) for name in names}
+
+
 def _fidelity(args: argparse.Namespace) -> int:
     from emotrain.progress import ProgressBar
     from emotrain.subsets.composed import composed_fidelity, to_json
@@ -322,15 +328,7 @@ def _fidelity(args: argparse.Namespace) -> int:
 
     with ProgressBar("batches") as bar:
         found = composed_fidelity(
-            args.checkpoint,
-            args.data,
-            args.subsets,
-            domains=args.domains,
-            documents=args.documents,
-            document_tokens=args.document_tokens,
-            device=args.device,
-            micro_batch=args.micro_batch,
-            track=bar.track,
+            args.checkpoint, args.data, args.subsets, track=bar.track, **_documents(args)
         )
     names = dict(zip(args.subsets, short_names(args.subsets), strict=True))
     table = Table(
@@ -366,12 +364,8 @@ def _interference(args: argparse.Namespace) -> int:
             args.data,
             args.subsets,
             composed=args.composed,
-            domains=args.domains,
-            documents=args.documents,
-            document_tokens=args.document_tokens,
-            device=args.device,
-            micro_batch=args.micro_batch,
             track=bar.track,
+            **_documents(args),
         )
     finish(args, found.to_json(), _interference_table(found))
     return 0
