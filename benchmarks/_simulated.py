@@ -88,11 +88,11 @@ def start_loader(
     counts from the start as `start_...` does."""
     import pyarrow.ipc  # noqa: F401  (a library, which the first shard would import)
 
-    from emotrain.data.loader import Loader
+    from emotrain.data.opening import open_loader
 
     imported, ranks = _seconds_alive(), global_batch // sequences
     watch = Watch()
-    loader = Loader(folder, sequence_length, seed=0)
+    loader = open_loader(folder, sequence_length, seed=0)
     assert loader.fingerprint
     result = {
         "import_seconds": imported,

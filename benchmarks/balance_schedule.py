@@ -27,6 +27,7 @@ from _measure import arguments, report
 
 from emotrain.config import Config, load_config
 from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
@@ -126,7 +127,7 @@ def main() -> None:
     config = load_config(
         args.config, [*args.settings, f"data.path={args.data}", "training.micro_batch=1"]
     )
-    loader = Loader(
+    loader = open_loader(
         args.data,
         config.data.sequence_length,
         config.training.seed,

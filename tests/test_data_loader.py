@@ -16,7 +16,8 @@ from test_data_formats import make_dataset
 
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.formats import Dataset
-from emotrain.data.loader import Loader, keyed, mix64, permute
+from emotrain.data.loader import keyed, mix64, permute
+from emotrain.data.opening import open_loader
 from emotrain.data.packing import pack_documents
 from emotrain.data.prefetch import prefetch
 
@@ -32,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def loader(folder):
-    return Loader(folder, SEQUENCE, seed=3)
+    return open_loader(folder, SEQUENCE, seed=3)
 
 
 def same(one, other):
@@ -79,13 +80,18 @@ def test_mix64_is_that_of_splitmix64():
 
 def test_every_epoch_is_another_order_of_all_windows(loader):
     count = loader.num_sequences
-    assert count == sum(info.tokens // SEQUENCE for info in loader.dataset.shards["train"])
+    assert count == sum(
+        info.tokens // SEQUENCE for info in loader.source.store.dataset.shards["train"]
+    )
     epochs = [
         loader.windows(range(epoch * count, (epoch + 1) * count)).tolist() for epoch in range(3)
     ]
     assert all(sorted(order) == list(range(count)) for order in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
-    assert epochs[0] != Loader(loader.dataset.path, SEQUENCE, seed=4).windows(range(count)).tolist()
+    assert (
+        epochs[0]
+        != open_loader(loader.source.store.path, SEQUENCE, seed=4).windows(range(count)).tolist()
+    )
 
 
 def test_order_is_stable():
@@ -97,7 +103,7 @@ def test_order_is_stable():
 
 def test_each_token_has_the_document_that_holds_it(loader):
     """Against a plain loop over the documents of every shard."""
-    dataset, flat = loader.dataset, []
+    dataset, flat = loader.source.store.dataset, []
     for shard, info in enumerate(dataset.shards["train"]):
         stream = []
         for row in range(info.documents):
@@ -134,12 +140,13 @@ def test_documents_in_window(lengths, data):
     shard = SimpleNamespace(tokens=np.arange(offsets[-1]), offsets=offsets)
     dataset.__dict__ |= {"path": Path(), "verify_checksums": False, "vocab_size": 10**6}
     dataset.__dict__ |= {"_lock": threading.Lock(), "_mapped": lambda *_: shard}
-    dataset.shards = {"train": [SimpleNamespace(file="", sums="")]}
-    tokens, first, found = dataset.window("train", 0, start, stop)
-    assert tokens.tolist() == list(range(start, stop)) and (
-        np.repeat(np.arange(first, first + len(found)), found).tolist() == owners
-        and found.min() > 0
-    )
+    dataset.shards = {"train": [SimpleNamespace(file="", sums="", documents=len(lengths))]}
+    dataset.shards["valid"] = []
+    found = dataset.window("train", 0, start, stop)
+    assert found.tokens.tolist() == list(range(start, stop)) and found.lengths.min() > 0
+    assert np.repeat(found.ids, found.lengths).tolist() == owners
+    edges = dataset.pieces("train", 0, start, stop)[2]
+    assert edges.tolist() == [start, *(start + np.cumsum(found.lengths)).tolist()]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +170,7 @@ def test_ranks_and_micro_batches_do_not_change_a_step(loader, world_size, micro_
 
 def test_a_run_goes_on_from_its_step_alone(loader, folder):
     straight = [loader.step(step, 6, 3) for step in range(20)]
-    again = Loader(folder, SEQUENCE, seed=3)
+    again = open_loader(folder, SEQUENCE, seed=3)
     assert all(
         same(a, b)
         for step in range(7, 20)
@@ -171,24 +178,24 @@ def test_a_run_goes_on_from_its_step_alone(loader, folder):
     )
     assert again.fingerprint == loader.fingerprint
     assert loader.fingerprint not in (
-        Loader(folder, 8, 3).fingerprint,
-        Loader(folder, SEQUENCE, 3, split="valid").fingerprint,
+        open_loader(folder, 8, 3).fingerprint,
+        open_loader(folder, SEQUENCE, 3, split="valid").fingerprint,
     )
 
 
 def test_targets_across_documents_are_a_choice(folder):
-    crossing = Loader(folder, SEQUENCE, 3).batch(range(30))
-    within = Loader(folder, SEQUENCE, 3, cross_document_targets=False).batch(range(30))
+    crossing = open_loader(folder, SEQUENCE, 3).batch(range(30))
+    within = open_loader(folder, SEQUENCE, 3, cross_document_targets=False).batch(range(30))
     ends = crossing.document_BS[:, :-1] != crossing.document_BS[:, 1:]
     assert ends.any() and (within.targets_BS[:, :-1][ends] == -100).all()
     assert torch.equal(within.targets_BS[:, :-1][~ends], crossing.targets_BS[:, :-1][~ends])
 
 
 def test_filtered_sequences_keep_their_tokens_and_lose_their_targets(folder):
-    plain = Loader(folder, SEQUENCE, 3).batch(range(60))
+    plain = open_loader(folder, SEQUENCE, 3).batch(range(60))
     config = RepetitionFilterConfig(enabled=True, max_period=2, max_count=1)
-    filtered = Loader(folder, SEQUENCE, 3, repetition_filter=config).batch(range(60))
-    off = Loader(
+    filtered = open_loader(folder, SEQUENCE, 3, repetition_filter=config).batch(range(60))
+    off = open_loader(
         folder, SEQUENCE, 3, repetition_filter=RepetitionFilterConfig(max_period=2, max_count=1)
     ).batch(range(60))
     assert same(plain, off) and torch.equal(plain.tokens_BS, filtered.tokens_BS)
@@ -210,27 +217,30 @@ def test_filtered_sequences_keep_their_tokens_and_lose_their_targets(folder):
     ("call", "message"),
     [
         (
-            lambda path: Loader(path, 1, 0),
-            "sequence_length=1, seed=0: a sequence has at least 2 tokens",
+            lambda path: open_loader(path, 1, 0),
+            "sequence_length=1: a sequence has at least 2 tokens",
         ),
-        (lambda path: Loader(path, SEQUENCE, -1), "seed=-1"),
+        (lambda path: open_loader(path, SEQUENCE, -1), "seed=-1"),
         (
-            lambda path: Loader(path, 10_000, 0),
+            lambda path: open_loader(path, 10_000, 0),
             "no train shard holds a whole sequence of 10000 tokens .* lower sequence_length",
         ),
-        (lambda path: Loader(path, SEQUENCE, 0, split="dev"), "split='dev' is not known"),
-        (lambda path: Loader(path, SEQUENCE, 0).batch([3, -1]), "position -1 is before the start"),
+        (lambda path: open_loader(path, SEQUENCE, 0, split="dev"), "split='dev' is not known"),
         (
-            lambda path: Loader(path, SEQUENCE, 0).step(0, 10, 2, 0, 2),
+            lambda path: open_loader(path, SEQUENCE, 0).batch([3, -1]),
+            "position -1 is before the start",
+        ),
+        (
+            lambda path: open_loader(path, SEQUENCE, 0).step(0, 10, 2, 0, 2),
             "global_batch=10 is not a multiple of micro_batch=2 times 2",
         ),
-        (lambda path: Loader(path, SEQUENCE, 0).step(0, 8, 2, 2, 2), "rank 2 of 2"),
-        (lambda path: Loader(path, SEQUENCE, 0).step(-1, 8, 2), "step -1"),
+        (lambda path: open_loader(path, SEQUENCE, 0).step(0, 8, 2, 2, 2), "rank 2 of 2"),
+        (lambda path: open_loader(path, SEQUENCE, 0).step(-1, 8, 2), "step -1"),
         (
-            lambda path: next(prefetch(Loader(path, SEQUENCE, 0), 0, 3, 7, 2)),
+            lambda path: next(prefetch(open_loader(path, SEQUENCE, 0), 0, 3, 7, 2)),
             "global_batch=7 is not a multiple",
         ),
-        (lambda path: prefetch(Loader(path, SEQUENCE, 0), 0, -1, 8, 2), "num_steps=-1"),
+        (lambda path: prefetch(open_loader(path, SEQUENCE, 0), 0, -1, 8, 2), "num_steps=-1"),
     ],
 )
 def test_mistakes_get_one_line(folder, call, message):
@@ -303,18 +313,7 @@ def test_damage_is_noticed_when_a_shard_is_first_used(tmp_path):
     whole[len(whole) // 2] ^= 1
     path.write_bytes(whole)
     with pytest.raises(ValueError, match="its bytes have changed"):
-        Loader(tmp_path / "data", SEQUENCE, 0).batch([0])
-
-
-def test_document_domains(loader):
-    batch = loader.batch(range(10))
-    expected = {
-        document_id: domain
-        for document_id, _, domain in Dataset(loader.dataset.path).documents("train")
-    }
-    assert loader.document_domains(batch.document_ids_G.tolist()) == [
-        expected[i] for i in batch.document_ids_G.tolist()
-    ]
+        open_loader(tmp_path / "data", SEQUENCE, 0).batch([0])
 
 
 @given(st.lists(st.integers(1, 25), min_size=1, max_size=20), st.integers(1, 12))

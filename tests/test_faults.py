@@ -30,7 +30,7 @@ import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
 from emotrain.config import config_from_dict, save_config
-from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.distributed import faults, joining
 from emotrain.distributed.faults import collective_errors, describe, in_flight, report_not_finite
 from emotrain.distributed.launcher import Launch
@@ -423,7 +423,7 @@ def test_the_rank_and_the_documents_of_a_bad_update_are_named(tiny_data, tmp_pat
     settings = tiny_settings(tiny_data, tmp_path / "run", micro_batch=1)
     fork(_spoil, 2, settings, tmp_path)
     position = 2 * 4 + 1 * 2 + 1
-    documents = Loader(tiny_data, 32, 0).batch([position]).document_ids_G.tolist()
+    documents = open_loader(tiny_data, 32, 0).batch([position]).document_ids_G.tolist()
     assert (tmp_path / "log-0").read_text() == (
         f"step 3: skipped an update that is not finite (loss nan, gradient norm nan); rank 1, "
         f"micro-batch 1; "

@@ -191,14 +191,14 @@ def test_mistakes_are_one_line(finetune, fault, start, tiny_data, tmp_path):
 
 
 def test_a_run_reads_one_domain_alone(tiny_data):
-    from emotrain.data.domain_loader import DomainLoader
     from emotrain.data.formats import Dataset
+    from emotrain.data.opening import open_loader
 
     documents = {
         number: ids.tolist() for number, ids, _ in Dataset(tiny_data).documents("train", "garden")
     }
     stream = [token for ids in documents.values() for token in ids]
-    loader = DomainLoader("garden", tiny_data, 32, 0, cross_document_targets=False)
+    loader = open_loader(tiny_data, 32, 0, domain="garden", cross_document_targets=False)
     assert loader.num_sequences == len(stream) // 32 and loader.num_tokens == len(stream)
     windows = loader.windows(range(loader.num_sequences))
     assert sorted(windows.tolist()) == list(range(loader.num_sequences))
@@ -212,6 +212,6 @@ def test_a_run_reads_one_domain_alone(tiny_data):
         here = batch.document_ids_G[batch.document_BS[row]].tolist()
         assert here == owner[window * 32 : window * 32 + 32]
     with pytest.raises(UserError, match="has no train documents of domain 'sea'"):
-        DomainLoader("sea", tiny_data, 32, 0)
+        open_loader(tiny_data, 32, 0, domain="sea")
     with pytest.raises(UserError, match="no whole sequence of 6000"):
-        DomainLoader("garden", tiny_data, 6000, 0)
+        open_loader(tiny_data, 6000, 0, domain="garden")

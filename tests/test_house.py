@@ -15,7 +15,7 @@ import pytest
 from helpers import tiny_config, tiny_model
 
 import emotrain
-from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.data.prepare import prepare
 from emotrain.distributed.ranks import Ranks
 from emotrain.training.engine import NativeEngine
@@ -139,7 +139,7 @@ def entered_by_a_step(folder: Path) -> set[str]:
     path = folder / "documents.jsonl"
     path.write_text("".join(f'{{"text": "document {i} of a tiny corpus"}}\n' for i in range(200)))
     prepare([path], folder / "data", train_tokenizer=True, vocab_size=300)
-    loader = Loader(folder / "data", 16, seed=0)
+    loader = open_loader(folder / "data", 16, seed=0)
     config = tiny_config(model__vocab_size=512)
     model = tiny_model(model__vocab_size=512)
     engine = NativeEngine(model, build_optimizer(model, config.optimizer))

@@ -13,7 +13,7 @@ import torch
 
 from emotrain.cli import main
 from emotrain.config import load_config
-from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.data.tokenizer import load_tokenizer
 from emotrain.distributed.ranks import Ranks
 from emotrain.training import checkpoint
@@ -36,13 +36,13 @@ def metrics(run_dir: Path) -> list[dict]:
 def test_a_data_set_has_the_documents_it_was_made_of():
     documents = [json.loads(line) for line in (OLD / "documents.jsonl").read_text().splitlines()]
     texts = {document["text"] for document in documents if document["split"] == "train"}
-    loader = Loader(OLD / "data", 8, seed=0)
+    loader = open_loader(OLD / "data", 8, seed=0)
     assert loader.num_tokens == 2648 and loader.num_sequences == 331
     tokenizer = load_tokenizer(loader.tokenizer_file)
     seen = 0
     for tokens_S in loader.batch(range(loader.num_sequences)).tokens_BS.numpy():
-        for piece_T in np.split(tokens_S, np.flatnonzero(tokens_S == loader.eos_id)):
-            piece = tokenizer.decode(piece_T[piece_T != loader.eos_id])
+        for piece_T in np.split(tokens_S, np.flatnonzero(tokens_S == loader.source.store.eos_id)):
+            piece = tokenizer.decode(piece_T[piece_T != loader.source.store.eos_id])
             assert any(piece in text for text in texts), piece
             seen += len(piece)
     assert seen >= sum(map(len, texts)) - 8 * 20, "all of them but the end of the last"

@@ -17,7 +17,7 @@ from test_data_formats import edit, make_dataset
 
 from emotrain.data import checks, formats, shards
 from emotrain.data.formats import Dataset
-from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.files import sha256_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -48,7 +48,7 @@ def simulated(monkeypatch):
 def windows(folder, **options):
     """Every window of a data set: its tokens, documents and their lengths, or the error that it
     gives."""
-    loader, found = Loader(folder, SEQUENCE, 0, **options), []
+    loader, found = open_loader(folder, SEQUENCE, 0, **options), []
     for position in range(loader.num_sequences):
         try:
             batch = loader.batch([position])
@@ -168,7 +168,7 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
     monkeypatch.setattr(
         formats, "block_sums", lambda values: hashed.append(values.nbytes) or block_sums(values)
     )
-    loader = Loader(folder, SEQUENCE, 0)
+    loader = open_loader(folder, SEQUENCE, 0)
     assert loader.fingerprint and hashed == []
     loader.batch(range(loader.num_sequences))
     # 16 tokens of 2 bytes: a block or two; their offsets: at most 18 of 8 bytes, in up to 4 blocks.
@@ -177,9 +177,9 @@ def test_a_window_reads_neither_its_shard_nor_its_documents(folder, monkeypatch)
 
 def test_few_shards_stay_open(tmp_path):
     make_dataset(tmp_path / "data", shards=[8] * (formats.MAX_OPEN_SHARDS + 9), valid=0)
-    loader = Loader(tmp_path / "data", SEQUENCE, 0)
+    loader = open_loader(tmp_path / "data", SEQUENCE, 0)
     loader.batch(range(loader.num_sequences))
-    assert len(loader.dataset._open) == formats.MAX_OPEN_SHARDS
+    assert len(loader.source.store.dataset._open) == formats.MAX_OPEN_SHARDS
 
 
 def test_the_first_missing_shard_of_many_is_named(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_starting_reads_the_manifest_and_no_shard(tmp_path, simulated):
         read[name] = run["start_read_bytes"]
         assert read[name] < size["manifest_bytes"] + 10_000
         # 8 MB would be the least that arrays over all documents of "short" take.
-        assert bytes_made(lambda data=tmp_path / name / "data": Loader(data, 64, 0)) < 4 << 20
+        assert bytes_made(lambda data=tmp_path / name / "data": open_loader(data, 64, 0)) < 4 << 20
     assert max(read.values()) - min(read.values()) < 50 * 20
 
 

@@ -36,7 +36,7 @@ import json
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -60,6 +60,7 @@ from emotrain.data.manifest import (
     read_manifest,
     token_dtype,
 )
+from emotrain.data.source import Window
 from emotrain.errors import UserError
 from emotrain.files import sha256_of
 
@@ -210,21 +211,18 @@ class Dataset:
                 self._checked.add(key)
             return self._mapped(split, index)
 
-    def window(
+    def pieces(
         self, split: str, index: int, start: int, stop: int
-    ) -> tuple[np.ndarray, int, np.ndarray]:
-        """The tokens [start, stop) of a shard's stream, and the documents that they belong to. Of
-        the shard only what this needs is read and checked, each time; all of it, once, where it
-        has no checksums of blocks. Safe to call from several threads.
+    ) -> tuple[Shard, int, np.ndarray]:
+        """A shard, the row of the document that its token `start` is of, and int64 edges: `start`,
+        the starts of the documents between it and `stop`, and `stop`. Of the shard only what this
+        needs is read and checked, each time; all of it, once, where it has no checksums of blocks.
+        Safe to call from several threads.
 
-        Returns:
-            Token ids [stop - start], a read-only view; the row of the first document; int64 lengths
-            of the documents inside of the window, the first and last of which may be pieces.
         Raises:
             ValueError: what was read is not what was written.
         """
         info = self._infos(split)[index]
-        path = self.path / info.file
         if self.verify_checksums and not info.sums:
             shard = self.shard(split, index)
         else:
@@ -232,23 +230,24 @@ class Dataset:
                 shard = self._mapped(split, index)
         # The first document ends after `start`, the last one at `stop` or after it.
         first, last = (np.searchsorted(shard.offsets, [start + 1, stop]) - [1, 0]).tolist()
-        intact = not (self.verify_checksums and info.sums) or (
-            shard.is_intact("tokens", start, stop) and shard.is_intact("offsets", first, last + 1)
-        )
-        if not intact:
-            refuse(
-                path,
-                f"tokens {start} to {stop} are not those that were written, its bytes have changed",
-            )
-        tokens, offsets = shard.tokens[start:stop], shard.offsets[first : last + 1]
-        _check_ids(path, tokens, self.vocab_size)
-        # The search found offsets[0] <= start and stop <= offsets[-1], in whatever order the others
+        self._check_blocks(info, shard, "offsets", first, last + 1)
+        edges = shard.offsets[first : last + 1].copy()
+        # The search found edges[0] <= start and stop <= edges[-1], in whatever order the others
         # are.
-        if len(offsets) < 2 or (np.diff(offsets) < 1).any():
-            refuse(path, UNORDERED)
-        edges = offsets.copy()
+        if len(edges) < 2 or (np.diff(edges) < 1).any():
+            refuse(self.path / info.file, UNORDERED)
         edges[0], edges[-1] = start, stop
-        return tokens, first, np.diff(edges)
+        return shard, first, edges
+
+    def window(self, split: str, index: int, start: int, stop: int) -> Window:
+        """The tokens [start, stop) of a shard's stream, and their documents; see `pieces`."""
+        info = self._infos(split)[index]
+        shard, first, edges = self.pieces(split, index, start, stop)
+        self._check_blocks(info, shard, "tokens", start, stop)
+        tokens = shard.tokens[start:stop]
+        _check_ids(self.path / info.file, tokens, self.vocab_size)
+        first += self.first_ids[split][index]
+        return Window(tokens, np.diff(edges), np.arange(first, first + len(edges) - 1))
 
     def locate(self, document_id: int) -> tuple[str, int, int]:
         """Split, shard and row of a document. Raises: ValueError, for an id that the data set
@@ -262,15 +261,6 @@ class Dataset:
             f"document {document_id} is not in {self.path}; its ids are 0 to "
             f"{self.first_ids[SPLITS[-1]][-1] - 1}"
         )
-
-    def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The domain of each document."""
-        domains = []
-        for document_id in ids:
-            split, index, row = self.locate(int(document_id))
-            shard = self.shard(split, index)
-            domains.append(shard.domains[shard.domain_of[row]])
-        return domains
 
     def documents(
         self, split: str = "valid", domain: str | None = None, limit: int | None = None
@@ -304,6 +294,10 @@ class Dataset:
                 yield first_id + row, ids, shard.domains[shard.domain_of[row]]
             left -= min(left, len(wanted))
 
+    def store(self, split: str = "train") -> SplitStore:
+        """One split, to cut windows out of."""
+        return SplitStore(self, split)
+
     def _infos(self, split: str) -> list[ShardInfo]:
         if split not in SPLITS:
             raise UserError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
@@ -321,6 +315,15 @@ class Dataset:
             self._open.popitem(last=False)
         return shard
 
+    def _check_blocks(
+        self, info: ShardInfo, shard: Shard, name: str, start: int, stop: int
+    ) -> None:
+        if self.verify_checksums and info.sums and not shard.is_intact(name, start, stop):
+            refuse(
+                self.path / info.file,
+                f"{name} {start} to {stop} are not those that were written, its bytes have changed",
+            )
+
     def _check_whole(self, split: str, index: int, hashed: bool) -> None:
         """All of a shard; with `hashed` its bytes are those that were written, and its ids lie
         in the vocabulary."""
@@ -332,6 +335,23 @@ class Dataset:
         check_contents(path, shard.batch, shard.offsets)
         if hashed:
             _check_ids(path, shard.tokens, self.vocab_size)
+
+
+class SplitStore:
+    """A split of a data set, as `emotrain.data.source.TokenStore`."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        self.dataset, self.split, self.path = dataset, split, dataset.path
+        self.vocab_size, self.eos_id = dataset.vocab_size, dataset.eos_id
+        self.tokenizer_file = dataset.path / TOKENIZER
+        self.fingerprint = dataset.fingerprint(split)
+        self.shard_tokens = [info.tokens for info in dataset.shards[split]]
+
+    def window(self, shard: int, start: int, stop: int) -> Window:
+        return self.dataset.window(self.split, shard, start, stop)
+
+    def edges(self, shard: int, start: int, stop: int) -> np.ndarray:
+        return self.dataset.pieces(self.split, shard, start, stop)[2]
 
 
 def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:

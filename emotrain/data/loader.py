@@ -8,8 +8,8 @@
 
 1. **Windows.** A shard is one stream of tokens, documents one after the other. Window i of a shard
    is the stream's tokens [i * sequence_length, (i + 1) * sequence_length); what is left at the end
-   of a shard is dropped. Windows are numbered through all shards. Nothing is stored a window: a
-   number is turned into a shard and a place by a search among the shards.
+   of a shard is dropped (`StreamWindows`). Windows are numbered through all shards. Nothing is
+   stored a window: a number is turned into a shard and a place by a search among the shards.
 2. **Order.** Training reads positions 0, 1, 2, … Position p belongs to epoch p // num_sequences,
    and a permutation of the window numbers, keyed by (seed, epoch), says which window it is
    (`permute`). The permutation is computed, not stored: looking up one position costs the
@@ -19,7 +19,7 @@
    micro-batch size changes what a step trains on, and a run goes on from its step number alone:
    there is no state to save, and none to lose.
 4. **Documents.** The offsets say which documents a window touches, and where
-   (`Dataset.window`); EOS tokens are not looked at. In the example, window 1 is the
+   (`TokenStore.window`); EOS tokens are not looked at. In the example, window 1 is the
    last token of b and its EOS, and the first four of c. A document that is cut goes on in another
    window as a document of its own, under the same permanent id.
 5. **Targets** are the tokens shifted by one inside a window; its last position has none. With
@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -44,96 +45,113 @@ import numpy as np
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
-from emotrain.data.formats import Dataset
-from emotrain.data.manifest import TOKENIZER
+from emotrain.data.source import Rows, TokenStore, Windows
 from emotrain.errors import UserError
 
 
+class StreamWindows:
+    """Windows of shards as they lie, one after the other; see the top of this file.
+
+    Raises:
+        UserError: no shard holds a whole window.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int):
+        if sequence_length < 2:
+            raise UserError(f"sequence_length={sequence_length}: a sequence has at least 2 tokens")
+        self.store, self.sequence_length = store, sequence_length
+        self._first_windows = np.array(
+            list(accumulate((size // sequence_length for size in store.shard_tokens), initial=0)),
+            dtype=np.int64,
+        )
+        self.num_sequences = int(self._first_windows[-1])
+        self.num_tokens = sum(store.shard_tokens)
+        if not self.num_sequences:
+            raise UserError(
+                f"{store.path}: no {store.split} shard holds a whole sequence of "
+                f"{sequence_length} tokens ({self.num_tokens} in {len(store.shard_tokens)} "
+                f"shards); lower sequence_length or prepare more documents"
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        identity = f"{self.store.fingerprint} {self.store.split} {self.sequence_length}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def ordered(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        return permute(places, self.num_sequences, keys)
+
+    def rows(self, numbers: np.ndarray) -> Rows:
+        shards = np.searchsorted(self._first_windows, numbers, side="right") - 1
+        starts = (numbers - self._first_windows[shards]) * self.sequence_length
+        rows = Rows(np.empty((len(numbers), self.sequence_length), dtype=np.int64), [], [])
+        for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
+            window = self.store.window(shard, start, start + self.sequence_length)
+            rows.tokens_BS[row] = window.tokens
+            rows.lengths.append(window.lengths.tolist())
+            rows.ids.append(window.ids.tolist())
+        return rows
+
+
 class Loader:
-    """Sequences of a prepared data set; see the top of this file. All methods may be called from
+    """Windows in order, as batches; see the top of this file. All methods may be called from
     several threads.
 
     Args:
-        path: folder written by `emotrain prepare`.
-        sequence_length: tokens of a sequence.
+        windows: the sequences.
         seed: of the order.
         cross_document_targets: whether the last token of a document predicts the first of the next
             one.
         repetition_filter: which sequences get no loss; None, or one that is not enabled, for no
             filter.
-        verify_checksums: hash what is read, each time; see `Dataset`.
-        split: `train` or `valid`.
-    Raises:
-        FileNotFoundError: no data set there. ValueError: a damaged one, one without a whole
-            sequence, or a bad argument.
+        domain: of all documents, whose exclusive experts they use; empty for none.
     """
 
     def __init__(
         self,
-        path: str | Path,
-        sequence_length: int,
+        windows: Windows,
         seed: int,
         *,
         cross_document_targets: bool = True,
         repetition_filter: RepetitionFilterConfig | None = None,
-        verify_checksums: bool = True,
-        split: str = "train",
+        domain: str = "",
     ):
-        if sequence_length < 2 or seed < 0:
-            raise UserError(
-                f"sequence_length={sequence_length}, seed={seed}: a sequence has at least 2 "
-                f"tokens, and a seed is "
-                f"not negative"
-            )
-        self.dataset = Dataset(path, verify_checksums)
-        self.sequence_length = sequence_length
+        if seed < 0:
+            raise UserError(f"seed={seed}: a seed is not negative")
+        self.source = windows
         self.seed = seed
         self.cross_document_targets = cross_document_targets
         self.repetition_filter = (
             repetition_filter if repetition_filter and repetition_filter.enabled else None
         )
-        self.split = split
-        self.num_tokens = self.dataset.num_tokens(split)
-        """Tokens of the split, with those at the ends of shards that no sequence holds."""
-        self._first_windows = np.array(
-            list(
-                accumulate(
-                    (info.tokens // sequence_length for info in self.dataset.shards[split]),
-                    initial=0,
-                )
-            ),
-            dtype=np.int64,
-        )
-        self.num_sequences = int(self._first_windows[-1])
-        """Sequences of one epoch."""
-        if not self.num_sequences:
-            raise UserError(
-                f"{path}: no {split} shard holds a whole sequence of {sequence_length} tokens "
-                f"({self.num_tokens} "
-                f"in {len(self.dataset.shards[split])} shards); lower sequence_length or prepare "
-                f"more documents"
-            )
+        self.domain = domain
+
+    @property
+    def sequence_length(self) -> int:
+        return self.source.sequence_length
+
+    @property
+    def num_sequences(self) -> int:
+        return self.source.num_sequences
+
+    @property
+    def num_tokens(self) -> int:
+        return self.source.num_tokens
 
     @property
     def vocab_size(self) -> int:
-        return self.dataset.vocab_size
+        return self.source.store.vocab_size
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer that the documents were encoded with."""
-        return self.dataset.path / TOKENIZER
+        return self.source.store.tokenizer_file
 
     @property
-    def eos_id(self) -> int:
-        return self.dataset.eos_id
-
-    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the tokens, their order on disk, and how they are cut. With the
         seed, it fixes what every position means: a run that goes on with another fingerprint is
         another run."""
-        identity = f"{self.dataset.fingerprint(self.split)} {self.split} {self.sequence_length}"
-        return hashlib.sha256(identity.encode()).hexdigest()[:16]
+        return self.source.fingerprint
 
     def windows(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """The window at each position of the order: int64 [B] in [0, num_sequences)."""
@@ -143,38 +161,19 @@ class Loader:
                 f"position {positions.min()} is before the start; positions are at least 0"
             )
         epochs, places = np.divmod(positions, self.num_sequences)
-        return permute(places, self.num_sequences, keyed(self.seed, epochs))
+        return self.source.ordered(places, keyed(self.seed, epochs))
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> PackedBatch:
         """The sequences at `positions` of the order, as rows of one batch of CPU tensors.
 
-        Document ids are positions in the data set (see `formats`), the same whatever else is in the
-        batch.
+        Document ids are permanent in the data, the same whatever else is in the batch.
         """
-        tokens_BS, lengths, ids = self._rows(self.windows(positions))
-        packed = PackedBatch.from_segments(tokens_BS, lengths, ids, self.cross_document_targets)
+        rows = self.source.rows(self.windows(positions))
+        packed = PackedBatch.from_segments(*rows, self.cross_document_targets)
         if self.repetition_filter:
-            packed.targets_BS.numpy()[is_repetitive(tokens_BS, self.repetition_filter)] = IGNORE
-        return packed
-
-    def _rows(self, windows: np.ndarray) -> tuple[np.ndarray, list[list[int]], list[Sequence[int]]]:
-        """Tokens [B, S] of windows, and for each the lengths and ids of its documents."""
-        shards = np.searchsorted(self._first_windows, windows, side="right") - 1
-        starts = (windows - self._first_windows[shards]) * self.sequence_length
-        tokens_BS = np.empty((len(windows), self.sequence_length), dtype=np.int64)
-        lengths: list[list[int]] = []
-        ids: list[Sequence[int]] = []
-        for row, (shard_index, start) in enumerate(
-            zip(shards.tolist(), starts.tolist(), strict=True)
-        ):
-            stop = start + self.sequence_length
-            tokens_BS[row], first, row_lengths = self.dataset.window(
-                self.split, shard_index, start, stop
-            )
-            first += self.dataset.first_ids[self.split][shard_index]
-            lengths.append(row_lengths.tolist())
-            ids.append(range(first, first + len(row_lengths)))
-        return tokens_BS, lengths, ids
+            repetitive_B = is_repetitive(rows.tokens_BS, self.repetition_filter)
+            packed.targets_BS.numpy()[repetitive_B] = IGNORE
+        return replace(packed, domain=self.domain) if self.domain else packed
 
     def step(
         self,
@@ -197,10 +196,6 @@ class Loader:
         """
         blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
         return [self.batch(positions) for positions in blocks]
-
-    def document_domains(self, ids: Sequence[int] | np.ndarray) -> list[str]:
-        """The domain of each document; see `Dataset.document_domains`."""
-        return self.dataset.document_domains(ids)
 
     @staticmethod
     def micro_batches(

@@ -19,6 +19,7 @@ import torch
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig
 from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import choose_device, precision_on
 from emotrain.evaluation.perplexity import autocast
@@ -161,7 +162,7 @@ def compute_placements(
     config, model = load_model(folder, target)
     _check_ranks(config.model, eps)
     setup, step = config.training, load_state(folder).step
-    loader = Loader(
+    loader = open_loader(
         data,
         config.data.sequence_length,
         setup.seed,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 from emotrain.config import Config
 from emotrain.data.answers import AnswerLoader, is_answers
-from emotrain.data.domain_loader import DomainLoader
-from emotrain.data.loader import Loader
+from emotrain.data.opening import open_loader
 from emotrain.data.source import DataSource
 from emotrain.errors import UserError
 
@@ -40,14 +38,14 @@ def _source(config: Config) -> DataSource:
             )
         seed = config.training.seed
         return AnswerLoader(setup.path, setup.tokenizer, setup.sequence_length, seed, setup.domain)
-    kind = partial(DomainLoader, setup.domain) if setup.domain else Loader
-    loader = kind(
+    loader = open_loader(
         setup.path,
         setup.sequence_length,
         config.training.seed,
         cross_document_targets=setup.cross_document_targets,
         repetition_filter=setup.repetition_filter,
         verify_checksums=setup.verify_checksums,
+        domain=setup.domain,
     )
     left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
     if left_out > 0.05:

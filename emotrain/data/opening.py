@@ -1,0 +1,51 @@
+"""From a path to what can be trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from emotrain.config import RepetitionFilterConfig
+from emotrain.data.domain_windows import DomainWindows
+from emotrain.data.formats import Dataset
+from emotrain.data.loader import Loader, StreamWindows
+from emotrain.data.source import Windows
+
+
+def open_loader(
+    path: str | Path,
+    sequence_length: int,
+    seed: int,
+    *,
+    cross_document_targets: bool = True,
+    repetition_filter: RepetitionFilterConfig | None = None,
+    verify_checksums: bool = True,
+    domain: str = "",
+    split: str = "train",
+) -> Loader:
+    """The sequences of a prepared data set, in order.
+
+    Args:
+        path: folder written by `emotrain prepare`.
+        sequence_length: tokens of a sequence.
+        seed: of the order.
+        cross_document_targets, repetition_filter: see `Loader`.
+        verify_checksums: hash what is read, each time; see `Dataset`.
+        domain: only its documents, which use its exclusive experts; empty for all documents.
+        split: `train` or `valid`.
+    Raises:
+        FileNotFoundError: no data set there. UserError: a damaged one, one without a whole
+            sequence, or a bad argument.
+    """
+    store = Dataset(path, verify_checksums).store(split)
+    windows: Windows = (
+        DomainWindows(store, sequence_length, domain)
+        if domain
+        else StreamWindows(store, sequence_length)
+    )
+    return Loader(
+        windows,
+        seed,
+        cross_document_targets=cross_document_targets,
+        repetition_filter=repetition_filter,
+        domain=domain,
+    )
