@@ -7,6 +7,7 @@ quickstart with that learning rate. An unknown setting, a value of the wrong typ
 that cannot work are refused before anything starts.
 """
 
+from emotrain.config.data import DataConfig, RepetitionFilterConfig
 from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts
@@ -24,14 +25,12 @@ from emotrain.config.schema import (
     AnnealConfig,
     AttentionConfig,
     Config,
-    DataConfig,
     ExpertsConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PoolConfig,
-    RepetitionFilterConfig,
     RouterConfig,
     TrainingConfig,
     flatten,
