@@ -57,6 +57,9 @@ MODELS: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "pools across windows": {
+        "router": {"pool": {"kind": "uniform", "min": 1, "max": 7, "across_windows": 2}}
+    },
     "pools by a prefix": {
         "router": {
             "pool": {
@@ -89,6 +92,7 @@ def config(
     changes = MODELS[model]
     experts = {"routed": 7, "shared": 1, "top_k": 2, "hidden": 8, **changes.get("experts", {})}
     router = {"pool": {"kind": "uniform", "min": 1, "max": 7}, **changes.get("router", {})}
+    windows = router["pool"].get("across_windows", 1)
     return config_from_dict(
         {
             "model": {
@@ -104,7 +108,8 @@ def config(
             "data": {"sequence_length": LENGTH},
             "parallel": parallel or {},
             "optimizer": {"lr": 1e-2, "clip_norm": 0.5},
-            "training": {"steps": 1, "global_batch": rows, "micro_batch": 1},
+            # Rows of a micro-batch are a case's own.
+            "training": {"steps": 1, "global_batch": rows, "micro_batch": windows},
         }
     )
 

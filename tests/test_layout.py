@@ -70,6 +70,8 @@ COMBINED = [
     Case(4, 1, 2, 1, "selective", True, True, "pools of parts"),
     Case(2, 1, 2, 1, "full", True, True, "pools by a prefix", "length one"),
     Case(4, 2, 2, 2, "none", False, False, "pools by a prefix", "uneven"),
+    Case(2, 1, 2, 2, "full", False, False, "pools across windows"),
+    Case(4, 2, 2, 1, "selective", True, True, "pools across windows", "uneven"),
     Case(2, 1, 2, 2, "full", False, False, "7 and 4 experts", "mixed", placed=True),
     Case(4, 1, 4, 2, "selective", placed=True),
     Case(4, 1, 2, 1, "none", False, False, "one bank", "uneven", placed=True),
@@ -94,8 +96,13 @@ def every_case() -> list[Case]:
         for index, model in enumerate(MODELS)
         for reshard, documents in zip((True, False, index % 2 == 0), DOCUMENTS, strict=True)
     ]
-    # Four experts leave the last of three ranks without any: no layout.
-    return [case for case in structure + content if case.ep != 3 or case.model != "7 and 4 experts"]
+    # Four experts leave the last of three ranks without any, and one row is no two windows.
+    no_layout = {("7 and 4 experts", "ep", 3), ("pools across windows", "size", 1)}
+    return [
+        case
+        for case in structure + content
+        if not any(case.model == of and getattr(case, name) == n for of, name, n in no_layout)
+    ]
 
 
 def with_long(cases: list[Case], others: list[Case]) -> pytest.MarkDecorator:

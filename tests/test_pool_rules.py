@@ -3,6 +3,10 @@ tokens choose it, which documents have none, and what the losses read."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_batch, tiny_config, tiny_model
@@ -16,7 +20,7 @@ from emotrain.config import PoolConfig, RouterConfig
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.model.pool_units import pool_units
+from emotrain.model.pool_units import joined, pool_units
 from emotrain.model.router import NO_POOL, LayerRequest, decide, draw_pool_sizes
 from emotrain.model.transformer import Transformer
 from emotrain.planning.dry_run import dry_run
@@ -118,6 +122,57 @@ def test_units_of_whole_documents_are_the_published_rule() -> None:
         assert torch.equal(getattr(published, name), getattr(by_units, name)), name
 
 
+def cut(documents: list[tuple[int, int]], row: int) -> tuple[list[list[int]], list[list[int]]]:
+    """By a loop: lengths and ids of the pieces in each row of a stream of (id, length)."""
+    tokens = [number for number, length in documents for _ in range(length)]
+    lengths, ids = [], []
+    for start in range(0, len(tokens), row):
+        pieces = [(number, len(list(run))) for number, run in groupby(tokens[start : start + row])]
+        ids.append([number for number, _ in pieces])
+        lengths.append([length for _, length in pieces])
+    return lengths, ids
+
+
+@many
+@given(
+    st.lists(st.integers(1, 14), min_size=1, max_size=12),
+    st.integers(2, 6),
+    st.sampled_from((2, 3, 4)),
+    st.sampled_from(UNITS),
+    st.sampled_from(CHOOSERS),
+    st.integers(0, 2**31),
+)
+def test_a_pool_across_windows_is_that_of_one_long_window(
+    sizes: list[int], row: int, across: int, unit: str, chosen_by: str, seed: int
+) -> None:
+    left = -sum(sizes) % (row * across)
+    documents = [(7 * i + 3, size) for i, size in enumerate(sizes)]
+    documents += [(-1, left)] if left else []
+    total = sum(size for _, size in documents)
+    generator = torch.Generator().manual_seed(seed)
+    logits_TN = torch.randn(total, ROUTED, dtype=torch.float64, generator=generator)
+    pool = PoolConfig(kind="uniform", min=1, max=7, unit=unit, chosen_by=chosen_by)
+    decisions = []
+    for length, rows in ((row, across), (row * across, 1)):
+        batch = PackedBatch.from_segments(
+            np.zeros((total // length, length), dtype=np.int64), *cut(documents, length), False
+        )
+        rule = replace(pool, across_windows=rows)
+        sizes_LG = draw_pool_sizes(rule, batch.document_ids_G, 1, seed=0, step=seed)
+        request = LayerRequest(rule, sizes_LG[0], units=pool_units(rule, batch))
+        decisions.append(decide(logits_TN, batch, CHOSEN, RouterConfig(), request))
+    for name in ("probabilities_TN", "weights_TK", "experts_TK", "lse_T", "counts_N"):
+        assert torch.equal(*(getattr(of, name) for of in decisions)), name
+
+
+def test_windows_of_other_groups_and_other_documents_are_not_joined() -> None:
+    ids = [[5], [5], [5], [6], [6], [5]]
+    batch = PackedBatch.from_segments(np.zeros((6, 2), int), [[2]] * 6, ids, False)
+    document_T, piece_G = joined(batch, 2)
+    assert document_T[::2].tolist() == [0, 0, 1, 2, 3, 4]
+    assert piece_G.tolist() == [0, 2, 3, 4, 5, 0]
+
+
 # ---- documents without a pool
 
 
@@ -190,7 +245,7 @@ def test_every_rule_trains_otherwise_and_recomputes_alike(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["segments", "prefix", "other part", "unmasked"])
 def test_triton_refuses_what_it_does_not_know(name: str) -> None:
-    with pytest.raises(UserError, match="triton does not route with .*pool.scores"):
+    with pytest.raises(UserError, match="triton does not route with .*and scores"):
         gradients(RULES[name], "none", "triton")
 
 
@@ -242,6 +297,8 @@ def test_inference_has_no_rule() -> None:
         ("none_share=-0.1", "none_share=-0.1 must be at least 0"),
         ("none_share=.nan", "none_share=nan is not finite"),
         ("warmup_steps=-1", "warmup_steps=-1 must be at least 0"),
+        ("across_windows=0", "across_windows=0 must be positive"),
+        ("across_windows=3", "training.micro_batch=16 is no multiple of them"),
         ("scores=free", "scores=free is not known; choose one of masked, unmasked"),
     ],
 )

@@ -64,7 +64,7 @@ def test_settings_can_be_searched(capsys: pytest.CaptureFixture[str]) -> None:
         f"model.router.pool.{name}"
         for name in (
             *("kind", "min", "max", "size", "per", "allow_larger", "unit", "chosen_by"),
-            *("none_share", "warmup_steps", "scores"),
+            *("across_windows", "none_share", "warmup_steps", "scores"),
         )
     ]
     assert "optimizer.warmup_steps" in keys("Warm-Up")

@@ -202,6 +202,13 @@ def _check_run(config: Config) -> None:
         config.data.sequence_length >= 2,
         "data.sequence_length=1 leaves nothing to predict; make it at least 2",
     )
+    windows = config.model.router.pool.across_windows
+    _require(
+        config.training.micro_batch % windows == 0,
+        f"model.router.pool.across_windows={windows}: the windows of a document lie in one "
+        f"micro-batch, and training.micro_batch={config.training.micro_batch} is no multiple of "
+        f"them; make it one",
+    )
     filter_ = config.data.repetition_filter
     _require(
         filter_.min_period <= filter_.max_period,

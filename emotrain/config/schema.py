@@ -47,6 +47,9 @@ class PoolConfig:
     """Which tokens choose the pool of a unit: all of it (`document`, the published rule), its
     first N tokens (`prefix:N`), or `other_part`: each half of it gets the pool that the other half
     chooses."""
+    across_windows: int = 1
+    """Neighbouring windows of a step in which a document keeps one pool; those windows lie in one
+    micro-batch. 1: a document that is cut has a pool in each window, as in the published models."""
     none_share: NonNegativeFloat = 0.0
     """Share of documents that get no pool and may use all experts, drawn anew in every step."""
     warmup_steps: NonNegativeInt = 0

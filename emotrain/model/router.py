@@ -95,7 +95,7 @@ def training_request(
     if pool.kind == "none":
         return RoutingRequest(z_logits=z_logits)
     sizes_LG = draw_pool_sizes(pool, batch.document_ids_G, model.num_layers, seed, step)
-    published = pool.unit == pool.chosen_by == "document"
+    published = pool.unit == pool.chosen_by == "document" and pool.across_windows == 1
     units = None if published else pool_units(pool, batch)
     return RoutingRequest(pool, sizes_LG, z_logits=z_logits, units=units)
 
@@ -164,7 +164,7 @@ def decide(
     if not in_triton:
         raise UserError(
             f"experts.backend=triton does not route with pool.kind={kind}, gating={config.gating} "
-            f"and these pool.unit, pool.chosen_by and pool.scores; use auto or torch"
+            f"and these pool.unit, chosen_by, across_windows and scores; use auto or torch"
         )
     from emotrain.kernels.triton_routing import decide_in_triton
 
