@@ -96,49 +96,67 @@ class PackedBatch:
         ids: Sequence[Sequence[int]],
         cross_document_targets: bool,
     ) -> PackedBatch:
-        """Build a batch from rows and, for each row, the lengths and permanent ids of its documents
-        in order.
+        """As `from_documents`, with the lengths and ids of each row in a list of its own."""
+        return cls.from_documents(
+            tokens_BS,
+            np.concatenate([np.asarray(row, dtype=np.int64) for row in lengths]),
+            np.concatenate([np.asarray(row, dtype=np.int64) for row in ids]),
+            cross_document_targets,
+        )
+
+    @classmethod
+    def from_documents(
+        cls,
+        tokens_BS: np.ndarray,
+        lengths_G: np.ndarray,
+        ids_G: np.ndarray,
+        cross_document_targets: bool,
+    ) -> PackedBatch:
+        """Build a batch from rows and the lengths and permanent ids of the documents that fill
+        them, one row after the other.
 
         Args:
-            tokens_BS: integer array [B, S].
-            lengths: for each row, document lengths in tokens that sum to S.
-            ids: for each row, as many permanent document ids (-1 marks padding, which has no loss).
+            tokens_BS: integers; int64 is used in place.
+            lengths_G: document lengths in tokens; those of a row sum to S.
+            ids_G: int64 permanent document ids (-1 marks padding, which has no loss).
             cross_document_targets: whether the last token of a document predicts the first of the
                 next one in the same row (the reference trains on these, spec 4.3).
         Raises:
-            ValueError: lengths that do not sum to S, or not one id a length.
+            ValueError: lengths that do not sum to S in each row, or not one id a length.
         """
         num_rows, row_length = tokens_BS.shape
-        for row, (row_lengths, row_ids) in enumerate(zip(lengths, ids, strict=True)):
-            if (
-                sum(row_lengths) != row_length
-                or len(row_ids) != len(row_lengths)
-                or min(row_lengths) < 1
-            ):
-                raise UserError(
-                    f"row {row}: {len(row_ids)} documents of lengths {list(row_lengths)} do not "
-                    f"fill "
-                    f"{row_length} tokens; give positive lengths that sum to it and one id each"
-                )
-        flat_ids = np.concatenate([np.asarray(i, dtype=np.int64) for i in ids])
-        flat_lengths = np.concatenate([np.asarray(n, dtype=np.int64) for n in lengths])
-        document_BS = np.repeat(np.arange(len(flat_ids)), flat_lengths).reshape(
-            num_rows, row_length
-        )
-        tokens_BS = tokens_BS.astype(np.int64)
-        targets_BS = np.full_like(tokens_BS, IGNORE)
+        ends_G = np.cumsum(lengths_G)
+        row_ends_B = np.arange(1, num_rows + 1) * row_length
+        if (
+            len(ids_G) != len(lengths_G)
+            or not len(ids_G)
+            or lengths_G.min() < 1
+            or ends_G[-1] != row_ends_B[-1]
+            or (ends_G[np.searchsorted(ends_G, row_ends_B)] != row_ends_B).any()
+        ):
+            raise UserError(
+                f"{len(ids_G)} documents of lengths {lengths_G.tolist()} do not fill {num_rows} "
+                f"rows of {row_length} tokens; give positive lengths that sum to it in each row, "
+                f"and one id each"
+            )
+        document_BS = np.repeat(np.arange(len(ids_G)), lengths_G).reshape(num_rows, row_length)
+        tokens_BS = tokens_BS.astype(np.int64, copy=False)
+        targets_BS = np.empty_like(tokens_BS)
         targets_BS[:, :-1] = tokens_BS[:, 1:]
-        is_padding_BS = flat_ids[document_BS] < 0
+        targets_BS[:, -1] = IGNORE
         if not cross_document_targets:
-            targets_BS[:, :-1][document_BS[:, :-1] != document_BS[:, 1:]] = IGNORE
-        targets_BS[is_padding_BS] = IGNORE
-        targets_BS[:, :-1][is_padding_BS[:, 1:]] = IGNORE
+            targets_BS.reshape(-1)[ends_G - 1] = IGNORE
+        has_padding = bool((ids_G < 0).any())
+        if has_padding:
+            is_padding_BS = ids_G[document_BS] < 0
+            targets_BS[is_padding_BS] = IGNORE
+            targets_BS[:, :-1][is_padding_BS[:, 1:]] = IGNORE
         return cls(
             torch.from_numpy(tokens_BS),
             torch.from_numpy(targets_BS),
             torch.from_numpy(document_BS),
-            torch.from_numpy(flat_ids),
-            bool(is_padding_BS.any()),
+            torch.from_numpy(ids_G),
+            has_padding,
         )
 
 

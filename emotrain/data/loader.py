@@ -37,7 +37,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -52,45 +51,51 @@ from emotrain.errors import UserError
 class StreamWindows:
     """Windows of shards as they lie, one after the other; see the top of this file.
 
+    Args:
+        span: so many windows stay neighbours, in one micro-batch: documents go on through them.
+        part: of the store's data set that its streams are, for the fingerprint.
     Raises:
         UserError: no shard holds a whole window.
     """
 
-    def __init__(self, store: TokenStore, sequence_length: int):
+    def __init__(self, store: TokenStore, sequence_length: int, span: int = 1, part: str = ""):
         if sequence_length < 2:
             raise UserError(f"sequence_length={sequence_length}: a sequence has at least 2 tokens")
+        assert span >= 1
         self.store, self.sequence_length = store, sequence_length
-        self._first_windows = np.array(
-            list(accumulate((size // sequence_length for size in store.shard_tokens), initial=0)),
-            dtype=np.int64,
-        )
+        self.span, self.part = span, part
+        whole = [size // (sequence_length * span) * span for size in store.shard_tokens]
+        self._first_windows = np.cumsum([0, *whole])
         self.num_sequences = int(self._first_windows[-1])
         self.num_tokens = sum(store.shard_tokens)
         if not self.num_sequences:
             raise UserError(
                 f"{store.path}: no {store.split} shard holds a whole sequence of "
-                f"{sequence_length} tokens ({self.num_tokens} in {len(store.shard_tokens)} "
+                f"{sequence_length * span} tokens ({self.num_tokens} in {len(store.shard_tokens)} "
                 f"shards); lower sequence_length or prepare more documents"
             )
 
     @cached_property
     def fingerprint(self) -> str:
         identity = f"{self.store.fingerprint} {self.store.split} {self.sequence_length}"
+        identity += f" {self.part}" * bool(self.part) + f" span {self.span}" * (self.span > 1)
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def ordered(self, places: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        return permute(places, self.num_sequences, keys)
+        groups, inside = np.divmod(places, self.span)
+        return permute(groups, self.num_sequences // self.span, keys) * self.span + inside
 
     def rows(self, numbers: np.ndarray) -> Rows:
         shards = np.searchsorted(self._first_windows, numbers, side="right") - 1
         starts = (numbers - self._first_windows[shards]) * self.sequence_length
-        rows = Rows(np.empty((len(numbers), self.sequence_length), dtype=np.int64), [], [])
+        tokens_BS = np.empty((len(numbers), self.sequence_length), dtype=np.int64)
+        lengths, ids = [], []
         for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
             window = self.store.window(shard, start, start + self.sequence_length)
-            rows.tokens_BS[row] = window.tokens
-            rows.lengths.append(window.lengths.tolist())
-            rows.ids.append(window.ids.tolist())
-        return rows
+            tokens_BS[row] = window.tokens
+            lengths.append(window.lengths)
+            ids.append(window.ids)
+        return Rows(tokens_BS, np.concatenate(lengths), np.concatenate(ids))
 
 
 class Loader:
@@ -169,7 +174,7 @@ class Loader:
         Document ids are permanent in the data, the same whatever else is in the batch.
         """
         rows = self.source.rows(self.windows(positions))
-        packed = PackedBatch.from_segments(*rows, self.cross_document_targets)
+        packed = PackedBatch.from_documents(*rows, self.cross_document_targets)
         if self.repetition_filter:
             repetitive_B = is_repetitive(rows.tokens_BS, self.repetition_filter)
             packed.targets_BS.numpy()[repetitive_B] = IGNORE
@@ -194,6 +199,11 @@ class Loader:
             ValueError: the global batch is not whole micro-batches on every rank, or a number is
                 out of range.
         """
+        if micro_batch % self.source.span:
+            raise UserError(
+                f"micro_batch={micro_batch} is not a multiple of {self.source.span}, the sequences "
+                f"that belong together; make it one"
+            )
         blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
         return [self.batch(positions) for positions in blocks]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from emotrain.config import RepetitionFilterConfig
-from emotrain.data.domain_windows import DomainWindows
+from emotrain.data.domain_store import DomainStore
 from emotrain.data.formats import Dataset
 from emotrain.data.loader import Loader, StreamWindows
-from emotrain.data.source import Windows
+from emotrain.data.source import TokenStore
 
 
 def open_loader(
@@ -36,12 +36,10 @@ def open_loader(
         FileNotFoundError: no data set there. UserError: a damaged one, one without a whole
             sequence, or a bad argument.
     """
-    store = Dataset(path, verify_checksums).store(split)
-    windows: Windows = (
-        DomainWindows(store, sequence_length, domain)
-        if domain
-        else StreamWindows(store, sequence_length)
-    )
+    whole = Dataset(path, verify_checksums).store(split)
+    store: TokenStore = DomainStore(whole, domain, sequence_length) if domain else whole
+    part = f"domain {domain}" if domain else ""
+    windows = StreamWindows(store, sequence_length, part=part)
     return Loader(
         windows,
         seed,

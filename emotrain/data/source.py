@@ -79,14 +79,15 @@ class TokenStore(Protocol):
 
 
 class Rows(NamedTuple):
-    """Sequences as `PackedBatch.from_segments` takes them."""
+    """Sequences as `PackedBatch.from_documents` takes them."""
 
     tokens_BS: np.ndarray
     """int64 token ids."""
-    lengths: list[list[int]]
-    """For each row, the lengths of its documents, which sum to S."""
-    ids: list[list[int]]
-    """For each row, the permanent ids of its documents."""
+    lengths_G: np.ndarray
+    """int64: lengths of the documents, or pieces of them, that fill the rows one after the other;
+    those of a row sum to S."""
+    ids_G: np.ndarray
+    """int64: the permanent id of each."""
 
 
 class Windows(Protocol):
@@ -100,8 +101,13 @@ class Windows(Protocol):
         """Tokens of a sequence."""
 
     @property
+    def span(self) -> int:
+        """Sequences that are neighbours in the data and in every order: places w * span to
+        w * span + span - 1 are as many sequences that follow one another in a stream."""
+
+    @property
     def num_sequences(self) -> int:
-        """Sequences of one epoch."""
+        """Sequences of one epoch; a multiple of `span`."""
 
     @property
     def num_tokens(self) -> int:
