@@ -16,7 +16,7 @@ from test_data_formats import make_dataset
 
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.formats import Dataset
-from emotrain.data.loader import keyed, mix64, permute
+from emotrain.data.loader import StreamWindows, keyed, mix64, permute
 from emotrain.data.opening import open_loader
 from emotrain.data.packing import pack_documents
 from emotrain.data.prefetch import prefetch
@@ -147,6 +147,35 @@ def test_documents_in_window(lengths, data):
     assert np.repeat(found.ids, found.lengths).tolist() == owners
     edges = dataset.pieces("train", 0, start, stop)[2]
     assert edges.tolist() == [start, *(start + np.cumsum(found.lengths)).tolist()]
+
+
+class IdsFromWindows:
+    """A store that knows where a document begins only inside of the window that it is asked for,
+    as files without an index do."""
+
+    def __init__(self, store):
+        self.path, self.split, self.fingerprint = store.path, store.split, store.fingerprint
+        self.shard_tokens, self._store = store.shard_tokens, store
+
+    def window(self, shard, start, stop):
+        found = self._store.window(shard, start, stop)
+        begins = start + np.cumsum(found.lengths) - found.lengths
+        return found._replace(ids=begins + 10**6 * shard)
+
+
+@pytest.mark.parametrize("span", [1, 2, 3])
+def test_a_document_has_one_id_in_neighbouring_windows(folder, span):
+    store = Dataset(folder).store()
+    windows = StreamWindows(IdsFromWindows(store), SEQUENCE, span)
+    known = StreamWindows(store, SEQUENCE, span)
+    numbers = np.random.default_rng(0).permutation(windows.num_sequences)
+    found, true = windows.rows(numbers), known.rows(numbers)
+    assert np.array_equal(found.tokens_BS, true.tokens_BS)
+    assert np.array_equal(found.lengths_G, true.lengths_G)
+    rows = (np.cumsum(found.lengths_G) - found.lengths_G) // SEQUENCE
+    groups = (numbers // span)[rows].tolist()
+    pairs = set(zip(groups, true.ids_G.tolist(), found.ids_G.tolist(), strict=True))
+    assert len({pair[:2] for pair in pairs}) == len({(g, i) for g, _, i in pairs}) == len(pairs)
 
 
 @pytest.mark.parametrize(

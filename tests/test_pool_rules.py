@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from emotrain.model.pool_units import joined, pool_units
 from emotrain.model.router import NO_POOL, LayerRequest, decide, draw_pool_sizes
 from emotrain.model.transformer import Transformer
 from emotrain.planning.dry_run import dry_run
+from emotrain.training.data_source import build_loader
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
 from tests.test_router import pool_oracle, route_oracle
@@ -171,6 +173,25 @@ def test_windows_of_other_groups_and_other_documents_are_not_joined() -> None:
     document_T, piece_G = joined(batch, 2)
     assert document_T[::2].tolist() == [0, 0, 1, 2, 3, 4]
     assert piece_G.tolist() == [0, 2, 3, 4, 5, 0]
+
+
+def test_training_data_lie_as_pools_across_windows_need_them(tiny_data: Path) -> None:
+    config = tiny_config(
+        model__vocab_size=512,
+        model__router__pool__across_windows=2,
+        data__path=str(tiny_data),
+        data__sequence_length=32,
+        training__global_batch=8,
+        training__micro_batch=4,
+    )
+    cut = 0
+    for batch in build_loader(config).step(0, 8, 4):
+        document_T, _ = joined(batch, 2)
+        first, second = document_T.view(2, 2, 32)[:, 0, -1], document_T.view(2, 2, 32)[:, 1, 0]
+        ids = batch.document_ids_G[batch.document_BS]
+        assert torch.equal(first == second, ids[::2, -1] == ids[1::2, 0])
+        cut += int((first == second).sum())
+    assert cut > 0
 
 
 # ---- documents without a pool

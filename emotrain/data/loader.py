@@ -44,7 +44,7 @@ import numpy as np
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.config import RepetitionFilterConfig
 from emotrain.data.filters import is_repetitive
-from emotrain.data.source import Rows, TokenStore, Windows
+from emotrain.data.source import Rows, TokenStore, Windows, behind
 from emotrain.errors import UserError
 
 
@@ -88,10 +88,16 @@ class StreamWindows:
     def rows(self, numbers: np.ndarray) -> Rows:
         shards = np.searchsorted(self._first_windows, numbers, side="right") - 1
         starts = (numbers - self._first_windows[shards]) * self.sequence_length
+        # Neighbours are read as one: a document that they are cut from has one id in all of them.
+        befores = numbers % self.span * self.sequence_length
         tokens_BS = np.empty((len(numbers), self.sequence_length), dtype=np.int64)
         lengths, ids = [], []
-        for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
-            window = self.store.window(shard, start, start + self.sequence_length)
+        for row, (shard, start, before) in enumerate(
+            zip(shards.tolist(), starts.tolist(), befores.tolist(), strict=True)
+        ):
+            window = self.store.window(shard, start - before, start + self.sequence_length)
+            if before:
+                window = behind(window, before)
             tokens_BS[row] = window.tokens
             lengths.append(window.lengths)
             ids.append(window.ids)

@@ -21,6 +21,7 @@ def open_loader(
     verify_checksums: bool = True,
     domain: str = "",
     split: str = "train",
+    span: int = 1,
 ) -> Loader:
     """The sequences of a prepared data set, in order.
 
@@ -32,6 +33,7 @@ def open_loader(
         verify_checksums: hash what is read, each time; see `Dataset`.
         domain: only its documents, which use its exclusive experts; empty for all documents.
         split: `train` or `valid`.
+        span: sequences that stay neighbours, for pools across windows; see `StreamWindows`.
     Raises:
         FileNotFoundError: no data set there. UserError: a damaged one, one without a whole
             sequence, or a bad argument.
@@ -39,7 +41,7 @@ def open_loader(
     whole = Dataset(path, verify_checksums).store(split)
     store: TokenStore = DomainStore(whole, domain, sequence_length) if domain else whole
     part = f"domain {domain}" if domain else ""
-    windows = StreamWindows(store, sequence_length, part=part)
+    windows = StreamWindows(store, sequence_length, span, part)
     return Loader(
         windows,
         seed,

@@ -30,6 +30,13 @@ class Window(NamedTuple):
     """int64: the permanent id of each document in its store; not negative, below 2^48."""
 
 
+def behind(window: Window, tokens: int) -> Window:
+    """What of a window comes after its first tokens."""
+    ends = np.cumsum(window.lengths) - tokens
+    left = ends > 0
+    return Window(window.tokens[tokens:], np.diff(ends[left], prepend=0), window.ids[left])
+
+
 class TokenStore(Protocol):
     """Streams of tokens, a shard each, with the documents they consist of. Everything read is
     checked before it is given: ids lie in the vocabulary, lengths are positive. Safe to call from

@@ -168,6 +168,7 @@ def compute_placements(
         setup.seed,
         cross_document_targets=config.data.cross_document_targets,
         verify_checksums=config.data.verify_checksums,
+        span=config.model.router.pool.across_windows,
     )
     check_vocabulary(Path(data), loader.vocab_size, config, folder)
     rows = micro_batch or setup.micro_batch

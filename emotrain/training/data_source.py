@@ -46,6 +46,7 @@ def _source(config: Config) -> DataSource:
         repetition_filter=setup.repetition_filter,
         verify_checksums=setup.verify_checksums,
         domain=setup.domain,
+        span=config.model.router.pool.across_windows,
     )
     left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
     if left_out > 0.05:
