@@ -150,18 +150,23 @@ def _parallel_lines(config: Config) -> list[str]:
 
 def _data(config: Config, tokens: int) -> dict[str, Any]:
     """The data set as far as it is there: its training tokens, and how often the run sees them."""
-    from emotrain.data.formats import Dataset
+    from emotrain.data.opening import open_store
 
     found: dict[str, Any] = {"path": config.data.path, "tokens": None, "passes": None}
     if not config.data.path:
         return found | {"note": "data.path is not set"}
     try:
-        domains = Dataset(config.data.path, verify_checksums=False).domains["train"]
+        store = open_store(
+            config.data.path,
+            tokenizer=config.data.tokenizer,
+            raw=config.data.raw,
+            verify_checksums=False,
+        )
     except FileNotFoundError:
         return found | {"note": "not prepared yet (emotrain prepare)"}
     except (UserError, OSError) as error:
         return found | {"note": " ".join(str(error).split())}
-    size = sum(domain["tokens"] for domain in domains.values())
+    size = sum(store.shard_tokens)
     passes = tokens / size if size else 0.0
     note = f"{size:,} training tokens; the run passes over them {passes:.3g} times"
     return found | {"tokens": size, "passes": passes, "note": note}

@@ -7,7 +7,7 @@ quickstart with that learning rate. An unknown setting, a value of the wrong typ
 that cannot work are refused before anything starts.
 """
 
-from emotrain.config.data import DataConfig, RepetitionFilterConfig
+from emotrain.config.data import DataConfig, RawTokensConfig, RepetitionFilterConfig
 from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts
@@ -52,6 +52,7 @@ __all__ = [
     "ParallelConfig",
     "PoolConfig",
     "ProfileConfig",
+    "RawTokensConfig",
     "RepetitionFilterConfig",
     "RouterConfig",
     "TrainingConfig",

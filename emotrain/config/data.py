@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from emotrain.config.kinds import PathText
+from emotrain.config.kinds import NonNegativeInt, PathText
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,40 @@ class RepetitionFilterConfig:
 
 
 @dataclass(frozen=True)
+class RawTokensConfig:
+    """Files of tokens or text that `emotrain prepare` did not write: what they do not say of
+    themselves. Vocabulary and EOS are those of `data.tokenizer`, or else `vocab_size` and
+    `eos_id`."""
+
+    format: Literal["auto", "dolma"] = "auto"
+    """`dolma`: plain arrays of tokens (Dolma, OLMo), whatever their files are called; `auto`: by
+    the names of the files."""
+    dtype: Literal["auto", "uint8", "uint16", "uint32"] = "auto"
+    """Type of the tokens in plain arrays; `auto`: the smallest that holds the vocabulary, as the
+    reference writes them (spec 4.1)."""
+    vocab_size: NonNegativeInt = 0
+    """One more than the largest token id; 0 means that of `data.tokenizer`."""
+    eos_id: NonNegativeInt = 0
+    """The token that ends every document, where `vocab_size` is given."""
+    eos_token: str = ""
+    """Its text, where `data.tokenizer` is given; empty means that of `emotrain prepare`."""
+    root: str = ""
+    """Folder or address that the paths of a list or a mix of files are relative to; empty means
+    the folder of the list."""
+    tokenizer_name: str = ""
+    """What stands for `{TOKENIZER}` in the paths of a mix, such as `allenai/dolma2-tokenizer`."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from."""
 
     path: PathText = ""
-    """Folder written by `emotrain prepare`, or a JSONL file of prompts and answers, whose loss is
-    on answers alone: `prompt` and `answer`, or `question`, `choices` and `answer`."""
+    """Folder written by `emotrain prepare`; files of tokens or text as others write them, see
+    `data.raw` (docs/data.md); or a JSONL file of prompts and answers, whose loss is on answers
+    alone: `prompt` and `answer`, or `question`, `choices` and `answer`."""
     tokenizer: PathText = ""
-    """The tokenizer.json for such a file."""
+    """The tokenizer.json for files that `emotrain prepare` did not write."""
     domain: str = ""
     """Train on the documents of this domain alone, with its exclusive experts, where the model has
     any; empty means all documents, with the experts that are common to them."""
@@ -48,3 +75,5 @@ class DataConfig:
     it was trained with. The data are then read from their start."""
     repetition_filter: RepetitionFilterConfig = field(default_factory=RepetitionFilterConfig)
     """Filter of periodic sequences."""
+    raw: RawTokensConfig = field(default_factory=RawTokensConfig)
+    """Files of tokens or text as others write them."""

@@ -32,6 +32,9 @@ log = logging.getLogger("emotrain")
 MULTIPLE = 8
 """Rows are padded to a multiple of so many tokens, as the reference pads."""
 
+MOST_FIRST = 2**24
+"""Characters of a first line that are looked at."""
+
 
 def is_answers(path: str | Path) -> bool:
     """Whether a path is a file of prompts and answers: its first line is such a pair."""
@@ -40,9 +43,11 @@ def is_answers(path: str | Path) -> bool:
 
 
 def first_item(path: Path) -> dict[str, Any]:
-    """The object in the first line of a file that is not empty; nothing where that is none."""
+    """The object in the first line of a file that is not empty; nothing where that is none, or
+    longer than MOST_FIRST: a file of tokens may have no line ends at all."""
     with open(path, encoding="utf-8", errors="replace") as stream:
-        first = next((line for line in stream if line.strip()), "")
+        lines = iter(lambda: stream.readline(MOST_FIRST), "")
+        first = next((line for line in lines if line.strip()), "")
     try:
         item = json.loads(first)
     except (ValueError, RecursionError):

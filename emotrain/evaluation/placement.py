@@ -169,6 +169,8 @@ def compute_placements(
         cross_document_targets=config.data.cross_document_targets,
         verify_checksums=config.data.verify_checksums,
         span=config.model.router.pool.across_windows,
+        tokenizer=config.data.tokenizer,
+        raw=config.data.raw,
     )
     check_vocabulary(Path(data), loader.vocab_size, config, folder)
     rows = micro_batch or setup.micro_batch

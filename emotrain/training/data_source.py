@@ -14,7 +14,8 @@ log = logging.getLogger("emotrain")
 
 
 def build_loader(config: Config) -> DataSource:
-    """Sequences of a prepared data set, of one of its domains, or of a file of prompts and answers.
+    """Sequences of a prepared data set, of files of tokens or text as others write them, of one of
+    their domains, or of a file of prompts and answers.
 
     Raises:
         UserError: data that cannot be used, or tokens that the model does not have.
@@ -47,7 +48,15 @@ def _source(config: Config) -> DataSource:
         verify_checksums=setup.verify_checksums,
         domain=setup.domain,
         span=config.model.router.pool.across_windows,
+        tokenizer=setup.tokenizer,
+        raw=setup.raw,
     )
+    if not loader.tokenizer_file.is_file():
+        log.warning(
+            "%s: nobody knows its tokenizer, so checkpoints get none, and cannot generate text; "
+            "give data.tokenizer=FILE",
+            setup.path,
+        )
     left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
     if left_out > 0.05:
         log.warning(

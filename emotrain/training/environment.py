@@ -25,6 +25,8 @@ from emotrain.files import json_text, sha256_of, write_whole
 
 FILE, FORMAT = "environment.json", 1
 PACKAGES = ("emotrain", "torch", "triton", "numpy", "tokenizers", "deepspeed")
+MOST_HASHED = 2**28
+"""Bytes of a file of data that are hashed at a start, in some tenths of a second."""
 MOST_STARTS = 1000
 """Of more starts the first and the newest are kept."""
 
@@ -72,14 +74,16 @@ def data_of(loader: DataSource, path: Path) -> dict[str, Any]:
     """What identifies the data of a run, and how much of it an epoch has.
 
     Args:
-        path: a data set's folder, of which the manifest is hashed, or a file.
+        path: a data set's folder, of which the manifest is hashed, or a file, which is hashed
+            unless it is large: of token files the fingerprint says enough.
     """
     file = path / MANIFEST if path.is_dir() else path
+    hashed = file.is_file() and file.stat().st_size <= MOST_HASHED
     return {
         "fingerprint": loader.fingerprint,
         "sequences": loader.num_sequences,
         "tokens": loader.num_tokens,
-        "sha256": sha256_of(file) if file.is_file() else "",
+        "sha256": sha256_of(file) if hashed else "",
     }
 
 
