@@ -54,7 +54,7 @@ def write_report(
         FileNotFoundError: not a run folder. ValueError: a file of a run is not readable.
         ModuleNotFoundError: jinja2 or matplotlib is not installed.
     """
-    template = _template()
+    template = page_template(TEMPLATE)
     runs = read_runs(folders)
     found = findings(runs)
     page = template.render(_contents(runs, found, base))
@@ -145,8 +145,12 @@ def data_uri(plot: Plot) -> str:
     return "data:text/csv;charset=utf-8," + quote(plot.csv, safe=",-._~:;()/")
 
 
-def _template() -> Any:
-    """The page's template; its values are text and never markup."""
+def page_template(name: str) -> Any:
+    """A template of this folder; its values are text and never markup.
+
+    Raises:
+        MissingPackageError: jinja2 is not installed.
+    """
     try:
         import jinja2
     except ImportError:
@@ -161,4 +165,4 @@ def _template() -> Any:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template(TEMPLATE)
+    return environment.get_template(name)
