@@ -114,7 +114,7 @@ def test_documents_of_one_length_are_to_be_looked_at(marked: Path) -> None:
         def edges(self, shard: int, start: int, stop: int) -> np.ndarray:
             return np.append(np.arange(start, stop, 64), stop)
 
-    found = survey(Cut(), 4096, tokens=10**6, windows=0)  # type: ignore[arg-type]
+    found = survey(Cut(), 4096, tokens=10**6, windows=0)
     assert any(look and "the very same length of 64" in text for look, text in findings(found))
     assert not any(
         "very same length" in text
@@ -133,7 +133,7 @@ def test_a_text_that_the_tokenizer_changes_is_shown(marked: Path) -> None:
             return [np.array([*map(ord, text.lower()), 0]) for text in texts]
 
     documents = [np.array([*map(ord, text), 0]) for text in ("kept", "some Text")]
-    found = round_trip(documents, Lower())  # type: ignore[arg-type]
+    found = round_trip(documents, Lower())
     assert (found.documents, found.same_ids, found.same_text) == (2, 1, 1)
     assert found.first_difference == "'some Text' becomes 'some text'"
 
@@ -166,4 +166,4 @@ def test_an_empty_split_is_refused() -> None:
         path, split, shard_tokens = "empty", "valid", [0]
 
     with pytest.raises(UserError, match="has no valid tokens"):
-        survey(Empty(), 16, tokens=1, windows=0)  # type: ignore[arg-type]
+        survey(Empty(), 16, tokens=1, windows=0)
