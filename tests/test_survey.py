@@ -100,6 +100,23 @@ def test_the_command_tells_and_writes_a_page(
     assert "Sequence 3" in text and "<b>d</b>" in text and f"page: {page}" in text
 
 
+def test_tokens_of_others_are_looked_at(
+    marked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    documents = [ids for _, ids, _ in Dataset(marked).documents("train")]
+    np.concatenate(documents).astype("<u2").tofile(tmp_path / "part.npy")
+    tokenizer = f"data.tokenizer={marked / 'tokenizer.json'}"
+    assert main(["inspect", str(tmp_path), tokenizer, "--window", "32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lengths"]["documents"] == len(documents)
+    assert found["domains"] == {}
+    assert any("script" in piece["text"] for piece in found["windows"][0])
+    unknown = ["data.raw.vocab_size=300", "data.raw.eos_id=0", "--window", "32", "--json"]
+    assert main(["inspect", str(tmp_path), *unknown]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["round_trip"] is None and found["windows"][0][0]["text"].split()[0].isdigit()
+
+
 def test_a_part_stands_for_a_large_set(marked: Path) -> None:
     store = Dataset(marked).store()
     part = survey(store, 16, tokens=100, windows=0)
@@ -144,7 +161,7 @@ def test_a_text_that_the_tokenizer_changes_is_shown(marked: Path) -> None:
         (["--window", "1"], "window=1"),
         (["--tokens", "0"], "tokens=0"),
         (["--sequences", "-1"], "windows=-1"),
-        (["training.steps=3"], "training.steps=3: a data set has no settings"),
+        (["training.steps=3"], "training.steps=3: is no setting of data"),
         (["--split", "valid", "--window", "16", "--html", "."], "is a folder"),
     ],
 )
@@ -158,7 +175,7 @@ def test_mistakes_get_one_line(
 
 def test_a_page_is_of_a_data_set_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "configs/quickstart.yaml", "--html", "x.html"]) == 2
-    assert "configs/quickstart.yaml is no folder" in capsys.readouterr().err
+    assert "configs/quickstart.yaml is none" in capsys.readouterr().err
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -4,19 +4,24 @@ set looks like to the method."""
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from emotrain.commands.common import add_json, finish, output_file
-from emotrain.config import load_config
+from emotrain.config import Config, load_config, with_settings
 from emotrain.errors import UserError
 from emotrain.inspection import describe, run_costs
+
+if TYPE_CHECKING:
+    from emotrain.data.formats import SplitStore
+    from emotrain.data.source import TokenStore
+    from emotrain.data.tokenizer import TextTokenizer
 
 EPILOG = """\
 examples:
   emotrain inspect configs/quickstart.yaml
   emotrain inspect configs/emo_1b14b_1t.yaml model.experts.routed=63 training.tokens=1e11
   emotrain inspect data/sample --window 256 --html sample.html
+  emotrain inspect tokens/ data.tokenizer=tokenizer.json --tokens 1000000
 
 Of a configuration nothing is allocated: it takes a second for any model. `emotrain plan` predicts
 the memory and speed of one GPU of a cluster. Of a data set --tokens are read, the start of every
@@ -33,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         metavar="CONFIG|DATA",
-        help="YAML file of a configuration, or a folder written by `emotrain prepare`",
+        help="YAML file of a configuration, or data as of data.path: a folder written by `emotrain "
+        "prepare`, arrays of tokens and others",
     )
     parser.add_argument(
         "settings",
@@ -41,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         help="settings that override the configuration's, for example optimizer.lr=1e-3 "
-        "(`emotrain settings` lists them)",
+        "(`emotrain settings` lists them); of data those of data, for example data.tokenizer=FILE",
     )
     data = parser.add_argument_group("of a data set")
     for name, default, metavar, help_ in (
@@ -59,10 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if Path(args.config).is_dir():
+    if not args.config.endswith((".yaml", ".yml")):
         return _inspect_data(args)
     if args.html:
-        raise UserError(f"--html is of a data set, and {args.config} is no folder; leave it out")
+        raise UserError(f"--html is of a data set, and {args.config} is none; leave it out")
     config = load_config(args.config, args.settings)
     costs = run_costs(config)
     finish(args, costs, describe(config, costs))
@@ -70,35 +76,58 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _inspect_data(args: argparse.Namespace) -> int:
-    from emotrain.data.formats import Dataset
+    from emotrain.data.formats import SplitStore
+    from emotrain.data.opening import open_store
     from emotrain.data.survey import survey
     from emotrain.report.data_page import text, write_data_page
 
-    if args.settings:
+    if strange := [setting for setting in args.settings if not setting.startswith("data.")]:
         raise UserError(
-            f"{args.settings[0]}: a data set has no settings; give --window and others, or the "
-            f"file of a configuration"
+            f"{strange[0]}: is no setting of data; give data.tokenizer, data.raw and others of "
+            f"`emotrain settings data`, or the file of a configuration"
         )
+    setup = with_settings(Config(), {}, args.settings).data
     out = output_file(args.html, "data.html") if args.html else None
-    dataset = Dataset(args.config)
-
-    def domain_of(document: int) -> str:
-        split, index, row = dataset.locate(document)
-        shard = dataset.shard(split, index)
-        return shard.domains[shard.domain_of[row]]
-
+    store = open_store(
+        args.config,
+        args.split,
+        tokenizer=setup.tokenizer,
+        raw=setup.raw,
+        verify_checksums=setup.verify_checksums,
+        domain=setup.domain,
+    )
     found = survey(
-        dataset.store(args.split),
+        store,
         args.window,
         tokens=args.tokens,
         windows=args.sequences,
         seed=args.seed,
-        tokenizer=dataset.tokenizer(),
-        domains=dataset.domains[args.split],
-        domain_of=domain_of,
+        tokenizer=_tokenizer(store),
+        **(_domains(store) if isinstance(store, SplitStore) else {}),
     )
     result: dict[str, Any] = found.json()
     if out is not None:
         result["html"] = str(write_data_page(found, out))
     finish(args, result, text(found) + (f"\n\npage: {out}" if out else ""))
     return 0
+
+
+def _tokenizer(store: TokenStore) -> TextTokenizer | None:
+    from emotrain.data.tokenizer import TextTokenizer, read_tokenizer
+
+    if not store.tokenizer_file.is_file():
+        return None
+    backend = read_tokenizer(store.tokenizer_file)
+    return TextTokenizer(backend, backend.id_to_token(store.eos_id) or "")
+
+
+def _domains(store: SplitStore) -> dict[str, Any]:
+    """Domains of a split, and the one of a document, as `survey` takes them."""
+    dataset = store.dataset
+
+    def domain_of(document: int) -> str:
+        split, index, row = dataset.locate(document)
+        shard = dataset.shard(split, index)
+        return shard.domains[shard.domain_of[row]]
+
+    return {"domains": dataset.domains[store.split], "domain_of": domain_of}
