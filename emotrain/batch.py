@@ -7,7 +7,8 @@ all read `document_BS`; nothing else looks for end-of-document tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ IGNORE = -100
 
 PADDING_ID = -1
 """Permanent id of the pseudo-document that padding tokens belong to."""
+
+SOURCE_BITS = 48
+"""Permanent ids are below 2^48, in a mixture those of source j between j and j + 1 times that."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class PackedBatch:
     """Whether any token is padding (a host-side fact, so that the usual path needs no mask)."""
     domain: str = ""
     """Domain of all documents, whose exclusive experts they use; empty for none."""
+    num_sources: int = 1
+    """Sources of the mixture that the rows are from; 1 without one."""
 
     @property
     def num_documents(self) -> int:
@@ -68,14 +74,8 @@ class PackedBatch:
                 tensor = tensor.pin_memory()
             return tensor.to(device, non_blocking=True)
 
-        return PackedBatch(
-            move(self.tokens_BS),
-            move(self.targets_BS),
-            move(self.document_BS),
-            move(self.document_ids_G),
-            self.has_padding,
-            self.domain,
-        )
+        moved: Any = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
     @classmethod
     def from_rows(cls, tokens_BS: Tensor, document_ids_G: Tensor | None = None) -> PackedBatch:

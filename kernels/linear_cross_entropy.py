@@ -57,6 +57,7 @@ def linear_cross_entropy(
     backend: str = "auto",
     head_gradient: HeadGradient | None = None,
     of_block: OfBlock | None = None,
+    note: Callable[[Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over tokens of cross entropy and squared log-normaliser of `hidden @ head.T` (spec 5).
 
@@ -74,6 +75,7 @@ def linear_cross_entropy(
         head_gradient: shared with the other micro-batches of a step, see there; by default the
             gradient of the head is of this call alone.
         of_block: another loss, in place of `_in_torch` (the arguments and results are the same).
+        note: is given the cross entropy of each token [t], block after block.
     Returns:
         (loss, cross_entropy, z): scalars. loss = cross_entropy + z_weight * z carries the gradient;
         the others do not.
@@ -81,13 +83,13 @@ def linear_cross_entropy(
     if of_block is None:
         of_block = _in_triton if choose_backend(backend, hidden_TD) == "triton" else _in_torch
     return _LinearCrossEntropy.apply(
-        hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient
+        hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient, note
     )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient):
+    def forward(ctx, hidden_TD, head_VD, targets_T, z_weight, of_block, head_gradient, note):
         hidden_needs_grad, head_needs_grad = ctx.needs_input_grad[:2]
         dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
         cross_entropy = hidden_TD.new_zeros((), dtype=dtype)
@@ -104,15 +106,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
             cross_entropy += cross_entropy_t.sum()
             z += z_t.sum()
+            if note is not None:
+                note(cross_entropy_t)
             if hidden_needs_grad:
                 torch.mm(grad_tV, head_VD, out=grad_hidden_TD[start : start + block])
             if head_needs_grad:
                 own_gradient.add(grad_tV, hidden_tD, dtype)
             del grad_tV  # before the next block's logits
         ctx.head_gradient, ctx.head = head_gradient, (head_VD.shape, head_VD.dtype)
-        ctx.save_for_backward(
-            grad_hidden_TD, own_gradient.take() if head_gradient is None else None
-        )
+        grad_head_VD = own_gradient.take() if head_gradient is None else None
+        ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
         ctx.mark_non_differentiable(cross_entropy, z)
         return cross_entropy + z_weight * z, cross_entropy, z
 
@@ -123,7 +126,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_hidden_TD = _scaled(grad_hidden_TD, grad_loss, grad_hidden_TD.dtype)
         if not ctx.needs_input_grad[1]:
-            return grad_hidden_TD, None, None, None, None, None
+            return grad_hidden_TD, None, None, None, None, None, None
         if ctx.head_gradient is not None:
             grad_head_VD = ctx.head_gradient.take()
         shape, dtype = ctx.head
@@ -133,7 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_head_VD = grad_loss.new_zeros((), dtype=dtype).expand(shape)
         else:
             grad_head_VD = _scaled(grad_head_VD, grad_loss, dtype)
-        return grad_hidden_TD, grad_head_VD, None, None, None, None
+        return grad_hidden_TD, grad_head_VD, None, None, None, None, None
 
 
 def block_tokens(num_tokens: int, token_bytes: int, on_gpu: bool) -> int:

@@ -16,6 +16,7 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Counts
 from emotrain.kernels import HeadGradient, OfBlock, linear_cross_entropy
 from emotrain.model.report import RoutingReport
+from emotrain.model.source_losses import SourceLosses
 from emotrain.model.transformer import Head, ModelOutput
 
 
@@ -32,6 +33,8 @@ class LossSums:
     """Squared log-normaliser of the logits, without gradient."""
     num_targets: Tensor
     """int64: positions with a loss."""
+    by_source: Tensor | None = None
+    """Of a mixture: see `source_losses`."""
 
 
 def language_model_sums(
@@ -52,17 +55,19 @@ def language_model_sums(
         of_block: another loss than cross entropy (`linear_cross_entropy`).
     """
     targets_T = batch.targets_BS.reshape(-1)
+    sources = SourceLosses(batch) if batch.num_sources > 1 and of_block is None else None
 
     def loss(hidden_TD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if torch.is_autocast_enabled(hidden_TD.device.type):
             dtype = torch.get_autocast_dtype(hidden_TD.device.type)
             hidden_TD, weight_VD = hidden_TD.to(dtype), weight_VD.to(dtype)
         return linear_cross_entropy(
-            hidden_TD, weight_VD, targets_T, z_weight, backend, head_gradient, of_block
+            hidden_TD, weight_VD, targets_T, z_weight, backend, head_gradient, of_block, sources
         )
 
     lm, cross_entropy, z = head(output.hidden_TD, loss)
-    return LossSums(lm, cross_entropy, z, (targets_T >= 0).sum())
+    num_targets = (targets_T >= 0).sum()
+    return LossSums(lm, cross_entropy, z, num_targets, None if sources is None else sources.sums())
 
 
 def load_balance_loss(

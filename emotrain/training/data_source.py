@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from emotrain.config import Config
 from emotrain.data.answers import AnswerLoader, is_answers
+from emotrain.data.loader import Loader
+from emotrain.data.mixture import Mixture
+from emotrain.data.mixture_file import is_mixture, open_mixture
 from emotrain.data.opening import open_loader
 from emotrain.data.source import DataSource
 from emotrain.errors import UserError
@@ -15,7 +19,7 @@ log = logging.getLogger("emotrain")
 
 def build_loader(config: Config) -> DataSource:
     """Sequences of a prepared data set, of files of tokens or text as others write them, of one of
-    their domains, or of a file of prompts and answers.
+    their domains, of a mixture of all these, or of a file of prompts and answers.
 
     Raises:
         UserError: data that cannot be used, or tokens that the model does not have.
@@ -39,24 +43,53 @@ def _source(config: Config) -> DataSource:
             )
         seed = config.training.seed
         return AnswerLoader(setup.path, setup.tokenizer, setup.sequence_length, seed, setup.domain)
-    loader = open_loader(
-        setup.path,
-        setup.sequence_length,
-        config.training.seed,
-        cross_document_targets=setup.cross_document_targets,
-        repetition_filter=setup.repetition_filter,
-        verify_checksums=setup.verify_checksums,
-        domain=setup.domain,
-        span=config.model.router.pool.across_windows,
-        tokenizer=setup.tokenizer,
-        raw=setup.raw,
-    )
-    if not loader.tokenizer_file.is_file():
+    options: dict[str, Any] = {
+        "cross_document_targets": setup.cross_document_targets,
+        "repetition_filter": setup.repetition_filter,
+        "verify_checksums": setup.verify_checksums,
+        "span": config.model.router.pool.across_windows,
+        "tokenizer": setup.tokenizer,
+        "raw": setup.raw,
+    }
+    length, seed = setup.sequence_length, config.training.seed
+    if is_mixture(setup.path):
+        return _mixture(config, options)
+    loader = open_loader(setup.path, length, seed, domain=setup.domain, **options)
+    _say_left_out(loader, setup.path)
+    _say_untold(loader, setup.path)
+    return loader
+
+
+def _mixture(config: Config, options: dict[str, Any]) -> Mixture:
+    setup = config.data
+    if setup.domain:
+        raise UserError(
+            f"data.domain={setup.domain}: {setup.path} is a mixture, whose sources have domains of "
+            f"their own; name it there and remove data.domain"
+        )
+    mixture = open_mixture(setup.path, setup.sequence_length, config.training.seed, **options)
+    domains = {source.loader.domain for source in mixture.sources}
+    if len(domains) > 1 and (own := domains & dict(config.model.experts.exclusive).keys()):
+        raise UserError(
+            f"{setup.path}: the model has exclusive experts for {', '.join(sorted(own))}, which a "
+            f"batch of one domain uses, and its sources have several; train on one of them"
+        )
+    for source in mixture.sources:
+        _say_left_out(source.loader, source.name)
+    _say_untold(mixture, setup.path)
+    return mixture
+
+
+def _say_untold(source: DataSource, path: str) -> None:
+    if not source.tokenizer_file.is_file():
         log.warning(
             "%s: nobody knows its tokenizer, so checkpoints get none, and cannot generate text; "
             "give data.tokenizer=FILE",
-            setup.path,
+            path,
         )
+
+
+def _say_left_out(loader: Loader, name: str) -> None:
     left_out = 1 - loader.num_sequences * loader.sequence_length / loader.num_tokens
     if left_out > 0.05:
         log.warning(
@@ -64,6 +97,5 @@ def _source(config: Config) -> DataSource:
             "end of each shard fills no sequence; take a shorter one, or larger shards",
             loader.sequence_length,
             100 * left_out,
-            setup.path,
+            name,
         )
-    return loader

@@ -298,7 +298,8 @@ class _WithLosses(nn.Module):
             output = self.model(batch, request)
             backend = self.model.config.experts.backend
             sums = language_model_sums(output, self.model.head, batch, z_weight, backend)
-        return (sums.lm, sums.cross_entropy, sums.z, sums.num_targets), output.routing
+        tensors = (sums.lm, sums.cross_entropy, sums.z, sums.num_targets, sums.by_source)
+        return tuple(tensor for tensor in tensors if tensor is not None), output.routing
 
 
 class _ExpertGroups:

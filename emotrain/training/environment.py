@@ -19,6 +19,7 @@ import torch
 import emotrain
 from emotrain.config import Config
 from emotrain.data.manifest import MANIFEST
+from emotrain.data.mixture import Mixture
 from emotrain.data.source import DataSource
 from emotrain.distributed.ranks import Ranks
 from emotrain.files import json_text, sha256_of, write_whole
@@ -79,11 +80,13 @@ def data_of(loader: DataSource, path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST if path.is_dir() else path
     hashed = file.is_file() and file.stat().st_size <= MOST_HASHED
+    of_sources = {"sources": loader.described()} if isinstance(loader, Mixture) else {}
     return {
         "fingerprint": loader.fingerprint,
         "sequences": loader.num_sequences,
         "tokens": loader.num_tokens,
         "sha256": sha256_of(file) if hashed else "",
+        **of_sources,
     }
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emotrain.config import Config
+from emotrain.data.mixture import Mixture
+from emotrain.data.source import DataSource
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import WriteError
 from emotrain.files import json_text, write_whole
@@ -97,6 +99,31 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
             metrics["pool_size_min"].append(int(-extremes_L2[layer, 0]))
             metrics["pool_size_max"].append(int(extremes_L2[layer, 1]))
     return {key: value for key, value in metrics.items() if value}
+
+
+def source_metrics(
+    mixture: Mixture, steps: int, config: Config, result: StepResult, ranks: Ranks
+) -> dict[str, float]:
+    """Of each source of a mixture: `tokens` read so far, passes over the source (`epochs`), and the
+    mean loss of its targets in this step (`loss_nats`), where it has any.
+
+    Args:
+        steps: of this mixture up to now.
+    """
+    read = steps * config.training.global_batch
+    metrics: dict[str, float] = {}
+    for name, sequences, epochs in zip(
+        mixture.names, mixture.order.counts(read), mixture.epochs(read), strict=True
+    ):
+        metrics[f"data/{name}/tokens"] = sequences * mixture.sequence_length
+        metrics[f"data/{name}/epochs"] = epochs
+    own = [sums_X2 for sums_X2 in result.by_source if sums_X2 is not None]
+    if own:
+        sums_X2 = ranks.sum(torch.stack(own).sum(dim=0)).tolist()
+        for name, (loss, targets) in zip(mixture.names, sums_X2, strict=True):
+            if targets:
+                metrics[f"data/{name}/loss_nats"] = loss / targets
+    return metrics
 
 
 def flops_per_token(config: Config) -> float:
@@ -218,9 +245,16 @@ class RunLog:
     """What a run says of itself: metrics to files and a line or a bar to stderr."""
 
     def __init__(
-        self, config: Config, ranks: Ranks, run_dir: Path, first_step: int, last_step: int
+        self,
+        config: Config,
+        ranks: Ranks,
+        run_dir: Path,
+        first_step: int,
+        last_step: int,
+        data: DataSource | None = None,
     ):
-        self.config, self.ranks, self.run_dir = config, ranks, run_dir
+        """`data`: of the run; of a mixture each source has metrics of its own."""
+        self.config, self.ranks, self.run_dir, self.data = config, ranks, run_dir, data
         self.writer = (
             MetricsWriter(
                 run_dir,
@@ -291,6 +325,9 @@ class RunLog:
             "skipped_steps": state.skipped_steps,
             **routing,
         }
+        if isinstance(self.data, Mixture):
+            steps = state.step - state.data_start_step
+            self.metrics |= source_metrics(self.data, steps, self.config, result, self.ranks)
         if self.peak is not None:
             rate = self.tokens_per_second * self.flops
             self.metrics["mfu"] = rate / (self.peak * self.ranks.world_size)

@@ -31,6 +31,7 @@ from emotrain.training.profiling import profiled_steps
 from emotrain.training.start import (
     Source,
     check_run,
+    check_sources,
     compile_kernels,
     find_source,
     leave_later_ones,
@@ -88,9 +89,10 @@ def train(
         compile_kernels(config, ranks)
         state = place(config, ranks, engine, starting_state(config, loader, engine, source))
         first_step, last_step = state.step, config.num_steps + max(0, state.anneal_start_step)
+        check_sources(config, loader, state, last_step)
         if ranks.is_first:
             _take_folder(config, source, state, loader, ranks)
-        run_log = RunLog(config, ranks, run_dir, first_step, last_step)
+        run_log = RunLog(config, ranks, run_dir, first_step, last_step, loader)
         stop_requested = stack.enter_context(_stop_requests())
         checkpoints = stack.enter_context(_checkpoint_writer(config))
         batches = stack.enter_context(_batches(config, loader, state, last_step, ranks))

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from emotrain.config import Config
+from emotrain.data.mixture import Mixture
+from emotrain.data.mixture_changes import difference
 from emotrain.data.source import DataSource
 from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.distributed.placement import place_experts
@@ -249,6 +251,23 @@ def _orders(config: Config, state: TrainingState) -> tuple[tuple[int, ...], ...]
     return read_fitting(config).orders
 
 
+def check_sources(config: Config, loader: DataSource, state: TrainingState, last_step: int) -> None:
+    """Say of a mixture what the run repeats and what it does not measure.
+
+    Raises:
+        UserError: it would read a source more often than its `max_epochs`.
+    """
+    if not isinstance(loader, Mixture):
+        return
+    start, end = (
+        (step - state.data_start_step) * config.training.global_batch
+        for step in (state.step, last_step)
+    )
+    loader.check_length(end, start)
+    if config.finetune.teacher:
+        log.info("finetune.teacher: the loss of each source of %s is not logged", config.data.path)
+
+
 def leave_later_ones(config: Config, source: Source | None, state: TrainingState) -> None:
     """Set aside what the run's folder holds of steps after the one it goes back to."""
     if source is None or not source.begins_here:
@@ -304,14 +323,14 @@ def _with_data(
         )
         if then != now
     ]
-    if state.data_fingerprint != loader.fingerprint:
+    read = (state.step - state.data_start_step) * state.global_batch
+    if change := difference(state.data_fingerprint, loader.fingerprint, read):
         changes.append(
             f"on other data than {config.data.path} at "
-            f"data.sequence_length={config.data.sequence_length} (fingerprint "
-            f"{state.data_fingerprint}, here {loader.fingerprint})"
+            f"data.sequence_length={config.data.sequence_length} ({change})"
         )
     if not changes:
-        return state
+        return replace(state, data_fingerprint=loader.fingerprint)
     if not config.data.allow_change:
         raise UserError(
             f"{path} was trained {' and '.join(changes)}: the data order would jump; give the "

@@ -44,6 +44,8 @@ class StepResult:
     """Whether any rank was asked to stop."""
     applied: bool
     """Whether the parameters were updated: not where the loss or the gradient is not finite."""
+    by_source: Sequence[Tensor | None]
+    """This rank's loss of each source of a mixture, one a micro-batch; see `SourceLosses`."""
 
 
 def train_step(
@@ -65,18 +67,17 @@ def train_step(
         step: number of the update, counted from 1; keys the pool sizes.
         stop: whether this rank was asked to stop after the step.
     """
-    losses = config.losses
+    losses, model, seed = config.losses, config.model, config.training.seed
     counts = global_counts(micro_batches, ranks)
     # What losses are divided by: at least 1, so that a step of padding alone is a step of zeros.
     num_targets, num_tokens = counts.clamp(min=1)
     engine.start_step()
     reports: list[RoutingReport] = []
     terms: list[list[Tensor]] = []
+    sources: list[Tensor | None] = []
 
     def forward(batch: PackedBatch) -> tuple[LossSums, RoutingReport]:
-        request = training_request(
-            config.model, batch, config.training.seed, step, losses.router_z_logits
-        )
+        request = training_request(model, batch, seed, step, losses.router_z_logits)
         choices = config.parallel.placement == "auto"
         return engine.forward(batch, replace(request, choices=choices), losses.z)
 
@@ -84,14 +85,14 @@ def train_step(
         sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
     ) -> None:
         with part(Phase.LOSS):
-            exclusive = config.model.experts.exclusive
-            balance, router_z = router_loss(report, loads, num_tokens, exclusive)
+            balance, router_z = router_loss(report, loads, num_tokens, model.experts.exclusive)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         with part(Phase.BACKWARD):
             engine.backward(loss, is_last)
         means = (sums.cross_entropy / num_targets, sums.z / num_targets)
         terms.append([term.detach() for term in (loss, *means, balance, router_z)])
         reports.append(detached(report))
+        sources.append(sums.by_source)
 
     if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         passes = [forward(batch) for batch in micro_batches]
@@ -109,13 +110,10 @@ def train_step(
     # One collective for all of them, and one copy to the host, which waits for it.
     step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
-    values = torch.cat([step_sums, counts[:1]]).tolist()
-    loss, cross_entropy, z, balance, router_z, stops, targets = values
-    means = (loss, cross_entropy, z, balance, router_z)
+    *means, stops, targets = torch.cat([step_sums, counts[:1]]).tolist()
     shares = [term[0] for term in terms]
-    return StepResult(
-        *means, int(targets), update.grad_norm, reports, shares, stops > 0, update.applied
-    )
+    ended = (int(targets), update.grad_norm, reports, shares, stops > 0, update.applied, sources)
+    return StepResult(*(*means, *ended))
 
 
 def detached(report: RoutingReport) -> RoutingReport:
