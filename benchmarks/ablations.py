@@ -7,7 +7,7 @@ better modules.
 Each cell (a row and a seed) is one training run and one measurement. Every cell reads the same data
 in the order of its seed, and is measured on the same held-out documents. Interrupted, the same
 command goes on: a run from its checkpoint, a cell that is measured not at all. `--table` trains
-nothing and writes the tables of what is there.
+nothing and writes the tables and the plot of what is there.
 
     full_gap_percent      loss of the full model over that of the standard row of the same seed
     increase_nats         with a share of the experts over the full model; mean over domains:
@@ -111,10 +111,6 @@ def read_plan(file: Path) -> Plan:
     return Plan(Path(plan["base"]), plan["standard"], tuple(rows))
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, float) and 0 < value < 1
-
-
 def _check_keys(
     file: Path, what: str, found: Any, known: set[str] | None, needed: set[str]
 ) -> None:
@@ -163,8 +159,10 @@ def run(args: argparse.Namespace) -> int:
     write_whole(out / "ablations.json", (json_text(results, indent=1) + "\n").encode())
     write_whole(out / "ablations.md", table.markdown().encode())
     write_whole(out / "ablations.csv", csv_of(results).encode())
+    if any("mean" in row for row in results["rows"].values()):
+        write_whole(out / "ablations.png", picture(results))
     print(table.text(), file=sys.stderr)
-    print(f"results in {out}/ablations.json, .md and .csv", file=sys.stderr)
+    print(f"results in {out}/ablations.json, .md, .csv and .png", file=sys.stderr)
     if args.json:
         print(json_text(results))
     return 0
@@ -302,7 +300,8 @@ def summary(plan: Plan, out: Path) -> dict[str, Any]:
         rows[row.name] = {
             "seeds": list(row.seeds),
             "mean": {name: sum(values) / len(values) for name, values in by_name.items()},
-            "spread": {name: max(values) - min(values) for name, values in by_name.items()},
+            "least": {name: min(values) for name, values in by_name.items()},
+            "most": {name: max(values) for name, values in by_name.items()},
         }
     return {"standard": plan.standard, "rows": rows}
 
@@ -339,7 +338,8 @@ def table_of(results: Mapping[str, Any], plan: Plan) -> Table:
             return ""
         sign = "+" if "/" in name or "gap" in name else ""
         text = format(row["mean"][name], f"{sign}.3f")
-        return text if len(row["seeds"]) == 1 else f"{text} ({row['spread'][name]:.3f})"
+        spread = row["most"][name] - row["least"][name]
+        return text if len(row["seeds"]) == 1 else f"{text} ({spread:.3f})"
 
     return Table(
         "Loss in nats a token, and its increase with a share of the experts that training "
@@ -357,15 +357,45 @@ def table_of(results: Mapping[str, Any], plan: Plan) -> Table:
 
 
 def csv_of(results: Mapping[str, Any]) -> str:
-    """row, number, mean, spread, seeds: one line a number."""
+    """row, number, mean, least, most, seeds: one line a number."""
     return csv_text(
-        ("row", "number", "mean", "spread", "seeds"),
+        ("row", "number", "mean", "least", "most", "seeds"),
         [
-            (name, number, mean, row["spread"][number], len(row["seeds"]))
+            (name, number, mean, row["least"][number], row["most"][number], len(row["seeds"]))
             for name, row in results["rows"].items()
             for number, mean in row.get("mean", {}).items()
         ],
     )
+
+
+PANELS = {
+    "full_gap_percent": "full model over the standard row, %",
+    "increase_nats/0.125/selected": "12.5 %, training documents chose, nats",
+    "increase_nats/0.125/prompted": "12.5 %, the prompt chose, nats",
+}
+"""What is drawn, and its axis."""
+
+
+def picture(results: Mapping[str, Any]) -> bytes:
+    """A dot a row in each panel, with a line from the smallest seed to the largest; as PNG."""
+    from emotrain.evaluation.figures import COLORS, png
+
+    rows = [(name, row) for name, row in results["rows"].items() if "mean" in row]
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(PANELS), sharey=True)
+        for panel, (number, label) in zip(axes, PANELS.items(), strict=True):
+            for place, (_, row) in enumerate(rows):
+                if number in row["mean"]:
+                    low, high = row["least"][number], row["most"][number]
+                    panel.plot([low, high], [place, place], color=COLORS[0], linewidth=3)
+                    panel.plot(row["mean"][number], place, "o", color=COLORS[0])
+            panel.axvline(0, color=COLORS[6], linewidth=0.8)
+            panel.set_xlabel(label)
+        axes[0].set_yticks(range(len(rows)), [name for name, _ in rows])
+        axes[0].invert_yaxis()
+
+    return png(draw, (11, 1.2 + 0.26 * len(rows)))
 
 
 if __name__ == "__main__":
