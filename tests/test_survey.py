@@ -117,6 +117,16 @@ def test_tokens_of_others_are_looked_at(
     assert found["round_trip"] is None and found["windows"][0][0]["text"].split()[0].isdigit()
 
 
+@pytest.mark.parametrize("tokens", [1, 7, 64, 10**6])
+def test_reading_in_parts_changes_nothing(
+    marked: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Dataset(marked).store()
+    whole = survey(store, 16, tokens=10**6, windows=0)
+    monkeypatch.setattr("emotrain.data.survey.READ_TOKENS", tokens)
+    assert survey(store, 16, tokens=10**6, windows=0) == whole
+
+
 def test_a_part_stands_for_a_large_set(marked: Path) -> None:
     store = Dataset(marked).store()
     part = survey(store, 16, tokens=100, windows=0)

@@ -21,6 +21,8 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 LESSON = "EMO's method has nothing to learn from where boundaries mean nothing"
 SHOWN_TOKENS = 2**14
 """Of a sequence that is shown, at most."""
+READ_TOKENS = 2**24
+"""Of a shard that are looked at at a time."""
 ROUND_TRIP_TOKENS = 2**14
 """Of a document that is decoded and encoded again, at most: texts of millions of tokens take
 minutes."""
@@ -142,7 +144,7 @@ def survey(
         raise UserError(f"{store.path}: has no {store.split} tokens to look at")
     share = min(1.0, tokens / sum(sizes))
     edges = [
-        store.edges(shard, 0, part)
+        _edges(store, shard, part)
         for shard, size in enumerate(sizes)
         if (part := min(size, max(window, round(size * share))))
     ]
@@ -174,6 +176,16 @@ def survey(
         if tokenizer is None
         else round_trip([ids for pieces in shown for _, ids in pieces], tokenizer),
     )
+
+
+def _edges(store: TokenStore, shard: int, stop: int) -> np.ndarray:
+    """As `store.edges` from the start of a shard, without holding all of its tokens."""
+    found = [np.zeros(1, dtype=np.int64)]
+    for start in range(0, stop, READ_TOKENS):
+        # From one token before, so that a document that begins at `start` is seen to.
+        edges = store.edges(shard, max(0, start - 1), min(stop, start + READ_TOKENS))
+        found.append(edges[1:-1])
+    return np.concatenate([*found, [stop]])
 
 
 def lengths_of(lengths: np.ndarray) -> Lengths:
