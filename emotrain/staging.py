@@ -98,11 +98,11 @@ class Staging:
             remove(folder)
         # They once had a name that was not hidden.
         for folder in [*place.glob(f".{name}.partial-*"), *place.glob(f"{name}.partial-*")]:
-            if _is_abandoned(folder):
+            if is_abandoned(folder):
                 remove(folder)
 
 
-def _is_abandoned(folder: Path) -> bool:
+def is_abandoned(folder: Path) -> bool:
     """Whether no process writes a staged folder any more: it died, or replaced another folder and
     died before it had removed that. An empty folder is just being made."""
     lock = folder / LOCK

@@ -7,7 +7,6 @@ import errno
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -17,8 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from emotrain.commands.prepare import add_arguments, run
-from emotrain.data import prepare as prepare_module
-from emotrain.data import spill
+from emotrain.data import encoding, pieces, spill
 from emotrain.data.documents import DocumentReader, Fields
 from emotrain.data.files import find_files
 from emotrain.data.formats import Dataset
@@ -120,14 +118,24 @@ def test_neighbours_are_scattered(corpus, tokenizer_file, tmp_path):
     assert np.mean(np.abs(np.diff(order)) <= 1) < 0.05
 
 
-@pytest.mark.parametrize("workers", [2, 5])
-def test_bytes_do_not_depend_on_workers(corpus, tokenizer_file, tmp_path, workers, monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 500)
-    monkeypatch.setattr(spill, "BUFFER_BYTES", 4000)
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Pieces of some kilobytes."""
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 4000)
+
+
+def test_bytes_do_not_depend_on_workers_batches_and_segments(
+    corpus, tokenizer_file, tmp_path, monkeypatch, small_pieces
+):
     options = {"tokenizer": tokenizer_file, "shard_tokens": 3000, "valid_fraction": 0.1}
     prepare([corpus], tmp_path / "one", workers=1, **options)
-    prepare([corpus], tmp_path / "many", workers=workers, **options)
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "many")
+    monkeypatch.setattr(encoding, "BATCH_BYTES", 500)
+    monkeypatch.setattr(spill, "BUFFER_BYTES", 1000)
+    prepare([corpus], tmp_path / "small", workers=1, **options)
+    for limit in ("work.SMALL_BYTES", "joining.SMALL_TOKENS"):
+        monkeypatch.setattr(f"emotrain.data.{limit}", 0)
+    prepare([corpus], tmp_path / "many", workers=2, **options)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "small") == files_of(tmp_path / "many")
 
 
 def test_seed_changes_the_order_and_training_is_repeatable(corpus, tmp_path):
@@ -366,95 +374,37 @@ def test_overwrite_never_deletes_what_is_not_a_data_set(corpus, tokenizer_file, 
     ).exists()
 
 
-@pytest.mark.parametrize(
-    "where", ["spill.Spill._flush", "spill.write_shard", "prepare.write_manifest"]
-)
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_full_disk_gets_one_line_and_leaves_no_trace(
-    where, overwrite, corpus, tokenizer_file, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("spill.SpillWriter._flush", False),
+        ("shuffle.write_shard", True),
+        ("joining.write_manifest", True),
+    ],
+)
+def test_a_full_disk_gets_one_line_and_keeps_what_is_done(
+    where, kept, overwrite, corpus, tokenizer_file, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
     if overwrite:
         prepare([corpus], out, tokenizer=tokenizer_file)
     before = files_of(out)
+    options = {"tokenizer": tokenizer_file, "overwrite": overwrite, "seed": 1}
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(f"emotrain.data.{where}", full)
-    with pytest.raises(
-        OSError, match="no space left on the disk of .*out; free some or choose another --out"
-    ):
-        prepare([corpus], out, tokenizer=tokenizer_file, overwrite=overwrite)
-    assert files_of(out) == before and out.exists() == overwrite and not leftovers(out)
-
-
-def test_ctrl_c_leaves_no_trace(corpus, tokenizer_file, tmp_path, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(spill, "write_shard", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
-    assert not (tmp_path / "out").exists() and not leftovers(tmp_path / "out")
-
-
-KILLED = """
-import sys, time
-from emotrain import folders
-from emotrain.data import prepare, spill
-module, name, before, corpus, out, tokenizer = sys.argv[1:]
-owner = {"prepare": prepare, "spill": spill, "folders": folders}[module]
-original = getattr(owner, name)
-def stop(*args, **kwargs):
-    if before == "after":
-        original(*args, **kwargs)
-    print("here", flush=True)
-    time.sleep(60)
-setattr(owner, name, stop)
-prepare.prepare([corpus], out, tokenizer=tokenizer, seed=1, overwrite=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("module", "name", "when", "replaced"),
-    [
-        ("spill", "write_shard", "before", False),
-        ("prepare", "write_manifest", "after", False),
-        ("folders", "exchange", "before", False),
-        ("folders", "exchange", "after", True),
-    ],
-)
-def test_kill_9_leaves_the_old_data_set_or_the_new_one(
-    module, name, when, replaced, corpus, tokenizer_file, tmp_path
-):
-    out = tmp_path / "out"
-    prepare([corpus], out, tokenizer=tokenizer_file)
-    before = files_of(out)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            KILLED,
-            module,
-            name,
-            when,
-            str(corpus),
-            str(out),
-            str(tokenizer_file),
-        ],
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout.readline() == b"here\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    Dataset(out).verify()
-    assert (files_of(out) != before) == replaced
-    assert len(leftovers(out)) == 1
-    # The next run cleans up after the killed one.
-    prepare([corpus], out, tokenizer=tokenizer_file, seed=1, overwrite=True)
-    assert not leftovers(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(f"emotrain.data.{where}", full)
+        with pytest.raises(
+            OSError, match="no space left on the disk of .*out; free some or choose another --out"
+        ):
+            prepare([corpus], out, **options)
+    assert files_of(out) == before and out.exists() == overwrite and bool(leftovers(out)) == kept
+    prepare([corpus], out, **options)
+    prepare([corpus], tmp_path / "undisturbed", tokenizer=tokenizer_file, seed=1)
+    assert files_of(out) == files_of(tmp_path / "undisturbed") and not leftovers(out)
 
 
 def test_leftovers_of_before_had_a_plain_name_and_go_too(corpus, tokenizer_file, tmp_path):
@@ -475,7 +425,7 @@ def test_a_file_system_that_cannot_swap_names_replaces_all_the_same(
     assert not leftovers(tmp_path / "out")
 
 
-def test_a_running_prepare_is_not_cleaned_away(corpus, tokenizer_file, tmp_path):
+def test_what_others_write_is_not_cleaned_away(corpus, tokenizer_file, tmp_path):
     with stage_dataset(tmp_path / "out") as running:
         prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
         assert running.folder.is_dir()

@@ -101,6 +101,8 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         "trackio",
         "wandb",
         "lm_eval",
+        "rensa",
+        "py3langid",
     }
     for path in sorted(set(SOURCES) - set(PUBLISHED)):
         body = ast.parse(path.read_text(encoding="utf-8")).body

@@ -13,7 +13,7 @@ import numpy as np
 from emotrain.errors import MissingFileError, UserError
 from emotrain.files import json_text, sha256_of
 
-MANIFEST, TOKENIZER = "dataset.json", "tokenizer.json"
+MANIFEST, TOKENIZER, CARD = "dataset.json", "tokenizer.json", "README.md"
 FORMAT, FORMAT_VERSION = "emotrain-dataset", 1
 SPLITS = ("train", "valid")
 
@@ -46,12 +46,14 @@ def write_manifest(
     splits: dict[str, dict[str, Any]],
     skipped_documents: dict[str, int],
     settings: dict[str, Any],
+    card: dict[str, Any] | None = None,
 ) -> None:
     """Write `dataset.json`, which makes the folder a data set.
 
     Args:
         splits: for each of SPLITS, `shards` (a list of ShardInfo) and `domains` (counts by domain).
         settings: how the data set was made, for people.
+        card: what is known of its contents, see `card`.
     """
     manifest = {
         "format": FORMAT,
@@ -73,7 +75,7 @@ def write_manifest(
         },
         "skipped_documents": skipped_documents,
         "settings": settings,
-    }
+    } | ({"card": card} if card else {})
     (folder / MANIFEST).write_text(
         json_text(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
     )

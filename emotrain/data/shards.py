@@ -11,7 +11,7 @@ import numpy as np
 
 from emotrain.data.formats import block_sums, schema, sha256_of_sums
 from emotrain.data.manifest import ShardInfo
-from emotrain.files import sha256_of
+from emotrain.data.spill import HashingFile
 
 
 def write_shard(
@@ -21,7 +21,7 @@ def write_shard(
     domains: Sequence[str],
     sources: Sequence[str],
 ) -> ShardInfo:
-    """Write documents as one shard, flushed to the disk.
+    """Write documents as one shard, flushed to the disk: whole under its name, or not there.
 
     Args:
         path: the file; the name of its folder is the split.
@@ -39,16 +39,17 @@ def write_shard(
     sums = {"tokens": block_sums(tokens), "offsets": block_sums(offsets.astype(np.int64))}
     metadata = {f"{name}_sums": base64.b64encode(value) for name, value in sums.items()}
     batch = pa.record_batch(columns, schema=schema(tokens.dtype).with_metadata(metadata))
-    with open(path, "wb") as file:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with HashingFile(partial) as file:
         with pa.ipc.new_file(file, batch.schema) as writer:
             writer.write_batch(batch)
-        file.flush()
-        os.fsync(file.fileno())
+        size, digest = file.finish()
+    os.replace(partial, path)
     return ShardInfo(
         f"{path.parent.name}/{path.name}",
         len(offsets) - 1,
         len(tokens),
-        path.stat().st_size,
-        sha256_of(path),
+        size,
+        digest,
         sha256_of_sums(sums),
     )

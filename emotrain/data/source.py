@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from emotrain.batch import PackedBatch
+if TYPE_CHECKING:  # it loads torch, and writing data needs none
+    from emotrain.batch import PackedBatch
 
 
 class Window(NamedTuple):

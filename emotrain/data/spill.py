@@ -1,127 +1,228 @@
-"""Encoded documents on their way to shards."""
+"""Encoded documents on their way to shards: a file a piece, which holds them by bucket (the shard
+they will lie in), and what is known of the piece beside it.
+
+    pieces/000012.arrow   a record batch a segment; rows are documents, sorted by bucket
+    pieces/000012.json    size and checksum of that file, and counts: written last, so that a piece
+                          is whole or not there
+
+A document's bucket and its place in it are hashes of (seed, file, record, part): nothing depends
+on other pieces, or on who encodes them.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-from collections import Counter, defaultdict
+import os
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from emotrain.data.documents import Document
-from emotrain.data.manifest import SPLITS, ShardInfo
-from emotrain.data.shards import write_shard
-from emotrain.files import json_text
-from emotrain.progress import ProgressBar
+from emotrain.data.manifest import SPLITS
+from emotrain.data.records import Document
+from emotrain.errors import RunError
+from emotrain.files import json_text, sha256_of
 
-BUFFER_BYTES = 2**28
-"""Bytes of encoded documents held before they are appended to their buckets."""
+BUFFER_BYTES = 2**26
+"""Bytes of encoded documents that a process holds before it writes a segment."""
 
-
-HELD_OUT, BUCKET, PLACE = range(3)
-"""What a hash of a document's number decides; each has a key of its own, so that the three are
-unrelated."""
+PIECES = "pieces"
 
 
-class Spill:
-    """Encoded documents on their way to shards: one bucket a shard, in order of arrival until the
-    shard is finished.
+class Placed(NamedTuple):
+    """An encoded document that is kept."""
 
-    A bucket is two files, to which buffers are appended: the token ids, and a JSON line [place,
-    length, domain, source] a document. Documents of a shard are ordered by `place`.
-    """
+    document: Document
+    file: int
+    tokens: np.ndarray
+    first_line: int
+    last_line: int
+    """Hashes; 0 where the text has one line only."""
+    marked: int
+    """1 where it holds a mark of the end of a document, 2 where it ends in one."""
+    key: tuple[int, ...]
+    """By which duplicates are found; empty where nobody looks for them."""
 
-    def __init__(self, folder: Path, buckets: dict[str, int], seed: int, dtype: np.dtype):
-        self.folder, self.buckets, self.seed, self.dtype = folder, buckets, seed, dtype
-        self.tokens: defaultdict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        self.lines: defaultdict[tuple[str, int], list[str]] = defaultdict(list)
-        self.buffered = 0
-        for split in SPLITS:
-            (folder / split).mkdir()
 
-    def add(
-        self,
-        first_number: int,
-        documents: list[Document],
-        tokens: list[np.ndarray],
-        valid_fraction: float,
-    ) -> None:
-        """Take documents numbered from `first_number`."""
-        from emotrain.data.loader import keyed  # here: it loads torch, and prepare need not
+class Buckets:
+    """How many shards there are of each split, and which documents go to which."""
 
-        numbers = np.arange(first_number, first_number + len(documents))
-        hashes = {what: keyed(3 * self.seed + what, numbers) for what in (HELD_OUT, BUCKET, PLACE)}
-        held_out, choices, places = (
-            hashes[HELD_OUT] < np.uint64(valid_fraction * 2**64),
-            hashes[BUCKET],
-            hashes[PLACE].tolist(),
+    def __init__(self, counts: dict[str, int], seed: int, valid_fraction: float):
+        self.counts, self.seed, self.valid_fraction = counts, seed, valid_fraction
+        self.names = [(split, number) for split in SPLITS for number in range(counts[split])]
+        self.first = {"train": 0, "valid": counts["train"]}
+
+    def place(self, document: Document, file: int) -> tuple[int, int]:
+        """The bucket of a document, and its place in it."""
+        name = f"{self.seed}/{file}/{document.index}/{document.part}"
+        digest = hashlib.blake2b(name.encode(), digest_size=24).digest()
+        held_out, choice, place = (
+            int.from_bytes(digest[start : start + 8], "little") for start in (0, 8, 16)
         )
-        for index, (document, ids) in enumerate(zip(documents, tokens, strict=True)):
-            split = document.split or ("valid" if held_out[index] else "train")
-            bucket = split, int(choices[index]) % self.buckets[split]
-            self.tokens[bucket].append(ids.astype(self.dtype))
-            self.lines[bucket].append(
-                json_text([places[index], len(ids), document.domain, document.source])
-            )
-            self.buffered += self.tokens[bucket][-1].nbytes
+        drawn = "valid" if held_out < self.valid_fraction * 2**64 else "train"
+        split = document.split or drawn
+        return self.first[split] + choice % self.counts[split], place
+
+
+class SpillWriter:
+    """Writes the documents of one piece."""
+
+    def __init__(self, folder: Path, number: int, dtype: np.dtype, key_width: int):
+        self.stem = folder / PIECES / f"{number:06d}"
+        self.dtype, self.key_width = dtype, key_width
+        self.rows: list[tuple[int, int, int, Placed]] = []
+        self.buffered = self.documents = self.tokens = self.text_bytes = 0
+        self.buckets: Counter[int] = Counter()
+        self.partial = self.stem.with_name(f"{self.stem.name}.{os.getpid()}.partial")
+        self.file = HashingFile(self.partial)
+        self.writer: Any = None
+
+    def add(self, placed: Placed, bucket: int, place: int) -> None:
+        self.rows.append((bucket, place, self.documents, placed))
+        self.documents += 1
+        self.tokens += len(placed.tokens)
+        self.text_bytes += placed.document.size
+        self.buckets[bucket] += 1
+        self.buffered += placed.tokens.nbytes
         if self.buffered >= BUFFER_BYTES:
             self._flush()
 
-    def finish(self, bar: ProgressBar) -> dict[str, dict[str, Any]]:
-        """Write the shards, removing each bucket after it; for each split, ShardInfos and counts
-        by domain."""
-        self._flush()
-        bar.start("writing shards", sum(self.buckets.values()))
-        splits: dict[str, dict[str, Any]] = {}
-        for split in SPLITS:
-            shards: list[ShardInfo] = []
-            counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-            for number in range(self.buckets[split]):
-                if self._paths((split, number))[0].exists():
-                    shards.append(self._finish_bucket((split, number), len(shards), counts))
-                bar.advance(1)
-            splits[split] = {
-                "shards": shards,
-                "domains": {domain: dict(counts[domain]) for domain in sorted(counts)},
-            }
-        return splits
+    def commit(self, known: dict[str, Any]) -> None:
+        """Give the piece its name.
 
-    def _finish_bucket(
-        self, bucket: tuple[str, int], shard: int, counts: defaultdict[str, Counter[str]]
-    ) -> ShardInfo:
-        tokens_path, lines_path = self._paths(bucket)
-        tokens = np.fromfile(tokens_path, dtype=self.dtype)
-        lines = lines_path.read_text(encoding="utf-8").splitlines()
-        places, lengths, domains, sources = zip(*map(json.loads, lines), strict=True)
-        ends = np.cumsum(lengths)
-        order = np.argsort(np.array(places, dtype=np.uint64)).tolist()
-        shuffled = np.concatenate([tokens[ends[row] - lengths[row] : ends[row]] for row in order])
-        offsets = np.concatenate([[0], np.cumsum([lengths[row] for row in order])]).astype(np.int64)
-        for domain, length in zip(domains, lengths, strict=True):
-            counts[domain].update(documents=1, tokens=length)
-        info = write_shard(
-            self.folder / bucket[0] / f"shard-{shard:05d}.arrow",
-            shuffled,
-            offsets,
-            [domains[row] for row in order],
-            [sources[row] for row in order],
-        )
-        tokens_path.unlink()
-        lines_path.unlink()
-        return info
+        Args:
+            known: what else its JSON says.
+        """
+        if self.rows or self.writer is None:
+            self._flush()
+        self.writer.close()
+        size, digest = self.file.finish()
+        os.replace(self.partial, self.stem.with_suffix(".arrow"))
+        counts = {
+            "bytes": size,
+            "sha256": digest,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "buckets": {str(bucket): count for bucket, count in sorted(self.buckets.items())},
+        }
+        write_durably(self.stem.with_suffix(".json"), json_text(counts | known))
 
     def _flush(self) -> None:
-        for bucket, arrays in self.tokens.items():
-            tokens_path, lines_path = self._paths(bucket)
-            with open(tokens_path, "ab") as file:
-                file.write(np.concatenate(arrays).tobytes())
-            with open(lines_path, "a", encoding="utf-8") as file:
-                file.write("\n".join(self.lines[bucket]) + "\n")
-        self.tokens.clear()
-        self.lines.clear()
-        self.buffered = 0
+        import pyarrow as pa
 
-    def _paths(self, bucket: tuple[str, int]) -> tuple[Path, Path]:
-        stem = f"{bucket[0]}-{bucket[1]:05d}"
-        return self.folder / f"{stem}.tokens", self.folder / f"{stem}.lines"
+        rows = sorted(self.rows, key=lambda row: (row[0], row[2]))
+        placed = [row[3] for row in rows]
+        documents = [item.document for item in placed]
+        tokens = [item.tokens for item in placed]
+        ends = np.cumsum([0, *map(len, tokens)]).astype(np.int64)
+        flat = np.concatenate(tokens) if tokens else np.zeros(0, self.dtype)
+        keys = np.array([item.key for item in placed], np.uint64).reshape(-1)
+        columns = {
+            "bucket": pa.array([row[0] for row in rows], pa.uint32()),
+            "place": pa.array([row[1] for row in rows], pa.uint64()),
+            "ordinal": pa.array([row[2] for row in rows], pa.uint32()),
+            "file": pa.array([item.file for item in placed], pa.uint32()),
+            "number": pa.array([document.number for document in documents], pa.int64()),
+            "part": pa.array([document.part for document in documents], pa.uint32()),
+            "domain": pa.array([document.domain for document in documents], pa.string()),
+            "source": pa.array(
+                [d.source if d.number is None else None for d in documents], pa.string()
+            ),
+            "license": pa.array([document.license for document in documents], pa.string()),
+            "characters": pa.array([len(document.text) for document in documents], pa.uint32()),
+            "first_line": pa.array([item.first_line for item in placed], pa.uint64()),
+            "last_line": pa.array([item.last_line for item in placed], pa.uint64()),
+            "marked": pa.array([item.marked for item in placed], pa.uint8()),
+            "key": pa.FixedSizeListArray.from_arrays(pa.array(keys), max(1, self.key_width))
+            if self.key_width
+            else pa.nulls(len(rows)),
+            "tokens": pa.LargeListArray.from_arrays(
+                pa.array(ends), pa.array(flat.astype(self.dtype, copy=False))
+            ),
+        }
+        batch = pa.record_batch(list(columns.values()), names=list(columns))
+        if self.writer is None:
+            self.writer = pa.ipc.new_file(self.file, batch.schema)
+        self.writer.write_batch(batch)
+        self.rows, self.buffered = [], 0
+
+
+class HashingFile(io.RawIOBase):
+    """A file that is written once, from its start to its end, and hashed on the way."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.file, self.digest, self.size = open(path, "wb"), hashlib.sha256(), 0  # noqa: SIM115
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        return self.size
+
+    def finish(self) -> tuple[int, str]:
+        """Flush it to the disk and close it. Returns its bytes and its sha256."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.size, self.digest.hexdigest()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file that is whole or not there, also after a crash of the machine."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_piece(folder: Path, number: int, hashed: bool) -> dict[str, Any] | None:
+    """What is known of a piece; None where it is not whole.
+
+    Args:
+        hashed: whether its bytes are compared with the checksum, and not only its size.
+    """
+    path = folder / PIECES / f"{number:06d}.json"
+    return read_committed(path, path.with_suffix(".arrow"), hashed)
+
+
+def read_committed(path: Path, beside: Path, hashed: bool) -> dict[str, Any] | None:
+    """A JSON file that says how large another one is, if that is so."""
+    try:
+        known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if beside.stat().st_size != known["bytes"]:
+            return None
+        return known if not hashed or sha256_of(beside) == known["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def segments(folder: Path, number: int) -> Iterator[Any]:
+    """The record batches of a piece, mapped."""
+    import pyarrow as pa
+
+    path = folder / PIECES / f"{number:06d}.arrow"
+    try:
+        # Opened by Python, which takes names of any bytes.
+        with pa.memory_map(os.fspath(path)) as source:
+            reader = pa.ipc.open_file(source)
+            for index in range(reader.num_record_batches):
+                yield reader.get_batch(index)
+    except pa.ArrowException as error:
+        raise RunError(
+            f"{path}: not readable ({' '.join(str(error).split())}); remove it, the same command "
+            f"makes it again"
+        ) from None

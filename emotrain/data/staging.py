@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from emotrain.data.manifest import MANIFEST, SPLITS, TOKENIZER, read_manifest
+from emotrain.data.manifest import CARD, MANIFEST, SPLITS, TOKENIZER, read_manifest
 from emotrain.errors import ExistingFileError, UserError
 from emotrain.staging import LOCK, Staging
+
+SPACE_HINT = " (a data set takes 2 or 4 bytes a token, and about as much again while it is made)"
 
 
 def stage_dataset(out: str | Path, overwrite: bool = False) -> Staging:
@@ -20,19 +22,19 @@ def stage_dataset(out: str | Path, overwrite: bool = False) -> Staging:
     """
     return Staging(
         out,
-        check_replaceable=_check_replaceable if overwrite else _refuse,
-        space_hint=" (a data set takes 2 or 4 bytes a token, and about as much again while it is "
-        "made)",
+        check_replaceable=check_replaceable if overwrite else refuse,
+        space_hint=SPACE_HINT,
     )
 
 
-def _refuse(folder: Path) -> None:
+def refuse(folder: Path) -> None:
+    """Refuse to replace a folder."""
     raise ExistingFileError(
         f"{folder}: exists; choose another --out, or replace it with --overwrite"
     )
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Refuse a folder that is not a data set, or holds files that are not part of it: they would
     be deleted."""
     try:
@@ -43,9 +45,11 @@ def _check_replaceable(folder: Path) -> None:
             f"another "
             f"--out"
         ) from None
-    known = {MANIFEST, TOKENIZER, LOCK} | {
-        info.file for split in SPLITS for info in manifest["splits"][split]["shards"]
-    }
+    known = (
+        {MANIFEST, TOKENIZER, LOCK}
+        | ({CARD} if "card" in manifest else set())
+        | {info.file for split in SPLITS for info in manifest["splits"][split]["shards"]}
+    )
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name not in known and not (name in SPLITS and path.is_dir()):

@@ -28,6 +28,21 @@ LONGEST_RUN = 1000
 """Characters without a space, or with nothing else, after which a text is cut to train on: the
 library takes quadratic time in the length of a word."""
 
+USUAL_EOS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[SEP]",
+    "[EOS]",
+    "<|im_end|>",
+)
+"""Tokens that end documents in known vocabularies; the first of them that is there is proposed."""
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""How a vocabulary spells a single byte, for the characters that it has no token for."""
+
 BYTE_ALPHABET = 256
 """Symbols that a byte-level vocabulary starts from, so that every text has an encoding."""
 
@@ -35,13 +50,17 @@ BYTE_ALPHABET = 256
 class TextTokenizer:
     """Encodes documents so that the EOS id stands at the end of each document and nowhere else.
 
-    A text that spells an end-of-document marker is encoded as ordinary characters. Truncation,
-    padding and dropout that a tokenizer file brings along are switched off: every document arrives
-    whole, and always as the same tokens.
+    A text that spells an end-of-document marker, or any other special token, is encoded as ordinary
+    characters, also where the vocabulary itself would take it for one; so is a text that spells the
+    name of a byte (`<0x0A>`). Truncation, padding and dropout that a tokenizer file brings along
+    are switched off: every document arrives whole, and always as the same tokens.
     """
 
-    def __init__(self, backend: Tokenizer, eos_token: str = EOS_TOKEN):
+    def __init__(self, backend: Tokenizer, eos_token: str = EOS_TOKEN, allow_special: bool = False):
         """
+        Args:
+            allow_special: whether special tokens that a text spells become their ids. EOS never
+                does.
         Raises:
             ValueError: `eos_token` is not in the vocabulary.
         """
@@ -53,21 +72,29 @@ class TextTokenizer:
                 if token.special
             )
             more = f" and {len(special) - SHOWN} more" if len(special) > SHOWN else ""
+            usual = next((t for t in USUAL_EOS if backend.token_to_id(t) is not None), "")
+            hint = f", most likely --eos-token '{usual}'" if usual else ""
             raise UserError(
                 f"the tokenizer has no token {eos_token!r} to end documents with; name one with "
-                f"--eos-token, its special tokens are {', '.join(special[:SHOWN]) or 'none'}{more}"
+                f"--eos-token{hint}, its special tokens are "
+                f"{', '.join(special[:SHOWN]) or 'none'}{more}"
             )
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = True
+        backend.encode_special_tokens = not allow_special
         if getattr(backend.model, "dropout", None):
             # Drawn anew at every call: the same inputs would give other bytes.
             backend.model.dropout = None
         self.backend = backend
         self.eos_token = eos_token
         self.eos_id = eos_id
+        self._byte_ids = {
+            i for token, i in backend.get_vocab().items() if BYTE_TOKEN.fullmatch(token)
+        }
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: the rows that a model's embedding needs."""
+        self._forbidden = np.zeros(self.vocab_size, bool)
+        self._forbidden[[eos_id, *_special_ids(backend, allow_special)]] = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text followed by EOS, as uint32 arrays [length + 1].
@@ -82,31 +109,38 @@ class TextTokenizer:
         found = []
         for text, encoding in zip(texts, encodings, strict=True):
             ids = np.array(encoding.ids + [self.eos_id], dtype=np.uint32)
-            # A vocabulary may hold the marker as an ordinary token, or a merge may end in it.
-            found.append(self._around(text) if (ids[:-1] == self.eos_id).any() else ids)
+            # A vocabulary may hold a marker as an ordinary token, or a merge may end in it.
+            around = self._forbidden[ids[:-1]].any() or (self._byte_ids and "<0x" in text)
+            found.append(self._around(text) if around else ids)
         return found
 
     def _around(self, text: str) -> np.ndarray:
-        """As `encode_batch`, of a text that becomes EOS somewhere: cut inside of each such place,
-        until no piece does."""
+        """As `encode_batch`, of a text that becomes a special token somewhere, or the byte whose
+        name it spells: cut inside of each such place, until no piece does."""
         pieces, ids = [text], []
         while pieces:
             piece = pieces.pop()
             encoding = self.backend.encode(piece, add_special_tokens=False)
             spans = [
-                span
-                for span, token in zip(encoding.offsets, encoding.ids, strict=True)
-                if token == self.eos_id
+                (start, end, token)
+                for (start, end), token in zip(encoding.offsets, encoding.ids, strict=True)
+                if self._forbidden[token]
+                or (token in self._byte_ids and BYTE_TOKEN.fullmatch(piece[start:end].strip()))
             ]
             if not spans:
                 ids.append(encoding.ids)
                 continue
-            start, end = spans[0]
+            start, end, token = spans[0]
             cut = (start + end) // 2
             if not start < cut < end:
+                name = self.backend.id_to_token(token)
+                fix = (
+                    "which ends documents; name another token with --eos-token"
+                    if token == self.eos_id
+                    else "which is a special token; let texts spell such with --allow-special"
+                )
                 raise UserError(
-                    f"the tokenizer turns {piece[start:end] or piece[:20]!r} into "
-                    f"{self.eos_token!r}, which ends documents; name another token with --eos-token"
+                    f"the tokenizer turns {piece[start:end] or piece[:20]!r} into {name!r}, {fix}"
                 )
             pieces += [piece[cut:], piece[:cut]]
         return np.array([*chain.from_iterable(ids), self.eos_id], dtype=np.uint32)
@@ -142,13 +176,33 @@ class TextTokenizer:
         return self.backend.to_str(pretty=False)
 
 
-def load_tokenizer(path: str | Path, eos_token: str = EOS_TOKEN) -> TextTokenizer:
+def _special_ids(backend: Tokenizer, allowed: bool) -> set[int]:
+    """Ids that no text may become: those of the special tokens, but for the one that stands for
+    what the vocabulary does not know."""
+    if allowed:
+        return set()
+    unknown = getattr(backend.model, "unk_token", None)
+    if unknown is None:  # Unigram names it by its id
+        model = json.loads(backend.to_str(pretty=False))["model"]
+        unknown = model.get("unk_id")
+        if isinstance(unknown, int):
+            unknown = backend.id_to_token(unknown)
+    return {
+        i
+        for i, token in backend.get_added_tokens_decoder().items()
+        if token.special and token.content != unknown
+    }
+
+
+def load_tokenizer(
+    path: str | Path, eos_token: str = EOS_TOKEN, allow_special: bool = False
+) -> TextTokenizer:
     """Read a `tokenizer.json`.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not a tokenizer, or it lacks `eos_token`.
     """
-    return TextTokenizer(read_tokenizer(path), eos_token)
+    return TextTokenizer(read_tokenizer(path), eos_token, allow_special)
 
 
 def read_tokenizer(path: str | Path) -> Tokenizer:
