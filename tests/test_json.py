@@ -44,6 +44,7 @@ def test_commands_print_json(capsys: pytest.CaptureFixture[str]) -> None:
 KEYS = {
     "prepare": "out vocab_size eos_id files documents tokens text_bytes shard_bytes domains "
     "skipped_documents passed_over_files seconds",
+    "convert": "out documents tokens eos_added domains seconds",
     "train": "run_dir step last_step tokens seconds mean_tokens_per_second metrics interrupted "
     "checkpoint_step",
     "inspect": "total_parameters active_parameters tokens_per_step tokens flops flops_per_token "
@@ -89,6 +90,8 @@ def test_json_is_all_of_stdout_with_stable_keys(
     with documents.open("a", encoding="utf-8") as file:
         file.write("{broken\n")  # which prepare warns of
     save_config(config_from_dict(tiny_settings(data, run_dir)), config)
+    ids = tmp_path / "ids.npy"
+    ids.write_bytes(bytes([9, 0, 8, 0, 0, 0]) * 50)  # two tokens and EOS, uint16
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"{{models: {{run: {run_dir}}}, data: {data}, keep: [0.5], methods: [router], "
@@ -98,6 +101,7 @@ def test_json_is_all_of_stdout_with_stable_keys(
     monkeypatch.setattr("emotrain.kernels.compile_check.compile_all", lambda *_, **__: [])
     arguments: dict[str, list[Any]] = {
         "prepare": [documents, "--out", data, "--train-tokenizer", "--vocab-size", 300],
+        "convert": [ids, "--out", tmp_path / "converted", "--vocab-size", 300],
         "train": [config],
         "inspect": [config],
         "evaluate": [run_dir, "--data", data, "--keep", 0.5, "--random-seeds", 0],

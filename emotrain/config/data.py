@@ -29,8 +29,8 @@ class RawTokensConfig:
     themselves. Vocabulary and EOS are those of `data.tokenizer`, or else `vocab_size` and
     `eos_id`."""
 
-    format: Literal["auto", "dolma"] = "auto"
-    """`dolma`: plain arrays of tokens (Dolma, OLMo), whatever their files are called; `auto`: by
+    format: Literal["auto", "dolma", "megatron"] = "auto"
+    """`dolma`: plain arrays of tokens (Dolma, OLMo); `megatron`: `.bin` with `.idx`; `auto`: by
     the names of the files."""
     dtype: Literal["auto", "uint8", "uint16", "uint32"] = "auto"
     """Type of the tokens in plain arrays; `auto`: the smallest that holds the vocabulary, as the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from glob import has_magic
+from glob import has_magic, iglob
 from pathlib import Path
 
 from emotrain.config import RawTokensConfig, RepetitionFilterConfig
@@ -11,10 +11,13 @@ from emotrain.data.formats import Dataset, SplitStore
 from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.source import TokenStore
-from emotrain.data.stores import plain
-from emotrain.data.stores.listing import list_files
+from emotrain.data.stores import megatron, plain
+from emotrain.data.stores.listing import read_list
 from emotrain.data.stores.vocabulary import vocabulary_of
 from emotrain.errors import UserError
+
+ENDINGS = {".npy": "dolma", ".idx": "megatron", ".bin": "megatron"}
+"""The format that the name of a file says."""
 
 
 def open_loader(
@@ -96,8 +99,9 @@ def open_store(
             f"one; give a folder of theirs"
         )
     vocabulary = vocabulary_of(name, tokenizer, raw)
-    files = list_files(name, plain.ENDINGS, raw, domain)
-    return plain.PlainStore(name, files, vocabulary, raw.dtype)
+    if _format_of(name, raw) == "megatron":
+        return megatron.open_megatron(name, raw, vocabulary, domain)
+    return plain.open_plain(name, raw, vocabulary, domain)
 
 
 def _is_ours(path: str) -> bool:
@@ -107,5 +111,24 @@ def _is_ours(path: str) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     if folder.is_dir():
-        return not any(any(folder.rglob(f"*{ending}")) for ending in plain.ENDINGS)
-    return not (folder.exists() or has_magic(path) or path.endswith(plain.ENDINGS))
+        return not any(any(folder.rglob(f"*{ending}")) for ending in ENDINGS)
+    return not (folder.exists() or has_magic(path) or path.endswith(tuple(ENDINGS))) and not (
+        Path(megatron.index_of(path)).is_file()
+    )
+
+
+def _format_of(path: str, raw: RawTokensConfig) -> str:
+    """What lies at a path: a format that the settings name, or the one that its first file's name
+    says."""
+    if raw.format != "auto":
+        return raw.format
+    folder = Path(path)
+    if folder.is_dir():
+        names = (name for ending in ENDINGS for name in folder.rglob(f"*{ending}"))
+        path = str(next(names))
+    elif folder.is_file() and not path.endswith(tuple(ENDINGS)):
+        path = next(iter(read_list(path, raw)), (path, ""))[0]
+    elif has_magic(path):
+        path = next((name for name in iglob(path, recursive=True)), path)
+    known = next((kind for ending, kind in ENDINGS.items() if path.endswith(ending)), "")
+    return known or ("megatron" if Path(megatron.index_of(path)).is_file() else "dolma")

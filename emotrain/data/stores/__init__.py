@@ -1,6 +1,7 @@
 """Tokens and texts as others write them, read where they lie: a `TokenStore` for each format.
 
     plain      arrays of tokens that EOS separates, without a header: Dolma, OLMo
+    megatron   `.bin` with its `.idx`: Megatron and what came of it
     listing    which files a path means: a file, a folder, a pattern, a list, a mix
     content    bytes of a file by place, and what is said where they are not there
     vocabulary the tokens of files that do not say which they hold

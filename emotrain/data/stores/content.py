@@ -6,10 +6,12 @@ shrinks under a map ends the process with a signal instead of a line that names 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 from collections import OrderedDict
 from io import FileIO
+from pathlib import PurePath
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +20,9 @@ from emotrain.errors import MissingFileError, UserError
 
 MAX_OPEN = 64
 """Files that stay open at a time; opening again is a look into the folder."""
+
+SAMPLE_BYTES = 4096
+"""Of the start, the middle and the end of a file that are part of its fingerprint."""
 
 
 class Content(Protocol):
@@ -93,3 +98,17 @@ class LocalContent:
             pieces.append(piece)
             at += len(piece)
         return np.frombuffer(pieces[0] if len(pieces) == 1 else b"".join(pieces), dtype=np.uint8)
+
+
+def named(content: Content) -> bytes:
+    """What is known of a file without reading it, for fingerprints: where it lies is no part."""
+    text = f"{PurePath(content.name).name} {content.size} {content.sign} "
+    return text.encode("utf-8", "surrogateescape")
+
+
+def sampled(content: Content) -> str:
+    """A digest of a file's name, size and some of its bytes."""
+    digest, most = hashlib.sha256(named(content)), content.size - SAMPLE_BYTES
+    for start in sorted({0, max(most // 2, 0), max(most, 0)}):
+        digest.update(content.read(start, min(start + SAMPLE_BYTES, content.size)).tobytes())
+    return digest.hexdigest()

@@ -17,7 +17,7 @@ import glob
 import logging
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +42,18 @@ class Listed(NamedTuple):
 
 
 def list_files(
-    path: str, endings: Sequence[str], raw: RawTokensConfig, domain: str = ""
+    path: str,
+    endings: Sequence[str],
+    raw: RawTokensConfig,
+    domain: str = "",
+    meant: Callable[[str], str] = str,
 ) -> list[Listed]:
     """The files that `path` means, in order; see the top of this file.
 
     Args:
         endings: how the names of such files end. A file with another name is a list.
         domain: only files with this label; empty for all.
+        meant: the file that a name stands for, where formats have names for several.
     Raises:
         UserError: none, one that is not there or not a file, or one that is named twice.
     """
@@ -56,13 +61,14 @@ def list_files(
     if os.path.isdir(path):
         labels = [(name, "") for name in _files_below(path, endings)]
         what = f"files that end in {' or '.join(endings)} below this folder"
-    elif path.endswith(tuple(endings)) and os.path.lexists(path):
-        labels, what = [(path, "")], ""
+    elif meant(path).endswith(tuple(endings)) and os.path.lexists(meant(path)):
+        labels, what = [(meant(path), "")], ""
     elif glob.has_magic(path) and not os.path.exists(path):
         names = sorted(n for n in glob.iglob(path, recursive=True) if n.endswith(tuple(endings)))
         labels, what = [(name, "") for name in names], f"files that end in {' or '.join(endings)}"
     elif os.path.isfile(path):
-        labels, what = read_list(path, raw), "paths in this list"
+        labels = [(meant(name), label) for name, label in read_list(path, raw)]
+        what = "paths in this list"
     else:
         raise MissingFileError(
             f"{path}: no such file, folder or pattern; give files that end in "
@@ -114,6 +120,11 @@ def read_list(path: str, raw: RawTokensConfig) -> list[tuple[str, str]]:
     return found
 
 
+def beside(content: Content, name: str, files: OpenFiles) -> Content:
+    """Another file that belongs to one."""
+    return _look(name, content.name, files)
+
+
 def _files_below(folder: str, endings: Sequence[str]) -> list[str]:
     """Files with one of the endings, to any depth, sorted; hidden ones are left out, and links
     to folders are followed, each real folder once."""
@@ -142,18 +153,10 @@ def _with_sizes(path: str, labels: list[tuple[str, str]]) -> list[Listed]:
     files = OpenFiles()
 
     def look(item: tuple[str, str]) -> Listed:
-        name, label = item
-        try:
-            found = os.stat(name)
-        except (OSError, ValueError) as error:
-            said = getattr(error, "strerror", None) or error
-            raise MissingFileError(f"{name}: cannot be read ({said}), {path} names it") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{name}: is no file; name files alone")
-        return Listed(LocalContent(name, found.st_size, files), label)
+        return Listed(_look(item[0], path, files), item[1])
 
     with ThreadPoolExecutor(STAT_THREADS) as pool:
-        listed = list(pool.map(look, labels, chunksize=1))
+        listed = list(pool.map(look, labels))
     kept = [file for file in listed if file.content.size]
     if not kept:
         raise UserError(f"{path}: its {len(listed)} files are empty; give files with tokens")
@@ -164,6 +167,17 @@ def _with_sizes(path: str, labels: list[tuple[str, str]]) -> list[Listed]:
             path, len(listed) - len(kept), len(listed), empty,
         )  # fmt: skip
     return kept
+
+
+def _look(name: str, named_by: str, files: OpenFiles) -> Content:
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise MissingFileError(f"{name}: cannot be read ({said}), {named_by} names it") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{name}: is no file; name files alone")
+    return LocalContent(name, found.st_size, files)
 
 
 def _first_twice(names: Iterable[str]) -> str:

@@ -32,18 +32,16 @@ from typing import NamedTuple
 
 import numpy as np
 
+from emotrain.config import RawTokensConfig
 from emotrain.data.checks import STAT_THREADS
 from emotrain.data.manifest import token_dtype
 from emotrain.data.source import Window
-from emotrain.data.stores.content import Content
-from emotrain.data.stores.listing import Listed
+from emotrain.data.stores.content import SAMPLE_BYTES, Content, named
+from emotrain.data.stores.listing import Listed, list_files
 from emotrain.data.stores.vocabulary import Vocabulary, check_tokens
 from emotrain.errors import UserError
 
 ENDINGS = (".npy",)
-SAMPLE_BYTES = 4096
-"""Of the start, the middle and the end of a file that are looked at when it is opened, and are
-part of the fingerprint."""
 SEARCH_TOKENS = 2**20
 """Tokens looked through at a time for the first EOS of a file."""
 NUMPY = b"\x93NUMPY"
@@ -172,11 +170,7 @@ class PlainStore:
                 f"{content.name}: has {content.size} bytes, no whole number of {dtype.name} "
                 f"tokens; give the data.raw.dtype that it was written with, or copy it again"
             )
-        digest = hashlib.sha256(
-            f"{Path(content.name).name} {content.size} {dtype.str} {content.sign} ".encode(
-                "utf-8", "surrogateescape"
-            )
-        )
+        digest = hashlib.sha256(named(content) + dtype.str.encode())
         some, ended = SAMPLE_BYTES // dtype.itemsize, False
         for start in sorted({0, max(tokens // 2 - some // 2, 0), max(tokens - some, 0)}):
             sample = self._read(content, dtype, header, start, min(start + some, tokens))
@@ -199,6 +193,11 @@ class PlainStore:
             f"{content.name}: none of its {tokens} tokens is {self.eos_id}, which ends documents; "
             f"give the tokenizer or the data.raw.eos_id that it was written with"
         )
+
+
+def open_plain(path: str, raw: RawTokensConfig, vocabulary: Vocabulary, domain: str) -> PlainStore:
+    """The arrays that a path means, of one domain if it is not empty."""
+    return PlainStore(path, list_files(path, ENDINGS, raw, domain), vocabulary, raw.dtype)
 
 
 def _dtype_of(vocab_size: int, dtype: str) -> np.dtype:
