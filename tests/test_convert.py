@@ -14,10 +14,10 @@ from test_stores_plain import EOS, RAW, VOCAB, documents, write
 
 from emotrain.cli import main
 from emotrain.config import RawTokensConfig
-from emotrain.data import convert as convert_module
-from emotrain.data.convert import convert, whole_documents
 from emotrain.data.formats import Dataset
 from emotrain.data.opening import open_store
+from emotrain.data.stores import convert as convert_module
+from emotrain.data.stores.convert import convert, whole_documents
 from emotrain.errors import UserError
 
 

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 
 from emotrain.commands.common import add_json, finish
 from emotrain.config import RawTokensConfig
-from emotrain.data.convert import SHARD_TOKENS, convert
+from emotrain.data.stores.convert import SHARD_TOKENS, convert
 from emotrain.progress import ProgressBar
 
 EPILOG = """\

@@ -2,7 +2,7 @@
 
 Documents are those of the store and stay whole; no token is changed, and none made up. As in
 `prepare`, a hash of (seed, number) decides to which shard a document goes, where in it, and
-whether it is held out, so that the first documents of a shard are a sample of all; see `spill`.
+whether it is held out, so that the first documents of a shard are a sample of all; see `shuffle`.
 Memory holds a piece of one file and a shard, the disk twice the tokens.
 """
 
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from emotrain.config import RawTokensConfig
-from emotrain.data.documents import Document
 from emotrain.data.files import shown
 from emotrain.data.manifest import SPLITS, TOKENIZER, token_dtype, write_manifest
 from emotrain.data.staging import stage_dataset
@@ -71,7 +70,7 @@ def convert(
         UserError: bad arguments, data that cannot be read, or `out` exists.
     """
     from emotrain.data.opening import open_store  # here: they load torch, and --help need not
-    from emotrain.data.spill import Spill
+    from emotrain.data.stores.shuffle import Shuffle
 
     started = time.perf_counter()
     if shard_tokens < 1 or not 0 <= valid_fraction < 1 or seed < 0:
@@ -88,15 +87,15 @@ def convert(
     with stage_dataset(out, overwrite) as staging:
         if store.tokenizer_file.is_file():
             (staging.folder / TOKENIZER).write_bytes(store.tokenizer_file.read_bytes())
-        spill = Spill(staging.folder, buckets, seed, token_dtype(store.vocab_size))
+        shuffle = Shuffle(staging.folder, buckets, seed, token_dtype(store.vocab_size))
         number, added = 0, 0
         bar.start("reading", total)
         for shard in range(len(store.shard_tokens)):
             for documents, ids in _batches(store, shard, append_eos, bar):
                 added += sum(map(len, ids))
-                spill.add(number, documents, ids, valid_fraction)
+                shuffle.add(number, documents, ids, valid_fraction)
                 number += len(documents)
-        splits = spill.finish(bar)
+        splits = shuffle.finish(bar)
         if not splits["train"]["shards"]:
             raise UserError(
                 f"{path}: all of its {number} documents are held out; lower --valid-fraction"
@@ -154,7 +153,7 @@ def whole_documents(
 
 def _batches(
     store: TokenStore, shard: int, append_eos: bool, bar: ProgressBar
-) -> Iterator[tuple[list[Document], list[np.ndarray]]]:
+) -> Iterator[tuple[list[tuple[str, str]], list[np.ndarray]]]:
     """Documents of a shard with their token ids, some at a time."""
     name = str(store.name_of(shard) if hasattr(store, "name_of") else store.path)
     labels = getattr(store, "labels", ())
@@ -163,7 +162,7 @@ def _batches(
     base = shown(os.path.basename(name))
     sources = store.sources(shard) if hasattr(store, "sources") else iter(())
     eos = np.array([store.eos_id])
-    documents: list[Document] = []
+    documents: list[tuple[str, str]] = []
     ids: list[np.ndarray] = []
     held, indexed = 0, False
     for number, (start, tokens) in enumerate(whole_documents(store, shard, bar)):
