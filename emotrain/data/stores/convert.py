@@ -186,7 +186,7 @@ def _batches(
                     f"in EOS ({store.eos_id}), as all of a data set do; give --append-eos"
                 )
             tokens = np.concatenate((tokens, eos)).astype(np.int64)
-        documents.append(Document("", domain, source[2] if source else f"{base}:{start}", None, 0))
+        documents.append((domain, source[2] if source else f"{base}:{start}"))
         ids.append(tokens)
         held += len(tokens)
         if held >= PIECE:
