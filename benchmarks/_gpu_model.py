@@ -35,7 +35,8 @@ from emotrain.planning.hardware import GPU, GPUS, Cluster
 from emotrain.training.engine import NativeEngine
 from emotrain.training.numerics import reproducible
 from emotrain.training.optimizer import build_optimizer
-from emotrain.training.step import StepResult, train_step
+from emotrain.training.step import train_step
+from emotrain.training.step_result import StepResult
 
 MOST_WAITS = 6
 """Waits of the host for the device in a step without expert parallelism."""

@@ -253,10 +253,11 @@ void attend(float* x, const float* norm, const float* qkv_w, const float* out_w,
 }
 
 // The K experts of highest probability of each token, best first, of equals the lowest number: `route` of the router, with
-// `mask` (0, or -inf for experts that a seat may not use; a row a seat) added to the logits. N marks an empty slot.
-void route(const float* logits, int64_t E, const float* mask, const int64_t* seat, float* weights, int64_t* chosen, int64_t T, int64_t N, int64_t K,
-           int64_t sigmoid, int64_t normalize) {
-  std::vector<float> p(N);
+// `mask` (0, or -inf for experts that a seat may not use; a row a seat) added to the logits, and `bias`, if any, to the
+// probabilities where experts are chosen. N marks an empty slot.
+void route(const float* logits, int64_t E, const float* mask, const int64_t* seat, const float* bias, float* weights, int64_t* chosen, int64_t T,
+           int64_t N, int64_t K, int64_t sigmoid, int64_t normalize) {
+  std::vector<float> p(N), score(N);
   for (int64_t t = 0; t < T; ++t) {
     const float infinite = std::numeric_limits<float>::infinity();
     float most = -infinite, sum = 0;
@@ -265,13 +266,14 @@ void route(const float* logits, int64_t E, const float* mask, const int64_t* sea
       p[n] = p[n] == -infinite ? 0.0f : sigmoid ? 1.0f / (1.0f + exponential(-p[n])) + 1e-7f : exponential(p[n] - most);
       sum += p[n];
     }
+    for (int64_t n = 0; n < N; ++n) score[n] = p[n] <= 0 ? -infinite : bias ? (sigmoid ? p[n] : p[n] / sum) + bias[n] : p[n];
     float together = 0;
     for (int64_t k = 0; k < K; ++k) {
-      const int64_t best = std::max_element(p.begin(), p.end()) - p.begin();
-      const bool empty = p[best] <= 0;
+      const int64_t best = std::max_element(score.begin(), score.end()) - score.begin();
+      const bool empty = score[best] == -infinite;
       chosen[t * K + k] = empty ? N : best;
       together += weights[t * K + k] = empty ? 0.0f : sigmoid ? p[best] : p[best] / sum;
-      p[best] = 0;
+      score[best] = -infinite;
     }
     for (int64_t k = 0; normalize && k < K; ++k) weights[t * K + k] /= together;
   }

@@ -27,7 +27,7 @@ _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "linear": [*[_POINTER] * 3, *[_INT] * 4],
     "attend": [*[_POINTER] * 17, ctypes.c_float, _INT],
-    "route": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 5],
+    "route": [_POINTER, _INT, *[_POINTER] * 5, *[_INT] * 5],
     "experts": [*[_POINTER] * 7, *[_INT] * 6],
 }
 
@@ -140,6 +140,7 @@ def route(
     rules: tuple[bool, bool],
     mask_BN: Tensor | None,
     seats_T: Tensor,
+    choice_bias_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`emotrain.model.router.route` of the first N logits of each token -> weights and experts
     [T, K]. Of equal experts the one of lower number is chosen.
@@ -149,6 +150,7 @@ def route(
         rules: whether gates are sigmoids (else softmax), and whether weights are normalised.
         mask_BN: 0, or -inf where a seat may not use an expert; None: all may use all.
         seats_T: int64, the row of the mask.
+        choice_bias_N: added to probabilities where experts are chosen, and nowhere else.
     """
     num_routed, num_chosen = sizes
     num_tokens, num_experts = logits_TE.shape
@@ -159,6 +161,7 @@ def route(
         num_experts,
         None if mask_BN is None else mask_BN.data_ptr(),
         seats_T.data_ptr(),
+        None if choice_bias_N is None else choice_bias_N.data_ptr(),
         weights_TK.data_ptr(),
         experts_TK.data_ptr(),
         num_tokens,

@@ -15,8 +15,8 @@ _LIBRARY.impl("decided", torch.clone, "CompositeExplicitAutograd")
 # Its kernel is in triton_routing.py; its name is here, so that who keeps its results needs no
 # Triton.
 _LIBRARY.define(
-    "route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, int num_chosen) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "route(Tensor logits, Tensor document, Tensor? pool, Tensor? valid, Tensor? bias, "
+    "int num_chosen) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 decided: Any = torch.ops.emotrain.decided.default

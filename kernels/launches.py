@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ PUBLISHED = {
     "kv_heads": 16,
     "head_width": 128,
     "vocab": 100352,
+    "choice_bias": 1,
 }
 """One micro-batch of the published model: 4 sequences of 4,096 tokens (spec 1.2, 5)."""
 
@@ -82,14 +84,22 @@ def _route(sizes: Mapping[str, int]) -> None:
         torch.empty(shape, dtype=torch.bool) for shape in ((documents, num_experts), (tokens,))
     )
     of_batch = (logits_TN, document_T, documents, sizes["num_chosen"])
-    routing = decide_in_triton(*of_batch, pool_size_G)
-    (routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()).backward()
-    # With the z-loss on all logits nothing asks for the normaliser inside of pools.
-    routing = decide_in_triton(*of_batch)
-    (routing.weights_TK.sum() + routing.probabilities_TN.sum()).backward()
-    for pool in (pool_size_G, None):  # padded batches, an expert subset
-        decide_in_triton(*of_batch, pool, None, valid_T)
-        decide_in_triton(*of_batch, pool, kept_GN, valid_T)
+    biases = (None, torch.empty(num_experts)) if sizes["choice_bias"] else (None,)
+    for bias_N in biases:
+        decide = partial(decide_in_triton, *of_batch, choice_bias_N=bias_N)
+        routing = decide(pool_size_G)
+        (routing.weights_TK.sum() + routing.probabilities_TN.sum() + routing.lse_T.sum()).backward()
+        # With the z-loss on all logits nothing asks for the normaliser inside of pools.
+        routing = decide()
+        (routing.weights_TK.sum() + routing.probabilities_TN.sum()).backward()
+        if bias_N is not None:
+            # With biases alone, nothing but the task's loss and the z-loss asks for a gradient.
+            routing = decide(pool_size_G)
+            (routing.weights_TK.sum() + routing.lse_T.sum()).backward()
+            decide().weights_TK.sum().backward()
+        for pool in (pool_size_G, None):  # padded batches, an expert subset
+            decide(pool, None, valid_T)
+            decide(pool, kept_GN, valid_T)
 
 
 def _compute(sizes: Mapping[str, int], dtype: torch.dtype) -> None:

@@ -39,6 +39,7 @@ def decide_in_triton(
     valid_T: Tensor | None = None,
     normalize: bool = False,
     num_forced: int = 0,
+    choice_bias_N: Tensor | None = None,
 ) -> Decision:
     """`model.router.decide` for the rules of `TRITON_POOLS` and `TRITON_GATINGS`, on float32 logits
     with unit stride along the experts.
@@ -49,6 +50,7 @@ def decide_in_triton(
         kept_GN: bool, experts that each document may use at all, at least one each.
         valid_T: bool, False for padding, which is given no expert.
         num_forced: how many of the last experts are in every drawn pool, beyond its size.
+        choice_bias_N: float32, added to probabilities where experts are chosen, and nowhere else.
     """
     if logits_TN.dtype != torch.float32 or logits_TN.stride(1) != 1:
         raise UserError(
@@ -65,7 +67,7 @@ def decide_in_triton(
             logits_TN, document_T, num_documents, pool_size_G, kept_GN, valid_T, num_forced
         )
     probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = _Route.apply(
-        logits_TN, document_T, pool_GN, valid_T, num_chosen
+        logits_TN, document_T, pool_GN, valid_T, choice_bias_N, num_chosen
     )
     if normalize:
         total_T1 = weights_TK.sum(dim=1, keepdim=True)
@@ -159,6 +161,7 @@ def _route(
     document_T: Tensor,
     pool_GN: Tensor | None,
     valid_T: Tensor | None,
+    choice_bias_N: Tensor | None,
     num_chosen: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_routed = logits_TN.shape
@@ -177,13 +180,14 @@ def _route(
         None,
         Cost(
             # Slots are added to the histogram, which is read for it.
-            reads=(logits_TN, *of_document, valid_u8, counts_N),
+            reads=(logits_TN, *of_document, valid_u8, choice_bias_N, counts_N),
             writes=(probabilities_TN, weights_TK, experts_TK, lse_T, counts_N),
         ),
         logits_TN,
         document_T.contiguous(),
         _or(pool_u8, lse_T),
         _or(valid_u8, lse_T),
+        _or(choice_bias_N, lse_T),
         probabilities_TN,
         weights_TK,
         experts_TK,
@@ -195,6 +199,7 @@ def _route(
         K=num_chosen,
         HAS_POOL=pool_u8 is not None,
         HAS_VALID=valid_u8 is not None,
+        HAS_BIAS=choice_bias_N is not None,
         **_route_options(num_routed),
     )
     return probabilities_TN, weights_TK, lse_T, experts_TK, counts_N
@@ -208,9 +213,9 @@ _LIBRARY.impl("route", _route, "CompositeExplicitAutograd")
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_TN, document_T, pool_GN, valid_T, num_chosen):
+    def forward(ctx, logits_TN, document_T, pool_GN, valid_T, choice_bias_N, num_chosen):
         probabilities_TN, weights_TK, lse_T, experts_TK, counts_N = torch.ops.emotrain.route(
-            logits_TN, document_T, pool_GN, valid_T, num_chosen
+            logits_TN, document_T, pool_GN, valid_T, choice_bias_N, num_chosen
         )
         ctx.save_for_backward(probabilities_TN, experts_TK)
         ctx.mark_non_differentiable(experts_TK, counts_N)
@@ -249,7 +254,7 @@ class _Route(torch.autograd.Function):
             HAS_LSE=grads[2] is not None,
             **_route_options(num_routed),
         )
-        return grad_logits_TN, None, None, None, None
+        return grad_logits_TN, None, None, None, None, None
 
 
 @triton.jit
@@ -353,6 +358,7 @@ def route_kernel(
     document_T,
     pool_GN,
     valid_T,
+    bias_N,
     probabilities_TN,
     weights_TK,
     experts_TK,
@@ -364,6 +370,7 @@ def route_kernel(
     K: tl.constexpr,
     HAS_POOL: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -392,18 +399,24 @@ def route_kernel(
     may_use = exists
     if HAS_VALID:
         may_use &= tl.load(valid_T + start + i, mask=exists, other=0) != 0
-    left = tl.where(inside, probabilities, -1.0)
+    nothing = float("-inf") if HAS_BIAS else -1.0
+    left = tl.where(inside, probabilities, nothing)
+    if HAS_BIAS:
+        bias = tl.load(bias_N + n, mask=n < N, other=0.0)
+        left = tl.where(left > 0, probabilities + bias[None, :], nothing)
     counts = tl.zeros((BLOCK_N,), dtype=tl.int32)
     for k in range(K):
         weight, expert = tl.max(left, axis=1, return_indices=True)
+        mine = n[None, :] == expert[:, None]
         # A weight of 0 is an expert outside the pool, or one inside it that underflowed: an empty
         # slot.
-        used = (weight > 0) & may_use
+        used = may_use & (weight > (nothing if HAS_BIAS else 0))
+        if HAS_BIAS:
+            weight = tl.sum(tl.where(mine, probabilities, 0.0), axis=1)
         tl.store(weights_TK + start * K + (i * K + k), tl.where(used, weight, 0.0), mask=exists)
         tl.store(experts_TK + start * K + (i * K + k), tl.where(used, expert, N), mask=exists)
-        mine = n[None, :] == expert[:, None]
         counts += tl.sum((mine & used[:, None]).to(tl.int32), axis=0)
-        left = tl.where(mine, -1.0, left)
+        left = tl.where(mine, nothing, left)
     tl.atomic_add(counts_N + n, counts.to(tl.int64), mask=(n < N) & (counts > 0), sem="relaxed")
 
 

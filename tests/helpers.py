@@ -117,6 +117,7 @@ def decision_of(
     gating: Literal["softmax", "sigmoid"] = "softmax",
     normalize: bool = False,
     backend: str = "auto",
+    choice_bias_N: torch.Tensor | None = None,
 ) -> Decision:
     """`decide` on bare tensors. `valid_T` is False for all tokens of a document or for none."""
     ids_G = torch.arange(num_documents)
@@ -125,7 +126,7 @@ def decision_of(
     batch = PackedBatch(*[document_T[None]] * 3, ids_G, has_padding=valid_T is not None)
     config = RouterConfig(gating=gating, normalize_weights=normalize)
     request = LayerRequest(None if pool_size_G is None else PoolConfig(), pool_size_G, kept_GN)
-    return decide(logits_TN, batch, num_chosen, config, request, backend)
+    return decide(logits_TN, batch, num_chosen, config, request, backend, choice_bias_N)
 
 
 def route_all(

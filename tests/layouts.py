@@ -23,6 +23,7 @@ from emotrain.distributed.mesh import Layout, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
+from emotrain.model.parts import CHOICE_BIAS, stored_tensors
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
 from emotrain.training.metrics import routing_metrics
@@ -68,8 +69,13 @@ MODELS: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "biased": {},
+    "biased bank": {"experts": {"sharing": "all"}, "router": {"gating": "sigmoid"}},
 }
 """What differs from `config()`, whose pools have one to seven experts for two choices."""
+
+BIASED = {"balance_method": "bias", "balance": 0.0, "bias_rate": 0.05}
+"""Losses of the models whose name begins so: a step of a bias changes choices."""
 
 ROUTING = (
     "load_imbalance",
@@ -104,7 +110,7 @@ def config(
                 "experts": experts,
                 "router": router,
             },
-            "losses": losses,
+            "losses": {**(BIASED if model.startswith("biased") else {}), **losses},
             "data": {"sequence_length": LENGTH},
             "parallel": parallel or {},
             "optimizer": {"lr": 1e-2, "clip_norm": 0.5},
@@ -166,7 +172,7 @@ class Model(Transformer):
     @torch.no_grad()
     def fill(self, part, name, seed, *box):
         super().fill(part, name, seed, *box)
-        if part.ndim == 1:
+        if part.ndim == 1 and not name.endswith(CHOICE_BIAS):
             offsets, shape = box or ([0], part.shape)
             noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
             gains, first = 1 + 0.3 * noise, offsets[0]
@@ -182,7 +188,7 @@ class Step:
     gradients: dict[str, Tensor]
     """After clipping, by the parameter's name."""
     parameters: dict[str, Tensor]
-    """After the update."""
+    """After the update, and the biases of routers."""
 
 
 def build(settings: Config, ranks: Ranks, dtype: torch.dtype) -> Transformer:
@@ -237,7 +243,7 @@ def train(
     in each of them."""
     model = build(settings, ranks, dtype)
     optimizer = build_optimizer(model, settings.optimizer)
-    engine = NativeEngine(model, bfloat16=settings.training.uses_bfloat16("cpu"))
+    engine = NativeEngine(model, optimizer, settings.training.uses_bfloat16("cpu"))
     rows = settings.training.global_batch
     record = []
     for step in range(1, steps + 1):
@@ -260,13 +266,12 @@ def train(
         gradients = whole((name, p.grad) for name, p in model.named_parameters())
         if placed:
             back_by_number(gradients, model)
-        optimizer.step()
         place_experts(model, (), optimizer)
         record.append(
             Step(
                 torch.tensor(numbers, dtype=torch.float64),
                 gradients,
-                whole(model.named_parameters()),
+                whole(stored_tensors(model).items()),
             )
         )
         after_step(model)

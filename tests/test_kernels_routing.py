@@ -109,7 +109,25 @@ def test_options_agree_with_the_twin(pool: bool, kept: bool, padded: bool) -> No
         kept_GN=kept_GN if kept else None,
         valid_T=document_T != 3 if padded else None,
         normalize=padded,
+        choice_bias_N=torch.randn(20) if pool == kept else None,
     )
+
+
+@pytest.mark.parametrize("num_experts, num_chosen, size", [(127, 7, 5), (9, 3, 9), (1, 1, 1)])
+def test_biases_agree_with_the_twin(num_experts: int, num_chosen: int, size: int) -> None:
+    """Of any size and sign; a pool smaller than the choices leaves the same slots empty, and so
+    does an expert that underflowed, however large its bias."""
+    bias_N = torch.randn(num_experts) * 10.0 ** torch.randint(-4, 4, (num_experts,))
+    for scale in (1, 100):
+        ours = assert_agrees(
+            torch.randn(20, num_experts) * scale,
+            sorted_document_T(20, 3, seed=5),
+            3,
+            num_chosen,
+            pool_size_G=torch.full((3,), size),
+            choice_bias_N=bias_N,
+        )
+        assert (ours.experts_TK[:, size:] == num_experts).all()
 
 
 def test_documents_in_order_agree() -> None:

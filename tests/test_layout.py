@@ -72,6 +72,10 @@ COMBINED = [
     Case(4, 2, 2, 2, "none", False, False, "pools by a prefix", "uneven"),
     Case(2, 1, 2, 2, "full", False, False, "pools across windows"),
     Case(4, 2, 2, 1, "selective", True, True, "pools across windows", "uneven"),
+    Case(1, 1, 1, 4, "selective", model="biased", documents="uneven"),
+    Case(2, 1, 1, 2, "full", False, True, "biased", "mixed"),
+    Case(2, 1, 2, 1, "selective", model="biased bank", documents="length one"),
+    Case(4, 2, 2, 2, "full", True, True, "biased bank", "uneven"),
     Case(2, 1, 2, 2, "full", False, False, "7 and 4 experts", "mixed", placed=True),
     Case(4, 1, 4, 2, "selective", placed=True),
     Case(4, 1, 2, 1, "none", False, False, "one bank", "uneven", placed=True),
@@ -186,6 +190,7 @@ def test_every_choice_is_met_twice() -> None:
         Case(2, 1, 1, 2, "selective", documents="uneven"),
         Case(2, 1, 2, 1, "full", reshard=False, model="pools of one"),
         Case(3, 1, 3, 2, model="sigmoid"),
+        Case(2, 1, 1, 2, "full", model="biased"),
     ],
     ids=str,
 )

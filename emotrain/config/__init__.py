@@ -11,6 +11,7 @@ from emotrain.config.data import DataConfig, RawTokensConfig, RepetitionFilterCo
 from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts
+from emotrain.config.losses import LossConfig
 from emotrain.config.profile import ProfileConfig
 from emotrain.config.reading import (
     config_from_dict,
@@ -26,7 +27,6 @@ from emotrain.config.schema import (
     AttentionConfig,
     Config,
     ExpertsConfig,
-    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     _check_experts(config.model)
     if fault := pool_fault(config.model):
         raise UserError(fault)
+    _check_balance(config)
     _check_run(config)
     _check_finetune(config)
     _check_evaluation(config)
@@ -195,6 +196,38 @@ def pool_fault(model: ModelConfig) -> str:
             f"standard MoE; lower it, or set {key}.kind=none"
         )
     return ""
+
+
+def _check_balance(config: Config) -> None:
+    losses, method = config.losses, "losses.balance_method=bias"
+    if losses.balance_method != "bias":
+        return
+    _require(
+        losses.balance == 0,
+        f"losses.balance={losses.balance:g} is the weight of the loss that {method} does without; "
+        f"set losses.balance=0",
+    )
+    for key, value, only in (
+        ("balance_scope", losses.balance_scope, "global_batch"),
+        ("balance_schedule", losses.balance_schedule, "joint"),
+    ):
+        _require(
+            value == only,
+            f"losses.{key}={value} is of the balance loss, which {method} does without: it counts "
+            f"the global batch, and no backward pass waits for it; remove losses.{key}",
+        )
+    _require(
+        config.model.experts.top_k > 0,
+        f"{method} moves the biases of routers, and a dense model has none; set "
+        f"losses.balance_method=loss",
+    )
+    setup = config.finetune
+    _require(
+        "router" in setup.parts and not setup.experts,
+        f"{method} moves routers, of which finetune.train={setup.train}, "
+        f"finetune.experts={setup.experts!r} keeps some as they are; set "
+        f"losses.balance_method=loss, which leaves biases where they are",
+    )
 
 
 def _check_run(config: Config) -> None:

@@ -16,6 +16,7 @@ from emotrain.config.data import DataConfig
 from emotrain.config.evaluation import EvaluationConfig
 from emotrain.config.finetune import FinetuneConfig
 from emotrain.config.kinds import Counts, NonNegativeFloat, NonNegativeInt, PathText
+from emotrain.config.losses import LossConfig
 from emotrain.config.profile import ProfileConfig
 
 
@@ -73,6 +74,10 @@ class RouterConfig:
     shared_weight: Literal["one", "softmax"] = "one"
     """Weight of shared experts: `one` each (training), or `softmax` over their own logits (the
     published Hugging Face code; the same thing for one shared expert)."""
+    choice_bias: bool = False
+    """Whether a router has a bias for each expert, which is added to its probability where experts
+    are chosen, and nowhere else. `losses.balance_method=bias` gives routers one and moves it; it
+    stays as it is otherwise."""
     pool: PoolConfig = field(default_factory=PoolConfig)
     """The document pool."""
 
@@ -189,27 +194,6 @@ class ModelConfig:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Loss terms. Router terms are averaged over layers."""
-
-    balance: NonNegativeFloat = 0.1
-    """Weight of the load-balance loss (spec 2.6)."""
-    balance_scope: Literal["global_batch", "data_parallel", "micro_batch"] = "global_batch"
-    """Tokens over which expert load is balanced: `global_batch` (every document of the optimizer
-    step), `data_parallel` (one micro-batch across ranks, as the reference), or `micro_batch`."""
-    balance_schedule: Literal["joint", "running"] = "joint"
-    """How `global_batch` treats several micro-batches a step. `joint`: forward all, then backward
-    all (exact; keeps the activations of every micro-batch). `running`: counts of the step so far
-    (approximate, no extra memory)."""
-    router_z: NonNegativeFloat = 0.001
-    """Weight of the router z-loss (spec 2.7)."""
-    router_z_logits: Literal["pool", "all"] = "pool"
-    """Logits under the router z-loss: those of the document's `pool`, or `all` routed experts."""
-    z: NonNegativeFloat = 1e-5
-    """Weight of the z-loss on the language-model logits."""
 
 
 @dataclass(frozen=True)
@@ -370,6 +354,12 @@ class Config:
     """How processes share the model."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Profiling."""
+
+    def __post_init__(self) -> None:
+        if self.losses.balance_method == "bias" and not self.model.router.choice_bias:
+            # A bias is a part of the model, which whoever reads a checkpoint builds without losses.
+            router = replace(self.model.router, choice_bias=True)
+            object.__setattr__(self, "model", replace(self.model, router=router))
 
     @property
     def tokens_per_step(self) -> int:

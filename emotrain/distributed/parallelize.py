@@ -23,7 +23,7 @@ from emotrain.distributed.dispatch import AllToAllDispatcher
 from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collectives
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
-from emotrain.model.parts import freeze
+from emotrain.model.parts import freeze, stored_tensors
 from emotrain.model.report import LayerStatistics, RoutingReport
 from emotrain.model.transformer import ModelOutput, Transformer
 
@@ -82,9 +82,9 @@ def materialize(model: Transformer, seed: int | None, device: torch.device) -> T
     part of what one process would start from. No process makes more than it holds."""
     model.to_empty(device=device)
     if seed is not None:
-        for name, parameter in model.named_parameters():
-            part = local_part(parameter.detach())
-            model.fill(part, name, seed, offsets_of(parameter), parameter.shape)
+        for name, tensor in stored_tensors(model).items():
+            part = local_part(tensor.detach())
+            model.fill(part, name, seed, offsets_of(tensor), tensor.shape)
     return model
 
 

@@ -19,6 +19,7 @@ from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.rowwise import wide_linear
 from emotrain.model.attention import rotary_table
 from emotrain.model.moe import MoELayer
+from emotrain.model.parts import stored_tensors
 from emotrain.model.router import DocumentPoolRouter, route
 from emotrain.model.transformer import Block, Transformer
 from emotrain.modular.lazy_experts import LazyExperts
@@ -111,6 +112,7 @@ class CachedModel:
             (router.config.gating == "sigmoid", router.config.normalize_weights),
             self.seats.pool[layer] if step.restricted else None,
             step.seats_T,
+            router.choice_bias_N,
         )
 
     # ---- many tokens
@@ -155,7 +157,11 @@ class CachedModel:
         logits_TN = self.seats.restrict(layer, logits_TE[:, : router.num_routed], step)
         config = router.config
         _, weights_TK, experts_TK = route(
-            logits_TN, router.num_chosen, config.gating, config.normalize_weights
+            logits_TN,
+            router.num_chosen,
+            config.gating,
+            config.normalize_weights,
+            choice_bias_N=router.choice_bias_N,
         )
         return weights_TK, experts_TK
 
@@ -164,7 +170,7 @@ def _weights(model: Transformer) -> list[Tensor]:
     """All weights: the kernel reads them where they lie."""
     banks = [bank for bank in model.expert_banks() if isinstance(bank, LazyExperts)]
     stores = [part for bank in banks for part in (bank.store.gate_up_XFD, bank.store.down_XHD)]
-    return [*model.parameters(), *stores]
+    return [*stored_tensors(model).values(), *stores]
 
 
 # ---- attention in torch

@@ -325,6 +325,12 @@ def _refuse_unwritable(model: ModelConfig, layout: Layout) -> None:
             f"some documents use and others do not; export a subset of one domain (emotrain select "
             f"--domain, extract), or the model without them (emotrain experts remove)"
         )
+    if router.choice_bias:
+        raise UserError(
+            "model.router.choice_bias=true: the format has no bias that chooses experts and does "
+            "not weigh them, and no router without one does the same; export a model trained with "
+            "losses.balance_method=loss"
+        )
     if router.gating != "softmax":
         raise UserError(
             f"model.router.gating={router.gating}: the format knows softmax alone; the model "

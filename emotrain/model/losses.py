@@ -92,7 +92,7 @@ def load_balance_loss(
 
 def router_loss(
     report: RoutingReport,
-    counts: Sequence[Tensor],
+    counts: Sequence[Tensor] | None,
     num_tokens: Tensor | float,
     exclusive: Counts = (),
 ) -> tuple[Tensor, Tensor]:
@@ -100,16 +100,17 @@ def router_loss(
     micro-batch; both unweighted.
 
     Args:
-        counts: for each layer, the slots of each expert over the balance scope.
+        counts: for each layer, the slots of each expert over the balance scope; None for no
+            balance loss, which is then 0.
         num_tokens: tokens of the whole step.
         exclusive: of the model; exclusive experts have no part in the balance.
     """
+    zero = report.num_tokens.new_zeros((), dtype=torch.float32)
     if not report.layers:
-        zero = report.num_tokens.new_zeros((), dtype=torch.float32)
         return zero, zero
-    banks: dict[int, list[int]] = {}
-    for index, layer in enumerate(report.layers):
-        banks.setdefault(layer.bank, []).append(index)
+    z = torch.stack([layer.z_sum for layer in report.layers]).mean() / num_tokens
+    if counts is None:
+        return zero, z
     sums, last = [layer.probability_sum_N for layer in report.layers], sum(n for _, n in exclusive)
     balance = [
         load_balance_loss(
@@ -117,7 +118,14 @@ def router_loss(
             torch.stack([sums[i][: len(sums[i]) - last] for i in layers]),
             num_tokens,
         )
-        for layers in banks.values()
+        for layers in layers_by_bank(report)
     ]
-    z = torch.stack([layer.z_sum for layer in report.layers]).mean() / num_tokens
     return torch.stack(balance).mean(), z
+
+
+def layers_by_bank(report: RoutingReport) -> list[list[int]]:
+    """Of each bank of routed experts, the layers that use it, by their place in the report."""
+    banks: dict[int, list[int]] = {}
+    for index, layer in enumerate(report.layers):
+        banks.setdefault(layer.bank, []).append(index)
+    return list(banks.values())

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from torch import nn
+from torch import Tensor, nn
+
+CHOICE_BIAS = ".moe.router.choice_bias_N"
+"""End of the name of a router's bias."""
 
 _PARTS = (
     (r"embedding\.", "embedding"),
@@ -35,6 +38,12 @@ def freeze(model: nn.Module, trained: Collection[str]) -> None:
 def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Those that are not frozen, by name."""
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that makes a model, by name: its parameters, and the biases of its routers, which
+    are buffers. What checkpoints hold."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def layer_of(name: str) -> int:

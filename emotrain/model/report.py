@@ -48,6 +48,8 @@ class LayerStatistics:
     """Token by token, where the request asked for it."""
     chosen_TK: Tensor | None
     """int32: the routed experts of each token, where the request asked for choices."""
+    choice_bias_spread: Tensor | None = None
+    """The largest bias of an expert less the smallest, where the router has biases."""
 
 
 @dataclass(frozen=True)

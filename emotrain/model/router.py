@@ -144,12 +144,16 @@ def decide(
     config: RouterConfig,
     request: LayerRequest,
     backend: str = "auto",
+    choice_bias_N: Tensor | None = None,
 ) -> Decision:
     """Route every token inside the pool of its document (spec 2.3).
 
     Args:
         logits_TN: router logits, rows of unit stride; float32, or float64 on the PyTorch path.
         num_chosen: K, routed experts of a token.
+        choice_bias_N: see `route`. Pools are chosen without it: they say what a document is about,
+            and neither EMO nor loss-free balancing (Wang et al., arXiv 2408.15664, which has no
+            pools) says that load should change that.
         backend: see `choose_backend`, also for errors. `auto` takes the Triton kernels only for
             rules that they list.
     """
@@ -160,7 +164,7 @@ def decide(
     if backend == "auto" and not in_triton:
         backend = "torch"
     if choose_backend(backend, logits_TN, logits_TN.shape[1]) != "triton":
-        return decide_in_torch(logits_TN, batch, num_chosen, config, request)
+        return decide_in_torch(logits_TN, batch, num_chosen, config, request, choice_bias_N)
     if not in_triton:
         raise UserError(
             f"experts.backend=triton does not route with pool.kind={kind}, gating={config.gating} "
@@ -178,6 +182,7 @@ def decide(
         batch.valid_T,
         config.normalize_weights,
         request.num_forced,
+        choice_bias_N,
     )
 
 
@@ -187,6 +192,7 @@ def decide_in_torch(
     num_chosen: int,
     config: RouterConfig,
     request: LayerRequest,
+    choice_bias_N: Tensor | None = None,
 ) -> Decision:
     """`decide`, to be read: the same as the Triton kernels, and for every rule."""
     document_T, valid_T, num_routed = batch.document_T, batch.valid_T, logits_TN.shape[1]
@@ -207,7 +213,7 @@ def decide_in_torch(
         if request.pool.scores == "masked":
             logits_TN, pool_TN = logits_TN.masked_fill(~pool_TN, -torch.inf), None
     probabilities_TN, weights_TK, experts_TK = route(
-        logits_TN, num_chosen, config.gating, config.normalize_weights, pool_TN
+        logits_TN, num_chosen, config.gating, config.normalize_weights, pool_TN, choice_bias_N
     )
     if valid_T is not None:
         weights_TK = torch.where(valid_T[:, None], weights_TK, 0)
@@ -264,10 +270,13 @@ def route(
     gating: str,
     normalize: bool,
     pool_TN: Tensor | None = None,
+    choice_bias_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts by their probability; logits of -inf are never chosen (spec 2.3, steps 5 and
     6), nor are experts outside of `pool_TN`, bool, whose probabilities stay.
 
+    Args:
+        choice_bias_N: added to probabilities where experts are chosen, and nowhere else (2.8).
     Returns:
         probabilities [T, N]; weights [T, K]; experts int64 [T, K] with N in empty slots, whose
         weight is 0. Weights are the probabilities themselves unless `normalize` divides them by
@@ -280,10 +289,14 @@ def route(
         probabilities_TN = torch.where(logits_TN == -torch.inf, 0, torch.sigmoid(logits_TN) + 1e-7)
     best_TN = probabilities_TN.detach()
     best_TN = best_TN if pool_TN is None else torch.where(pool_TN, best_TN, 0)
+    none = 0.0
+    if choice_bias_N is not None:
+        none = -torch.inf
+        best_TN = torch.where(best_TN > 0, best_TN + choice_bias_N, none)
     best_TK, experts_TK = torch.topk(best_TN, num_chosen, dim=1)
     # A pool smaller than K leaves slots whose expert is outside it. A probability of zero inside
     # the pool is one too: it underflowed, and its expert would add nothing.
-    experts_TK = decided(torch.where(best_TK > 0, experts_TK, num_routed))
+    experts_TK = decided(torch.where(best_TK > none, experts_TK, num_routed))
     weights_TK = probabilities_TN.gather(1, experts_TK.clamp(max=num_routed - 1))
     weights_TK = torch.where(experts_TK < num_routed, weights_TK, 0)
     if normalize:
@@ -322,6 +335,10 @@ class DocumentPoolRouter(nn.Module):
         # One row an expert of the layer, the shared ones last, as in the published checkpoints.
         # Rows of shared experts are read only where their weight is not 1.
         self.weight_ED = nn.Parameter(torch.empty(config.experts_in_layer(layer), config.d_model))
+        # No parameter, so that no optimizer decays it and FSDP neither cuts nor rounds it.
+        bias_N = torch.zeros(self.num_routed) if config.router.choice_bias else None
+        self.choice_bias_N: Tensor | None
+        self.register_buffer("choice_bias_N", bias_N)
 
     def forward(
         self, x_TD: Tensor, batch: PackedBatch, request: LayerRequest
@@ -329,6 +346,7 @@ class DocumentPoolRouter(nn.Module):
         """Decide where every token goes -> the decision, and the logits [T, E]. All arithmetic is
         in fp32 or wider, on operands of the type of `x_TD` (spec 1.5)."""
         weight_ED: Tensor = self.weight_ED
+        bias_N = self.choice_bias_N
         num_routed, subset_n = self.num_routed, request.subset_n
         if self.exclusive and subset_n is None:
             subset_n, num_forced = experts_of_domain(self.exclusive, num_routed, batch)
@@ -336,6 +354,7 @@ class DocumentPoolRouter(nn.Module):
         if subset_n is not None:
             weight_ED = torch.cat([weight_ED[subset_n], weight_ED[num_routed:]])
             num_routed = len(subset_n)
+            bias_N = None if bias_N is None else bias_N[subset_n]
             if request.kept_GN is not None:
                 request = replace(request, kept_GN=request.kept_GN[:, subset_n])
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -347,6 +366,7 @@ class DocumentPoolRouter(nn.Module):
                 self.config,
                 request,
                 self.backend,
+                bias_N,
             )
         if subset_n is None:
             return decision, logits_TE
@@ -392,6 +412,7 @@ class DocumentPoolRouter(nn.Module):
             self.bank,
             details,
             decision.experts_TK.int() if request.choices else None,
+            None if (bias_N := self.choice_bias_N) is None else bias_N.max() - bias_N.min(),
         )
 
     def shared_weights(self, logits_TE: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from emotrain.kernels import rms_norm
 from emotrain.model.attention import Attention, TokenView
 from emotrain.model.initial import fill_normal
 from emotrain.model.moe import MoELayer, RoutedExperts
+from emotrain.model.parts import CHOICE_BIAS, stored_tensors
 from emotrain.model.report import LayerStatistics, RoutingReport
 from emotrain.model.router import LayerRequest, RoutingRequest, sum_by_document
 
@@ -156,18 +157,19 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def initialize(self, seed: int) -> Transformer:
         """Give every parameter the values it starts from. In place; returns self."""
-        for name, parameter in self.named_parameters():
-            self.fill(parameter, name, seed)
+        for name, tensor in stored_tensors(self).items():
+            self.fill(tensor, name, seed)
         return self
 
     def fill(self, part: Tensor, name: str, seed: int, *box: Sequence[int]) -> None:
         """Give a part of the parameter `name` the values it starts from, in place: every matrix is
-        drawn from a normal distribution cut at three deviations, norms are one (spec 1.4).
+        drawn from a normal distribution cut at three deviations, norms are one (spec 1.4), biases
+        zero.
 
         Args:
             box: offsets of the part and shape of the whole, see `fill_normal`; all by default.
         """
         if part.ndim == 1:
-            part.fill_(1.0)
+            part.fill_(0.0 if name.endswith(CHOICE_BIAS) else 1.0)
         else:
             fill_normal(part, seed, name, self.config.init_std, *box)

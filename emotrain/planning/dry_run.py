@@ -278,6 +278,8 @@ def follow_state(meter: Meter, engine: NativeEngine, micro_batches: Sequence[Pac
         meter.follow(local_part(parameter.detach()), Memory.PARAMETERS)
         for tensor in engine.optimizer.state[parameter].values():
             meter.follow(local_part(tensor), Memory.OPTIMIZER_STATE)
+    for buffer in engine.model.buffers():
+        meter.follow(buffer, Memory.PARAMETERS)
     for batch in micro_batches:
         for tensor in _tensors(batch).values():
             meter.follow(tensor, Memory.BATCHES)
@@ -321,7 +323,8 @@ def _state_bytes(engine: NativeEngine) -> dict[str, int]:
     assert engine.optimizer is not None
     state, parameters = engine.optimizer.state, list(engine.model.parameters())
     return {
-        "parameters": sum(local_part(p.detach()).nbytes for p in parameters),
+        "parameters": sum(local_part(p.detach()).nbytes for p in parameters)
+        + sum(buffer.nbytes for buffer in engine.model.buffers()),
         "gradients": sum(gradient.nbytes for gradient in _gradients(engine)),
         "optimizer": sum(local_part(t).nbytes for p in parameters for t in state[p].values()),
     }

@@ -203,7 +203,7 @@ def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
     single: list[tuple[str, Any]] = []
     if not parallel.reshard_after_forward:
         single.append(("parallel.reshard_after_forward", True))
-    if config.losses.balance_schedule == "joint" and config.losses.balance_scope == "global_batch":
+    if config.losses.balance_schedule == "joint" and _waits_for_counts(config):
         single.append(("losses.balance_schedule", "running"))
     kinds = ("none", "selective", "full")
     single += [
@@ -247,6 +247,12 @@ def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
                     yield family
 
 
+def _waits_for_counts(config: Config) -> bool:
+    """Whether `losses.balance_schedule` makes a difference."""
+    losses = config.losses
+    return losses.balance_scope == "global_batch" and losses.balance_method == "loss"
+
+
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
@@ -261,7 +267,7 @@ def _best_of_family(
     several = config.training.global_batch > changed.training.micro_batch * cluster.world_size
     schedules = (
         ("joint", "running")
-        if several and config.losses.balance_scope == "global_batch"
+        if several and _waits_for_counts(config)
         else (config.losses.balance_schedule,)
     )
     best = None

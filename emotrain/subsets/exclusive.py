@@ -21,7 +21,7 @@ from emotrain.errors import UserError
 from emotrain.interop.folder_tensors import BLOCK_BYTES
 from emotrain.interop.import_folder import in_files, index_entry
 from emotrain.model.initial import fill_normal
-from emotrain.model.parts import layer_of
+from emotrain.model.parts import layer_of, stored_tensors
 from emotrain.model.subset import own_range
 from emotrain.model.transformer import Transformer
 from emotrain.progress import ProgressBar
@@ -155,7 +155,7 @@ class _Filler:
 
     def row(self, name: str, layer: int, number: int, new: int, old: _Rows) -> Tensor:
         """The row of the expert `number`, the new one of index `new` -> [1, …]."""
-        shape = self.model.get_parameter(name).shape
+        shape = stored_tensors(self.model)[name].shape
         row = torch.empty(1, *shape[1:])
         if self.sources is None:
             box = [number, *[0] * (len(shape) - 1)]
@@ -164,7 +164,7 @@ class _Filler:
         of_expert = self.sources[layer][new]
         total = sum(old.read(name, expert, expert + 1).double() for expert in of_expert)
         mean = torch.as_tensor(total).div(len(of_expert)).to(torch.float32)
-        if len(of_expert) > 1:
+        if len(of_expert) > 1 and mean.ndim > 1:
             deviation = NOISE * float(mean.std())
             fill_normal(row, self.seed, f"{name} noise of {number}", deviation)
             mean += row
@@ -209,8 +209,8 @@ def _write(
     with torch.device("meta"):
         model = Transformer(changed.model)
     specs = [
-        TensorSpec(name, torch.float32, tuple(parameter.shape))
-        for name, parameter in model.named_parameters()
+        TensorSpec(name, torch.float32, tuple(tensor.shape))
+        for name, tensor in stored_tensors(model).items()
     ]
     num_bytes = sum(spec.num_bytes for spec in specs)
     bar = bar or ProgressBar(shown=False)
@@ -246,7 +246,7 @@ def _write(
         out,
         changed.model.experts.exclusive,
         tuple(map(changed.model.experts_in_layer, layers)),
-        num_bytes // torch.float32.itemsize,
+        sum(parameter.numel() for parameter in model.parameters()),
         () if filler is None or filler.sources is None else filler.sources,
         max_difference(folder, out, domain) if check else None,
     )

@@ -15,7 +15,7 @@ from emotrain.config import Config, PoolConfig, load_config
 from emotrain.errors import ExistingFileError
 from emotrain.interop.folder_tensors import BLOCK_BYTES
 from emotrain.model.counts import parameter_counts
-from emotrain.model.parts import layer_of
+from emotrain.model.parts import CHOICE_BIAS, layer_of, stored_tensors
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.modular.artefact import Subset, read_subset
@@ -28,8 +28,13 @@ from emotrain.training.safetensors_file import WrittenFile
 from emotrain.training.tensor_files import TensorFilesWriter, read_box, save_parts
 from emotrain.training.tensor_index import StoredTensors, TensorPart
 
-BY_EXPERT = (".moe.experts.gate_up_NFD", ".moe.experts.down_NHD", ".moe.router.weight_ED")
-"""Parameters with a row for each expert, by the ends of their names."""
+BY_EXPERT = (
+    ".moe.experts.gate_up_NFD",
+    ".moe.experts.down_NHD",
+    ".moe.router.weight_ED",
+    CHOICE_BIAS,
+)
+"""Tensors with a row for each expert, by the ends of their names."""
 
 CHECK_TOKENS = 256
 """Tokens of which `check` compares the logits."""
@@ -76,13 +81,13 @@ def extract(
         with torch.device("meta"):
             model = Transformer(smaller.model)
         model = model.to_empty(device="cpu")
-        tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        tensors = {name: tensor.detach() for name, tensor in stored_tensors(model).items()}
         for name in track(list(tensors), "reading the experts that are kept"):
             _read(folder, stored, name, _rows(name, subset), tensors[name])
         _commit(staging, tensors, folder, smaller)
     return Extracted(
         out,
-        sum(tensor.numel() for tensor in tensors.values()),
+        sum(parameter.numel() for parameter in model.parameters()),
         sum(parameter.numel() for parameter in full.parameters()),
         tuple(len(kept) for kept in subset.experts_kept_per_layer),
         max_difference(folder, subset, out) if check else None,
@@ -95,9 +100,10 @@ def taken_from(full: Transformer, config: Config, subset: Subset) -> Transformer
     with torch.device("meta"):
         model = Transformer(config_of(config, subset).model)
     model = model.to_empty(device=full.head.weight.device)
-    for name, parameter in model.named_parameters():
-        rows, values = _rows(name, subset), full.get_parameter(name)
-        parameter.copy_(values if rows is None else values[list(rows)])
+    every = stored_tensors(full)
+    for name, tensor in stored_tensors(model).items():
+        rows, values = _rows(name, subset), every[name]
+        tensor.copy_(values if rows is None else values[list(rows)])
     return model
 
 

@@ -19,7 +19,7 @@ from emotrain.interop.folder_tensors import FLOATING, tensors_of_file
 from emotrain.interop.huggingface import CONFIG, HuggingFaceFolder, fill
 from emotrain.interop.import_folder import run_config
 from emotrain.interop.layouts import parameters_of
-from emotrain.model.parts import layer_of
+from emotrain.model.parts import layer_of, stored_tensors
 from emotrain.model.transformer import Transformer
 from emotrain.modular.expert_store import ExpertStore, Piece, WeightFile
 from emotrain.modular.lazy_experts import LazyExperts
@@ -78,6 +78,7 @@ def load_lazy(
     model, itemsize = opened.model, dtype.itemsize
     experts = sum(p.numel() for name, p in model.named_parameters() if BANK in name) * itemsize
     trunk = sum(p.numel() for p in model.parameters()) * itemsize - experts
+    trunk += sum(buffer.nbytes for buffer in model.buffers())
     one_expert = experts // max(1, len(opened.pieces))
     least = trunk + one_expert
     if memory is not None and memory < least:
@@ -132,9 +133,12 @@ def _open_checkpoint(folder: Path) -> _Opened:
 
     def load_trunk(model: Transformer, dtype: torch.dtype) -> Transformer:
         model = model.to_empty(device="cpu")
-        parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+        parts = {name: TensorPart.of(tensor) for name, tensor in stored_tensors(model).items()}
         load_parts(parts, folder, stored, distributed=False)
-        return model.to(dtype)
+        # Parameters alone: the steps of routers' biases are smaller than bf16 tells apart.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model
 
     return _Opened(config, model, _pieces_of_checkpoint(stored, files), load_trunk)
 

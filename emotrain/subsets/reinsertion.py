@@ -112,7 +112,8 @@ def reinsert(
 def _check_tuned(small: Path, subset: Subset, config: Config) -> None:
     """Refuse a checkpoint that has not the shapes of the extracted one."""
     extracted, found = config_of(config, subset).model, read_config(small).model
-    found = replace(found, router=extracted.router)
+    router = replace(extracted.router, choice_bias=found.router.choice_bias)
+    found = replace(found, router=router)
     found = replace(found, experts=replace(found.experts, backend=extracted.experts.backend))
     if found != extracted:
         here, there = (
@@ -220,6 +221,6 @@ class _Merging:
     def _rows(self, name: str) -> Sequence[int]:
         """Numbers in the full model of the rows of the subset's tensor."""
         layer = layer_of(name)
-        if part_of(name) == "router":
+        if name.endswith(".weight_ED"):
             return self.subset.experts_kept_per_layer[layer]
         return self.subset.routed(layer)

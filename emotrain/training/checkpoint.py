@@ -1,8 +1,8 @@
 """Checkpoints: whole or not there at all, and the same for every layout of processes.
 
     RUN_DIR/checkpoints/step-00001000/
-        model-00000.safetensors, ...      parameters, fp32, named as in
-                                          `Transformer.named_parameters`; a file a rank
+        model-00000.safetensors, ...      parameters and biases of routers, fp32, named as in
+                                          `stored_tensors`; a file a rank
         optimizer-00000.safetensors, ...  exp_avg.NAME and exp_avg_sq.NAME of every parameter
         tensors.json                      where each part of each tensor lies (see
                                           `tensor_files.py`)
@@ -43,7 +43,7 @@ from emotrain.distributed.placement import by_number
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError, WriteError
 from emotrain.folders import StagedFolder, remove
-from emotrain.model.parts import trained_parameters
+from emotrain.model.parts import stored_tensors, trained_parameters
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint_folders import (
     TrainingState,
@@ -321,7 +321,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[Co
     config = read_config(folder)
     model, stored = verified_model(folder, config)
     model = model.to_empty(device=device)
-    parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+    parts = {name: TensorPart.of(tensor) for name, tensor in stored_tensors(model).items()}
     load_parts(parts, folder, stored, distributed=False)
     return config, model
 
@@ -336,7 +336,7 @@ def verified_model(
     stored = verify(folder, _weights, track)
     with torch.device("meta"):
         model = Transformer(config.model)
-    parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+    parts = {name: TensorPart.of(tensor) for name, tensor in stored_tensors(model).items()}
     _require_match(folder, stored, parts)
     return model, stored
 
@@ -367,7 +367,7 @@ def restore(
                 moments.update({f"{kind}.{name}": torch.zeros_like(parameter) for kind in MOMENTS})
         return {
             name: TensorPart.of(tensor)
-            for name, tensor in [*model.named_parameters(), *moments.items()]
+            for name, tensor in [*stored_tensors(model).items(), *moments.items()]
         }
 
     with by_number(model, optimizer):
@@ -416,7 +416,7 @@ def _parts(
 ) -> tuple[dict[str, TensorPart], int]:
     """This rank's parts of parameters and moments, and how often AdamW has updated them: as
     often each that is trained, or never."""
-    parts = {name: TensorPart.of(parameter) for name, parameter in model.named_parameters()}
+    parts = {name: TensorPart.of(tensor) for name, tensor in stored_tensors(model).items()}
     parameters = dict(trained_parameters(model))
     if not any(optimizer.state.get(parameter) for parameter in parameters.values()):
         return parts, 0

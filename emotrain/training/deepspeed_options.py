@@ -107,6 +107,11 @@ def read_options(path: str | Path, config: Config, world_size: int) -> dict[str,
         MissingFileError: no such file.
     """
     path = Path(path)
+    _require(
+        not config.model.router.choice_bias,
+        "model.router.choice_bias=true (losses.balance_method=bias): DeepSpeed rounds buffers and "
+        "does not save them; train without --deepspeed",
+    )
     options = _read(path)
     setup = config.training
     ours: dict[str, tuple[str, float]] = {

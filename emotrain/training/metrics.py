@@ -28,7 +28,7 @@ from emotrain.training.sinks import Sink, numbers_of, open_sinks
 
 if TYPE_CHECKING:
     from emotrain.training.checkpoint import TrainingState
-    from emotrain.training.step import StepResult
+    from emotrain.training.step_result import StepResult
 
 log = logging.getLogger("emotrain")
 
@@ -43,7 +43,8 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
 
     Per layer: `load_imbalance` = max / mean load, `dead_experts` without a single slot,
     `token_entropy_nats`, `effective_experts` = exp(entropy of a document's mean routing), mean over
-    documents, pool sizes, and `expert_slots`, the slots of each expert.
+    documents, pool sizes, `choice_bias_spread` = max - min of the routers' biases, where they have
+    some, and `expert_slots`, the slots of each expert.
     """
     num_layers = len(reports[0].layers)
     if not num_layers:
@@ -98,6 +99,9 @@ def routing_metrics(reports: Sequence[RoutingReport], ranks: Ranks) -> dict[str,
             metrics["pool_size_mean"].append(pool / documents)
             metrics["pool_size_min"].append(int(-extremes_L2[layer, 0]))
             metrics["pool_size_max"].append(int(extremes_L2[layer, 1]))
+    spreads = [layer.choice_bias_spread for layer in reports[0].layers]
+    if biased := [spread for spread in spreads if spread is not None]:
+        metrics["choice_bias_spread"] = torch.stack(biased).tolist()
     return {key: value for key, value in metrics.items() if value}
 
 

@@ -40,7 +40,8 @@ from emotrain.training.start import (
     rate_of,
     starting_state,
 )
-from emotrain.training.step import StepResult, train_step
+from emotrain.training.step import train_step
+from emotrain.training.step_result import StepResult
 from emotrain.training.tuned_engine import build_engine
 
 log = logging.getLogger("emotrain")

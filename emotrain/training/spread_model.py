@@ -11,6 +11,7 @@ from emotrain.config import Config, FinetuneConfig, ParallelConfig, with_setting
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.model.parts import stored_tensors
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint import restore_parts
 from emotrain.training.tensor_index import TensorPart
@@ -58,6 +59,6 @@ def load_to_predict(folder: Path, config: Config, ranks: Ranks) -> Transformer:
         training=replace(setup, global_batch=setup.micro_batch * ranks.world_size),
     )
     model = build_model(own, ranks, fresh=False).requires_grad_(False)
-    parts = {name: TensorPart.of(p) for name, p in model.named_parameters()}
+    parts = {name: TensorPart.of(tensor) for name, tensor in stored_tensors(model).items()}
     restore_parts(folder, lambda num_updates: parts, weights_only=True)
     return model

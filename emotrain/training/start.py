@@ -87,6 +87,7 @@ def layer_shapes(config: Config, rank: int) -> list[dict[str, int]]:
             "ranks": ep,
             "vocab": model.vocab_size,
             "held": experts_of_rank(routed, ep, rank % ep),
+            "choice_bias": int(model.router.choice_bias),
         }
         for layer in range(model.num_layers)
     ]

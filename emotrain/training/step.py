@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,38 +14,10 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.model.losses import LossSums, router_loss
 from emotrain.model.report import RoutingReport
 from emotrain.model.router import training_request
+from emotrain.training.choice_bias import move_biases, step_moves
 from emotrain.training.engine import Phase, part
 from emotrain.training.engine_protocol import Engine
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Losses of one step over the whole global batch, and this rank's routing."""
-
-    loss: float
-    """What was optimised: cross entropy, z-losses and balance, weighted."""
-    cross_entropy: float
-    """Nats a target token."""
-    z: float
-    """Mean squared log-normaliser of the logits, unweighted."""
-    balance: float
-    """Mean over layers of the balance loss, unweighted; 1 is perfect."""
-    router_z: float
-    """Mean over layers of the router z-loss, unweighted."""
-    num_targets: int
-    """Positions with a loss, over all ranks."""
-    grad_norm: float
-    """Global gradient norm before clipping."""
-    reports: Sequence[RoutingReport]
-    """This rank's routing, one report a micro-batch, without gradients."""
-    micro_batch_losses: Sequence[Tensor]
-    """This rank's share of `loss`, one a micro-batch."""
-    stop: bool
-    """Whether any rank was asked to stop."""
-    applied: bool
-    """Whether the parameters were updated: not where the loss or the gradient is not finite."""
-    by_source: Sequence[Tensor | None]
-    """This rank's loss of each source of a mixture, one a micro-batch; see `SourceLosses`."""
+from emotrain.training.step_result import StepResult
 
 
 def train_step(
@@ -60,7 +32,8 @@ def train_step(
 
     `losses.balance_scope=global_batch` balances over every document of the step. The `joint`
     schedule runs all forward passes, sums the counts once, then runs the backward passes: exact.
-    The `running` schedule balances each micro-batch against the counts so far.
+    The `running` schedule balances each micro-batch against the counts so far. Under
+    `balance_method=bias` no loss waits for counts; biases move after the update.
 
     Args:
         micro_batches: this rank's part of the global batch.
@@ -68,6 +41,7 @@ def train_step(
         stop: whether this rank was asked to stop after the step.
     """
     losses, model, seed = config.losses, config.model, config.training.seed
+    exclusive = model.experts.exclusive
     counts = global_counts(micro_batches, ranks)
     # What losses are divided by: at least 1, so that a step of padding alone is a step of zeros.
     num_targets, num_tokens = counts.clamp(min=1)
@@ -82,10 +56,10 @@ def train_step(
         return engine.forward(batch, replace(request, choices=choices), losses.z)
 
     def backward(
-        sums: LossSums, report: RoutingReport, loads: Sequence[Tensor], is_last: bool
+        sums: LossSums, report: RoutingReport, loads: Sequence[Tensor] | None, is_last: bool
     ) -> None:
         with part(Phase.LOSS):
-            balance, router_z = router_loss(report, loads, num_tokens, model.experts.exclusive)
+            balance, router_z = router_loss(report, loads, num_tokens, exclusive)
             loss = sums.lm / num_targets + losses.balance * balance + losses.router_z * router_z
         with part(Phase.BACKWARD):
             engine.backward(loss, is_last)
@@ -94,7 +68,15 @@ def train_step(
         reports.append(detached(report))
         sources.append(sums.by_source)
 
-    if losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
+    loads: Sequence[Tensor]
+    moves: Sequence[Tensor] = ()
+    if losses.balance_method == "bias":
+        for index, batch in enumerate(micro_batches):
+            backward(*forward(batch), None, is_last=index == len(micro_batches) - 1)
+        loads, moves = step_moves(reports, ranks, exclusive)
+        for term, report in zip(terms, reports, strict=True):  # to be reported
+            term[3] = router_loss(report, loads, num_tokens, exclusive)[0]
+    elif losses.balance_scope == "global_batch" and losses.balance_schedule == "joint":
         passes = [forward(batch) for batch in micro_batches]
         loads = _sum_counts([report for _, report in passes], ranks)
         while passes:
@@ -110,6 +92,8 @@ def train_step(
     # One collective for all of them, and one copy to the host, which waits for it.
     step_sums = ranks.sum(torch.stack([scalar.double() for scalar in scalars]))
     update = engine.finish_step(config.optimizer.clip_norm, ranks)
+    if moves and update.applied:
+        move_biases(engine.model, moves, losses.bias_rate)
     *means, stops, targets = torch.cat([step_sums, counts[:1]]).tolist()
     shares = [term[0] for term in terms]
     ended = (int(targets), update.grad_norm, reports, shares, stops > 0, update.applied, sources)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from emotrain.batch import PackedBatch
-from emotrain.config import Config
+from emotrain.config import Config, LossConfig
 from emotrain.distributed.gathering import gathered
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
@@ -43,7 +43,9 @@ class Teacher:
                 f"{config.model.vocab_size}; give a teacher with the model's tokenizer"
             )
         self.weight, self.temperature = config.finetune.teacher_weight, config.finetune.temperature
-        self.model = load_to_predict(folder, replace(config, model=model), ranks)
+        # Without the run's losses: its routers may have biases that the teacher's have not.
+        alone = replace(config, model=model, losses=LossConfig())
+        self.model = load_to_predict(folder, alone, ranks)
         if ranks.is_first:
             log.info("learning from the predictions of %s", folder)
 
