@@ -56,6 +56,11 @@ EXPERTS = (
         "Experts that no token of the step chose.", kind="layers", from_zero=True,
     ),
     Chart(
+        "choice_bias_spread", "Spread of the routers' biases", "probability",
+        "The largest bias by which a router chooses less the smallest: how much it takes to balance "
+        "the load.", kind="layers", from_zero=True,
+    ),
+    Chart(
         "effective_experts", "Experts a document uses", "effective experts",
         "exp of the entropy of a document's mean routing, mean over documents: fewer means that "
         "documents are at home in fewer experts.", kind="layers",
