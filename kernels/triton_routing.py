@@ -167,10 +167,9 @@ def _route(
     num_tokens, num_routed = logits_TN.shape
     probabilities_TN = logits_TN.new_empty(num_tokens, num_routed)
     weights_TK, lse_T = logits_TN.new_empty(num_tokens, num_chosen), logits_TN.new_empty(num_tokens)
-    experts_TK, counts_N = (
-        document_T.new_empty(num_tokens, num_chosen),
-        document_T.new_zeros(num_routed),
-    )
+    experts_TK = document_T.new_empty(num_tokens, num_chosen)
+    counts_N = document_T.new_zeros(num_routed)
+    outputs = (probabilities_TN, weights_TK, experts_TK, lse_T, counts_N)
     pool_u8 = None if pool_GN is None else pool_GN.contiguous().view(torch.uint8)
     valid_u8 = None if valid_T is None else valid_T.contiguous().view(torch.uint8)
     of_document = () if pool_u8 is None else (document_T, pool_u8)
@@ -181,18 +180,12 @@ def _route(
         Cost(
             # Slots are added to the histogram, which is read for it.
             reads=(logits_TN, *of_document, valid_u8, choice_bias_N, counts_N),
-            writes=(probabilities_TN, weights_TK, experts_TK, lse_T, counts_N),
+            writes=outputs,
         ),
         logits_TN,
         document_T.contiguous(),
-        _or(pool_u8, lse_T),
-        _or(valid_u8, lse_T),
-        _or(choice_bias_N, lse_T),
-        probabilities_TN,
-        weights_TK,
-        experts_TK,
-        lse_T,
-        counts_N,
+        *(_or(tensor, lse_T) for tensor in (pool_u8, valid_u8, choice_bias_N)),
+        *outputs,
         num_tokens,
         num_routed,
         logits_TN.stride(0),
@@ -224,15 +217,11 @@ class _Route(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(
-        ctx, grad_probabilities_TN, grad_weights_TK, grad_lse_T, _grad_experts, _grad_counts
-    ):
+    def backward(ctx, *grads_of_outputs):
         probabilities_TN, experts_TK = ctx.saved_tensors
         num_tokens, num_routed = probabilities_TN.shape
-        grads = [
-            None if grad is None else grad.contiguous()
-            for grad in (grad_probabilities_TN, grad_weights_TK, grad_lse_T)
-        ]
+        # Of probabilities, weights and log-normaliser; the others have none.
+        grads = [None if grad is None else grad.contiguous() for grad in grads_of_outputs[:3]]
         grad_logits_TN = torch.empty_like(probabilities_TN)
         launch(
             route_backward_kernel,
@@ -402,14 +391,13 @@ def route_kernel(
     nothing = float("-inf") if HAS_BIAS else -1.0
     left = tl.where(inside, probabilities, nothing)
     if HAS_BIAS:
-        bias = tl.load(bias_N + n, mask=n < N, other=0.0)
-        left = tl.where(left > 0, probabilities + bias[None, :], nothing)
+        bias = tl.load(bias_N + n, mask=n < N, other=0.0)[None, :]
+        left = tl.where(left > 0, probabilities + bias, nothing)
     counts = tl.zeros((BLOCK_N,), dtype=tl.int32)
     for k in range(K):
         weight, expert = tl.max(left, axis=1, return_indices=True)
         mine = n[None, :] == expert[:, None]
-        # A weight of 0 is an expert outside the pool, or one inside it that underflowed: an empty
-        # slot.
+        # A weight of 0 is an expert outside the pool or one that underflowed: an empty slot.
         used = may_use & (weight > (nothing if HAS_BIAS else 0))
         if HAS_BIAS:
             weight = tl.sum(tl.where(mine, probabilities, 0.0), axis=1)

@@ -24,8 +24,8 @@ from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collec
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.parts import freeze, stored_tensors
-from emotrain.model.report import LayerStatistics, RoutingReport
-from emotrain.model.transformer import ModelOutput, Transformer
+from emotrain.model.report import LayerStatistics, ModelOutput, RoutingReport
+from emotrain.model.transformer import Transformer
 
 # FSDP2 gathers parameters for backward by hooks on the tensors of what a module returns. In torch
 # 2.11 it finds those in containers that are registered alone.

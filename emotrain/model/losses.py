@@ -7,7 +7,6 @@ So the gradients of all micro-batches on all ranks add up to that of the global 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,26 +14,9 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Counts
 from emotrain.kernels import HeadGradient, OfBlock, linear_cross_entropy
-from emotrain.model.report import RoutingReport
+from emotrain.model.report import LossSums, ModelOutput, RoutingReport
 from emotrain.model.source_losses import SourceLosses
-from emotrain.model.transformer import Head, ModelOutput
-
-
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over the tokens of one micro-batch; `lm` carries the gradient of the language-model
-    terms."""
-
-    lm: Tensor
-    """Cross entropy plus its weighted z-loss."""
-    cross_entropy: Tensor
-    """Cross entropy in nats, without gradient."""
-    z: Tensor
-    """Squared log-normaliser of the logits, without gradient."""
-    num_targets: Tensor
-    """int64: positions with a loss."""
-    by_source: Tensor | None = None
-    """Of a mixture: see `source_losses`."""
+from emotrain.model.transformer import Head
 
 
 def language_model_sums(

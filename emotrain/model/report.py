@@ -1,5 +1,5 @@
-"""What a forward pass says of its routing: numbers an expert and a document for losses and metrics,
-and token by token only where they were asked for."""
+"""What a forward pass returns, and says of its routing: numbers an expert and a document for losses
+and metrics, and token by token only where they were asked for; and what losses add up."""
 
 from __future__ import annotations
 
@@ -64,3 +64,31 @@ class RoutingReport:
     """int64 tokens of each document."""
     real_G: Tensor
     """bool, False for the pseudo-document of padding."""
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass returns. Logits are not among it: losses form them block by block
+    (`Transformer.logits`)."""
+
+    hidden_TD: Tensor
+    """Normed final hidden states."""
+    routing: RoutingReport
+    """The routing of every layer."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """Sums over the tokens of one micro-batch; `lm` carries the gradient of the language-model
+    terms."""
+
+    lm: Tensor
+    """Cross entropy plus its weighted z-loss."""
+    cross_entropy: Tensor
+    """Cross entropy in nats, without gradient."""
+    z: Tensor
+    """Squared log-normaliser of the logits, without gradient."""
+    num_targets: Tensor
+    """int64: positions with a loss."""
+    by_source: Tensor | None = None
+    """Of a mixture: see `source_losses`."""

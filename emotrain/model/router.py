@@ -151,9 +151,8 @@ def decide(
     Args:
         logits_TN: router logits, rows of unit stride; float32, or float64 on the PyTorch path.
         num_chosen: K, routed experts of a token.
-        choice_bias_N: see `route`. Pools are chosen without it: they say what a document is about,
-            and neither EMO nor loss-free balancing (Wang et al., arXiv 2408.15664, which has no
-            pools) says that load should change that.
+        choice_bias_N: see `route`. Pools are chosen without it: they are EMO's, and loss-free
+            balancing (Wang et al., arXiv 2408.15664) has none that load should change.
         backend: see `choose_backend`, also for errors. `auto` takes the Triton kernels only for
             rules that they list.
     """
@@ -289,9 +288,8 @@ def route(
         probabilities_TN = torch.where(logits_TN == -torch.inf, 0, torch.sigmoid(logits_TN) + 1e-7)
     best_TN = probabilities_TN.detach()
     best_TN = best_TN if pool_TN is None else torch.where(pool_TN, best_TN, 0)
-    none = 0.0
+    none = 0.0 if choice_bias_N is None else -torch.inf
     if choice_bias_N is not None:
-        none = -torch.inf
         best_TN = torch.where(best_TN > 0, best_TN + choice_bias_N, none)
     best_TK, experts_TK = torch.topk(best_TN, num_chosen, dim=1)
     # A pool smaller than K leaves slots whose expert is outside it. A probability of zero inside

@@ -4,7 +4,6 @@ head (spec 1.2)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,20 +16,8 @@ from emotrain.model.attention import Attention, TokenView
 from emotrain.model.initial import fill_normal
 from emotrain.model.moe import MoELayer, RoutedExperts
 from emotrain.model.parts import CHOICE_BIAS, stored_tensors
-from emotrain.model.report import LayerStatistics, RoutingReport
+from emotrain.model.report import LayerStatistics, ModelOutput, RoutingReport
 from emotrain.model.router import LayerRequest, RoutingRequest, sum_by_document
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass returns. Logits are not among it: losses form them block by block
-    (`Transformer.logits`)."""
-
-    hidden_TD: Tensor
-    """Normed final hidden states."""
-    routing: RoutingReport
-    """The routing of every layer."""
-
 
 FULL = RoutingRequest()
 """The full model without pools."""

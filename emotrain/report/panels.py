@@ -57,8 +57,8 @@ EXPERTS = (
     ),
     Chart(
         "choice_bias_spread", "Spread of the routers' biases", "probability",
-        "The largest bias by which a router chooses less the smallest: how much it takes to balance "
-        "the load.", kind="layers", from_zero=True,
+        "The largest bias by which a router chooses less the smallest: what the balance of load "
+        "takes.", kind="layers", from_zero=True,
     ),
     Chart(
         "effective_experts", "Experts a document uses", "effective experts",

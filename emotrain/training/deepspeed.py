@@ -44,8 +44,8 @@ from emotrain.distributed.mesh import Layout, limit_collectives
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import MissingPackageError, UserError
-from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.report import RoutingReport
+from emotrain.model.losses import language_model_sums
+from emotrain.model.report import LossSums, RoutingReport
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Block, Transformer
 from emotrain.training import checkpoint

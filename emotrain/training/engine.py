@@ -18,8 +18,8 @@ from emotrain.config import Config
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks, local_part, num_copies
 from emotrain.kernels import HeadGradient
-from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.report import RoutingReport
+from emotrain.model.losses import language_model_sums
+from emotrain.model.report import LossSums, RoutingReport
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint

@@ -12,8 +12,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
-from emotrain.model.losses import LossSums
-from emotrain.model.report import RoutingReport
+from emotrain.model.report import LossSums, RoutingReport
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training import checkpoint

@@ -11,8 +11,8 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.ranks import Ranks
-from emotrain.model.losses import LossSums, router_loss
-from emotrain.model.report import RoutingReport
+from emotrain.model.losses import router_loss
+from emotrain.model.report import LossSums, RoutingReport
 from emotrain.model.router import training_request
 from emotrain.training.choice_bias import move_biases, step_moves
 from emotrain.training.engine import Phase, part

@@ -11,8 +11,8 @@ from emotrain.batch import PackedBatch
 from emotrain.config import Config
 from emotrain.distributed.parallelize import build_model
 from emotrain.distributed.ranks import Ranks
-from emotrain.model.losses import LossSums, language_model_sums
-from emotrain.model.report import RoutingReport
+from emotrain.model.losses import language_model_sums
+from emotrain.model.report import LossSums, RoutingReport
 from emotrain.model.router import RoutingRequest
 from emotrain.model.transformer import Transformer
 from emotrain.training.checkpoint_folders import TrainingState
