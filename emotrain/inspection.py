@@ -150,25 +150,33 @@ def _parallel_lines(config: Config) -> list[str]:
 
 def _data(config: Config, tokens: int) -> dict[str, Any]:
     """The data set as far as it is there: its training tokens, and how often the run sees them."""
+    from emotrain.data.mixture_file import is_mixture
     from emotrain.data.opening import open_store
+    from emotrain.training.data_source import open_sources
 
     found: dict[str, Any] = {"path": config.data.path, "tokens": None, "passes": None}
     if not config.data.path:
         return found | {"note": "data.path is not set"}
+    mixed = is_mixture(config.data.path)
     try:
-        store = open_store(
-            config.data.path,
-            tokenizer=config.data.tokenizer,
-            raw=config.data.raw,
-            verify_checksums=False,
-        )
+        if mixed:
+            size = open_sources(config).num_tokens
+        else:
+            store = open_store(
+                config.data.path,
+                tokenizer=config.data.tokenizer,
+                raw=config.data.raw,
+                verify_checksums=False,
+            )
+            size = sum(store.shard_tokens)
     except FileNotFoundError:
         return found | {"note": "not prepared yet (emotrain prepare)"}
     except (UserError, OSError) as error:
         return found | {"note": " ".join(str(error).split())}
-    size = sum(store.shard_tokens)
     passes = tokens / size if size else 0.0
     note = f"{size:,} training tokens; the run passes over them {passes:.3g} times"
+    if mixed:
+        note += f" on average; `emotrain data show {config.data.path}` shows each source"
     return found | {"tokens": size, "passes": passes, "note": note}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import write
 
 from emotrain.cli import main
 from emotrain.commands import COMMANDS
@@ -47,6 +48,7 @@ KEYS = {
     "convert": "out documents tokens eos_added domains seconds",
     "train": "run_dir step last_step tokens seconds mean_tokens_per_second metrics interrupted "
     "checkpoint_step",
+    "data": "mixture sequence_length tokens sources stages warnings plot",
     "inspect": "total_parameters active_parameters tokens_per_step tokens flops flops_per_token "
     "weights_bytes gradients_bytes optimizer_bytes warnings",
     "evaluate": "format checkpoint step data sequence_length settings experts domains mean routing",
@@ -97,11 +99,13 @@ def test_json_is_all_of_stdout_with_stable_keys(
         f"{{models: {{run: {run_dir}}}, data: {data}, keep: [0.5], methods: [router], "
         f"calibration_documents: [1], documents: 2, out: {tmp_path / 'sweep'}}}"
     )
+    mixture = write(tmp_path / "mix.yaml", "sources: {all: {path: data, weight: 1}}")
     # Compiling kernels takes minutes; test_kernels_compile.py looks at that result.
     monkeypatch.setattr("emotrain.kernels.compile_check.compile_all", lambda *_, **__: [])
     arguments: dict[str, list[Any]] = {
         "prepare": [documents, "--out", data, "--train-tokenizer", "--vocab-size", 300],
         "convert": [ids, "--out", tmp_path / "converted", "--vocab-size", 300],
+        "data": ["show", mixture, "--config", config],
         "train": [config],
         "inspect": [config],
         "evaluate": [run_dir, "--data", data, "--keep", 0.5, "--random-seeds", 0],

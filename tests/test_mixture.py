@@ -14,7 +14,7 @@ from test_data_formats import make_dataset
 
 from emotrain.batch import SOURCE_BITS
 from emotrain.config import RepetitionFilterConfig
-from emotrain.data.mixture import Mixture, joined
+from emotrain.data.mixture import Mixture, picked, together
 from emotrain.data.mixture_changes import difference
 from emotrain.data.mixture_file import is_mixture, open_mixture, own_tokens, read_mixture
 from emotrain.data.mixture_order import source_seed
@@ -114,12 +114,13 @@ def test_ranks_and_micro_batches_do_not_change_a_step(folder: Path, span: int) -
 
 def test_rows_with_padding_are_put_in_order() -> None:
     one, two = tiny_batch(((5, 3), (2, 6)), padded=True), tiny_batch(((4, 4), (8,)), seed=1)
-    batch = joined([one, two], np.array([2, 0, 3, 1]))
+    both = together([one, two])
+    batch = picked(both, np.array([2, 0, 3, 1]))
     assert batch.document_BS[:, 0].tolist() == [0, 2, 4, 5] and batch.has_padding
     assert batch.document_ids_G.tolist() == [100, 101, 100, 101, 102, 102, -1]
     assert torch.equal(batch.tokens_BS, torch.cat([one.tokens_BS, two.tokens_BS])[[2, 0, 3, 1]])
     assert torch.equal(batch.targets_BS[3], one.targets_BS[1])
-    assert joined([one], np.array([0, 1])) is one
+    assert not picked(both, np.array([2, 0])).has_padding and together([one]) is one
 
 
 def test_a_batch_of_padding_has_no_source(folder: Path) -> None:

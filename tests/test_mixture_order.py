@@ -108,8 +108,9 @@ def test_every_place_of_every_source_comes_once_and_in_order(name: str) -> None:
 def test_far_out_shares_are_exact_and_no_place_is_left_out(amounts, seed, start, span) -> None:
     names = [f"s{i}" for i in range(len(amounts))]
     order = MixtureOrder(names, [stage(0, *amounts)], seed, span)
-    first = start // (1024 * span) * 1024 * span
-    positions = np.arange(first, first + 1024 * span)
+    block = block_size(order.stages[0].weights) * span
+    first = start // block * block
+    positions = np.arange(first, first + 3 * block)
     source_B, place_B = order.locate(positions)
     before, after = order.counts(first), order.counts(first + len(positions))
     largest = amounts.index(max(amounts))
@@ -128,19 +129,21 @@ def test_far_out_shares_are_exact_and_no_place_is_left_out(amounts, seed, start,
 
 def test_the_order_inside_of_a_block_looks_random() -> None:
     """The smaller of two sources of 3 to 1 comes in every fourth of a block alike (chi-squared, 3
-    degrees of freedom, over 64 blocks), and after itself as often as after the other."""
+    degrees of freedom, over 1,024 blocks), and after itself as often as after the other."""
     order = MixtureOrder("ab", [stage(0, 3, 1)], 5)
     is_b = order.locate(range(64 * 1024))[0] == 1
-    fourths = is_b.reshape(64, 4, 256).sum(axis=(0, 2))
+    fourths = is_b.reshape(1024, 4, 16).sum(axis=(0, 2))
     assert ((fourths - 4096) ** 2 / 4096).sum() < 16
     assert abs(is_b[1:][is_b[:-1]].mean() - 0.25) < 0.02
 
 
 def test_small_sources_do_not_come_all_at_once() -> None:
     """Of 20 sources that come once in 8 blocks each, never more than 8 in one block."""
-    amounts = [8 * 1024 - 20, *[1] * 20]
+    size = 512
+    amounts = [8 * size - 20, *[1] * 20]
     order = MixtureOrder([f"s{i}" for i in range(21)], [stage(0, *amounts)], 0)
-    small = (order.locate(range(8 * 1024))[0] > 0).reshape(8, 1024).sum(axis=1)
+    assert block_size(order.stages[0].weights) == size
+    small = (order.locate(range(8 * size))[0] > 0).reshape(8, size).sum(axis=1)
     assert small.sum() == 20 and small.max() <= 8
 
 
@@ -153,7 +156,7 @@ def test_other_seeds_and_the_same_one() -> None:
 def test_order_is_stable() -> None:
     """These numbers are part of every checkpoint of a mixture."""
     order = MixtureOrder(["web", "code"], [stage(0, 2, 1)], 0)
-    assert "".join(map(str, order.locate(range(24))[0])) == ("001000100000001000000000")
+    assert "".join(map(str, order.locate(range(24))[0])) == ("101001100100001000000110")
 
 
 def test_what_is_no_order_is_refused() -> None:

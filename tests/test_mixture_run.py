@@ -13,6 +13,11 @@ import pytest
 from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
+from emotrain.evaluation.while_training import TrainingEvaluation
+from emotrain.report.facts import data_tables
+from emotrain.report.panels import Panels
+from emotrain.report.runs import read_runs
+from emotrain.report.subsets import subset_commands
 from emotrain.training import run as run_module
 from emotrain.training.data_source import build_loader
 from tests.conftest import tiny_settings
@@ -92,6 +97,29 @@ def test_the_loss_of_each_source_adds_up_to_that_of_the_step(
     assert sum(last[f"data/{name}/tokens"] for name in SOURCES) == last["tokens"] == 8 * 32 * STEPS
     start = json.loads((one_process / "environment.json").read_text())["starts"][0]
     assert start["data"]["sources"]["garden"]["weights"] == [0.25]
+
+
+def test_the_report_has_the_sources(one_process: Path) -> None:
+    (run,) = read_runs([one_process])
+    titles = {plot.title: plot for plot in Panels([run]).sources()}
+    for title in ("Training loss of each source", "Passes over each source"):
+        header = titles[title].csv.splitlines()[0]
+        assert header == "run,step,tokens,garden,harbour,kitchen"
+    assert Panels([run]).others() == ([], [])
+    tables, _ = data_tables(run)
+    assert [row[0] for row in tables[-1].rows] == list(SOURCES)
+    assert not any("mixture" in cell for row in tables[0].rows for cell in row)
+    words = " ".join(subset_commands(run.folder, run.config, None))
+    assert "--data DATA" in words and "mix.yaml" not in words
+
+
+def test_evaluation_while_training_needs_a_data_set(tiny_data: Path, tmp_path: Path) -> None:
+    settings = settings_of(tiny_data, tmp_path)
+    settings["evaluation"] = {"every": 3, "keep": []}
+    with pytest.raises(UserError, match="mix.yaml is a mixture; name a folder .* evaluation.data"):
+        TrainingEvaluation(config_from_dict(settings), Ranks())
+    settings["evaluation"]["data"] = str(tiny_data)
+    assert TrainingEvaluation(config_from_dict(settings), Ranks()).domains.keys() == set(SOURCES)
 
 
 def test_two_processes_and_a_resume_on_another_number_train_the_same(

@@ -54,8 +54,9 @@ class DataConfig:
 
     path: PathText = ""
     """Folder written by `emotrain prepare`; files of tokens or text as others write them, see
-    `data.raw` (docs/data.md); or a JSONL file of prompts and answers, whose loss is on answers
-    alone: `prompt` and `answer`, or `question`, `choices` and `answer`."""
+    `data.raw` (docs/data.md); a mixture of these, a .yaml file (docs/mixtures.md); or a JSONL file
+    of prompts and answers, whose loss is on answers alone: `prompt` and `answer`, or `question`,
+    `choices` and `answer`."""
     tokenizer: PathText = ""
     """The tokenizer.json for files that `emotrain prepare` did not write."""
     domain: str = ""

@@ -108,17 +108,7 @@ class Mixture:
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> PackedBatch:
         """The sequences at `positions` of the order, as rows of one batch of CPU tensors."""
-        source_B, place_B = self.order.locate(positions)
-        parts, rows = [], []
-        for source in np.unique(source_B).tolist():
-            own = np.flatnonzero(source_B == source)
-            packed = self.sources[source].loader.batch(place_B[own])
-            ids_G = packed.document_ids_G
-            ids_G = torch.where(ids_G < 0, ids_G, ids_G + (source << SOURCE_BITS))
-            parts.append(replace(packed, document_ids_G=ids_G))
-            rows.append(own)
-        packed = joined(parts, np.argsort(np.concatenate(rows)))
-        return replace(packed, domain=self.domain, num_sources=len(self.sources))
+        return self._batches([np.asarray(positions, dtype=np.int64)])[0]
 
     def step(
         self,
@@ -135,7 +125,23 @@ class Mixture:
                 f"that belong together; make it one"
             )
         blocks = Loader.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
-        return [self.batch(positions) for positions in blocks]
+        return self._batches([np.array(positions) for positions in blocks])
+
+    def _batches(self, blocks: Sequence[np.ndarray]) -> list[PackedBatch]:
+        """A batch for the positions of each block. Every source is read once for all of them."""
+        source_B, place_B = self.order.locate(np.concatenate(blocks))
+        parts, rows = [], []
+        for source in np.unique(source_B).tolist():
+            own = np.flatnonzero(source_B == source)
+            packed = self.sources[source].loader.batch(place_B[own])
+            ids_G = packed.document_ids_G
+            ids_G = torch.where(ids_G < 0, ids_G, ids_G + (source << SOURCE_BITS))
+            parts.append(replace(packed, document_ids_G=ids_G))
+            rows.append(own)
+        whole = replace(together(parts), domain=self.domain, num_sources=len(self.sources))
+        order = np.argsort(np.concatenate(rows))
+        ends = np.cumsum([len(block) for block in blocks])
+        return [picked(whole, order_b) for order_b in np.split(order, ends[:-1])]
 
     def epochs(self, position: int) -> list[float]:
         """How often each source has been read before a position."""
@@ -181,29 +187,37 @@ class Mixture:
         }
 
 
-def joined(parts: Sequence[PackedBatch], order: np.ndarray) -> PackedBatch:
-    """The rows of several batches as one.
-
-    Args:
-        order: int64 [B]: the number, through all parts, of each row.
-    """
+def together(parts: Sequence[PackedBatch]) -> PackedBatch:
+    """The rows of several batches in one, one batch after the other."""
     if len(parts) == 1:
         return parts[0]
-    rows = torch.from_numpy(order)
     firsts = np.cumsum([0, *(part.num_documents for part in parts)])[:-1].tolist()
-    numbers_BS = torch.cat(
-        [part.document_BS + first for part, first in zip(parts, firsts, strict=True)]
-    )[rows]
-    numbers_T = numbers_BS.reshape(-1)
-    # No document spans two rows, so that a new number is a new document.
-    begins_T = torch.cat([numbers_T.new_ones(1, dtype=torch.bool), numbers_T[1:] != numbers_T[:-1]])
+    numbers = [part.document_BS + first for part, first in zip(parts, firsts, strict=True)]
     return replace(
         parts[0],
-        tokens_BS=torch.cat([part.tokens_BS for part in parts])[rows],
-        targets_BS=torch.cat([part.targets_BS for part in parts])[rows],
-        document_BS=(begins_T.cumsum(0) - 1).view_as(numbers_BS),
-        document_ids_G=torch.cat([part.document_ids_G for part in parts])[numbers_T[begins_T]],
+        tokens_BS=torch.cat([part.tokens_BS for part in parts]),
+        targets_BS=torch.cat([part.targets_BS for part in parts]),
+        document_BS=torch.cat(numbers),
+        document_ids_G=torch.cat([part.document_ids_G for part in parts]),
         has_padding=any(part.has_padding for part in parts),
+    )
+
+
+def picked(batch: PackedBatch, rows: np.ndarray) -> PackedBatch:
+    """Some rows of a batch, in this order: int64 [B]."""
+    rows_B = torch.from_numpy(rows)
+    numbers_BS = batch.document_BS[rows_B]
+    numbers_T = numbers_BS.view(-1)
+    # No document spans two rows, so that a new number is a new document.
+    begins_T = torch.cat([numbers_T.new_ones(1, dtype=torch.bool), numbers_T[1:] != numbers_T[:-1]])
+    ids_G = batch.document_ids_G[numbers_T[begins_T]]
+    return replace(
+        batch,
+        tokens_BS=batch.tokens_BS[rows_B],
+        targets_BS=batch.targets_BS[rows_B],
+        document_BS=begins_T.cumsum(0).sub_(1).view_as(numbers_BS),
+        document_ids_G=ids_G,
+        has_padding=batch.has_padding and bool((ids_G < 0).any()),
     )
 
 

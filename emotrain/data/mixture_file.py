@@ -99,6 +99,11 @@ def open_mixture(path: str | Path, sequence_length: int, seed: int, **options: A
     return Mixture(path, sources, _stages(file, sources, sequence_length * span), seed)
 
 
+def first_path(path: str | Path) -> str:
+    """Where the first source lies: the tokenizer there is that of all."""
+    return read_mixture(path).sources[0].path
+
+
 def own_tokens(file: MixtureFile, mixture: Mixture) -> int | None:
     """Tokens of the run that the file describes, where it says passes or tokens."""
     amounts = [entry.amount for entry in file.sources]

@@ -16,7 +16,7 @@ function of (seed, position).
 4. **Groups.** With `span` N, positions [g * N, (g + 1) * N) read N positions of one source that
    follow one another, and all of the above is about groups.
 
-B is 1,024, or the square of the number of sources where that is more: then the largest source,
+B is the power of two from 64 and from the square of the number of sources: then the largest source,
 with B / n positions of a block at least, has some left after the others were rounded.
 """
 
@@ -35,9 +35,9 @@ import numpy as np
 from emotrain.data.loader import keyed, permute
 from emotrain.errors import UserError
 
-LEAST_BLOCK = 1024
+LEAST_BLOCK = 64
 BLOCKS_HELD = 8
-"""Blocks that are kept for the next batch, which most often lies in the same one."""
+"""Blocks that are kept for the next batch, which often lies in the same ones."""
 
 
 @dataclass(frozen=True)

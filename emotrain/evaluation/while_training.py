@@ -18,6 +18,7 @@ import torch
 
 from emotrain.config import Config
 from emotrain.data.answers import is_answers
+from emotrain.data.mixture_file import first_path, is_mixture
 from emotrain.distributed.agreement import of_first_rank
 from emotrain.distributed.gathering import let_go
 from emotrain.distributed.ranks import Ranks
@@ -56,13 +57,15 @@ class TrainingEvaluation:
     def _read(self) -> dict[str, DomainDocuments]:
         setup, trained_on = self.config.evaluation, self.config.data
         data = setup.data or trained_on.path
-        if is_answers(data):
+        if is_answers(data) or is_mixture(data):
+            what = "is a mixture" if is_mixture(data) else "holds prompts and answers"
             raise UserError(
-                f"evaluation.every={setup.every} measures documents, and {data} holds prompts and "
-                f"answers; name a folder of `emotrain prepare`: evaluation.data=DIR"
+                f"evaluation.every={setup.every} measures documents of one data set, and {data} "
+                f"{what}; name a folder of `emotrain prepare`: evaluation.data=DIR"
             )
         # Where the tokenizer lies that the model is trained with.
-        tokenizer = Path(trained_on.tokenizer or f"{trained_on.path}/tokenizer.json")
+        folder = first_path(trained_on.path) if is_mixture(trained_on.path) else trained_on.path
+        tokenizer = Path(trained_on.tokenizer or f"{folder}/tokenizer.json")
         return read_domains(data, self.config, tokenizer.parent, self.settings)
 
     def __call__(self, engine: Engine, step: int, is_last: bool) -> dict[str, Any]:

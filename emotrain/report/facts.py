@@ -136,7 +136,7 @@ def data_tables(run: Run) -> tuple[list[Table], list[str]]:
         ("sha256", f"sha256 of {MANIFEST} when the run started"),
     ):
         values = list(dict.fromkeys(_cell(data.get(key)) for data in seen if data.get(key)))
-        if values:
+        if values and not (key == "fingerprint" and seen[-1].get("sources")):
             rows.append((name, ", then ".join(values)))
     notes: list[str] = []
     tables: list[Table] = []
@@ -159,7 +159,20 @@ def data_tables(run: Run) -> tuple[list[Table], list[str]]:
         rows += _manifest_rows(manifest)
         tables.append(_domains_table(manifest))
     title = "The data set" if tables else "The data set, as the run noted it"
+    if seen and isinstance(sources := seen[-1].get("sources"), dict):
+        tables.append(_sources_table(sources))
     return [Table(title, ("", "value"), tuple(rows), names=2), *tables], notes
+
+
+def _sources_table(sources: dict[str, Any]) -> Table:
+    """The sources of a mixture, as the run noted them at its last start."""
+    keys = ("path", "domain", "fingerprint", "tokens", "sequences", "weights")
+    rows = [
+        (str(name), *(_cell(source.get(key, "")) for key in keys))
+        for name, source in sources.items()
+        if isinstance(source, dict)
+    ]
+    return Table("Sources of the mixture", ("source", *keys), tuple(rows), names=4)
 
 
 def _manifest_rows(manifest: dict[str, Any]) -> list[tuple[str, str]]:

@@ -46,6 +46,18 @@ TRAINING = (
         "An update is skipped where the loss or the gradient is not finite.", from_zero=True,
     ),
 )  # fmt: skip
+SOURCES = (
+    Chart(
+        "sources-loss_nats", "Training loss of each source", "nats/token",
+        "Cross entropy of one step's tokens, where the step has some of the source.",
+    ),
+    Chart(
+        "sources-epochs", "Passes over each source", "passes",
+        "Above one its tokens repeat.", from_zero=True,
+    ),
+)  # fmt: skip
+OF_SOURCE = re.compile("data/([^/]+)/(?:loss_nats|tokens|epochs)")
+"""Metrics of the sources of a mixture."""
 EXPERTS = (
     Chart(
         "load_imbalance", "Fullest expert", "load / mean load",
@@ -124,7 +136,18 @@ class Panels:
         self.keys = sorted({key for run in runs for key in run.history.series})
 
     def training(self) -> list[Plot]:
-        return self._known(TRAINING)
+        return [*self._known(TRAINING), *self.sources()]
+
+    def sources(self) -> list[Plot]:
+        """Of a mixture a line for each source; with several runs none."""
+        plots = []
+        for chart in () if self.several else SOURCES:
+            found = [(key, match[1]) for key in self.keys if (match := OF_SOURCE.fullmatch(key))]
+            quantity = chart.name.removeprefix("sources-")
+            lines = [(key, name) for key, name in found if key.endswith(f"/{quantity}")]
+            if lines:
+                plots.append(self._joined(chart, lines))
+        return plots
 
     def experts(self) -> list[Plot]:
         """Statistics of the routing, and the loads of every expert."""
@@ -199,7 +222,11 @@ class Panels:
         """Plots of the keys that no section knows, and the keys that are left out."""
         known = {chart.name for chart in (*TRAINING, *EXPERTS, *SPEED)} | set(POOL_KEYS)
         known |= {"tokens", "placement_rows_before", "placement_load_before"}
-        keys = [key for key in self.keys if key not in known and not key.startswith(EVALUATED)]
+        keys = [
+            key
+            for key in self.keys
+            if key not in known and not key.startswith(EVALUATED) and not OF_SOURCE.fullmatch(key)
+        ]
         plots: list[Plot] = []
         for number, key in enumerate(keys[:MOST_OTHERS]):
             chart = Chart(f"other-{number}", key, "as the run gave it", "", kind=self._kind(key))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from emotrain.config import Config
+from emotrain.data.mixture_file import is_mixture
 from emotrain.evaluation.figures import COLORS
 from emotrain.evaluation.plots import draw_arms, draw_choices
 from emotrain.evaluation.results import Evaluation
@@ -98,6 +99,8 @@ def subset_commands(run_dir: Path, config: Config, result: Evaluation | None) ->
     if not trained or not routed or config.model.experts.sharing != "none":
         return []
     data, domain = (result.data, _most_modular(result)) if result else (config.data.path, "")
+    if is_mixture(data):
+        data = "DATA"  # a data set of its tokenizer, which nobody named
     # A domain is any text, and a file's name is not.
     name = re.sub("[^A-Za-z0-9]+", "-", domain).strip("-") or "subset"
     out = f"{run_dir}-{name}"

@@ -43,7 +43,19 @@ def _source(config: Config) -> DataSource:
             )
         seed = config.training.seed
         return AnswerLoader(setup.path, setup.tokenizer, setup.sequence_length, seed, setup.domain)
-    options: dict[str, Any] = {
+    if is_mixture(setup.path):
+        return _mixture(config)
+    length, seed = setup.sequence_length, config.training.seed
+    loader = open_loader(setup.path, length, seed, domain=setup.domain, **_options(config))
+    _say_left_out(loader, setup.path)
+    _say_untold(loader, setup.path)
+    return loader
+
+
+def _options(config: Config) -> dict[str, Any]:
+    """What `open_loader` is told of every source alike."""
+    setup = config.data
+    return {
         "cross_document_targets": setup.cross_document_targets,
         "repetition_filter": setup.repetition_filter,
         "verify_checksums": setup.verify_checksums,
@@ -51,23 +63,25 @@ def _source(config: Config) -> DataSource:
         "tokenizer": setup.tokenizer,
         "raw": setup.raw,
     }
-    length, seed = setup.sequence_length, config.training.seed
-    if is_mixture(setup.path):
-        return _mixture(config, options)
-    loader = open_loader(setup.path, length, seed, domain=setup.domain, **options)
-    _say_left_out(loader, setup.path)
-    _say_untold(loader, setup.path)
-    return loader
 
 
-def _mixture(config: Config, options: dict[str, Any]) -> Mixture:
+def open_sources(config: Config) -> Mixture:
+    """The mixture that `data.path` names, with the settings of `data`.
+
+    Raises:
+        UserError: a file or a source that cannot be used.
+    """
     setup = config.data
     if setup.domain:
         raise UserError(
             f"data.domain={setup.domain}: {setup.path} is a mixture, whose sources have domains of "
             f"their own; name it there and remove data.domain"
         )
-    mixture = open_mixture(setup.path, setup.sequence_length, config.training.seed, **options)
+    return open_mixture(setup.path, setup.sequence_length, config.training.seed, **_options(config))
+
+
+def _mixture(config: Config) -> Mixture:
+    setup, mixture = config.data, open_sources(config)
     domains = {source.loader.domain for source in mixture.sources}
     if len(domains) > 1 and (own := domains & dict(config.model.experts.exclusive).keys()):
         raise UserError(
