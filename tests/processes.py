@@ -72,16 +72,24 @@ def _rank(
         dist.destroy_process_group()
 
 
-def run_script(script: Path, *arguments: str, timeout_s: float = 240.0) -> Any:
+def run_script(
+    script: Path,
+    *arguments: object,
+    first: Callable[[], object] = lambda: None,
+    timeout_s: float = 240.0,
+) -> Any:
     """Run a script as a command of its own -> `subprocess.CompletedProcess`.
 
     The process is a fork of this one, where torch is loaded: a new one takes seconds of processor
     time for that. What a script does before it imports torch needs a new one (`run_command`).
+
+    Args:
+        first: what the process does before the script: its environment, its limits.
     """
     with tempfile.TemporaryDirectory() as name:
         out, err = Path(name, "out"), Path(name, "err")
         process = multiprocessing.get_context("fork").Process(
-            target=_script, args=(script, arguments, out, err)
+            target=_script, args=(script, list(map(str, arguments)), out, err, first)
         )
         process.start()
         process.join(timeout_s)
@@ -93,7 +101,9 @@ def run_script(script: Path, *arguments: str, timeout_s: float = 240.0) -> Any:
         )
 
 
-def _script(script: Path, arguments: tuple[str, ...], out: Path, err: Path) -> None:
+def _script(
+    script: Path, arguments: list[str], out: Path, err: Path, first: Callable[[], object]
+) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
@@ -101,6 +111,7 @@ def _script(script: Path, arguments: tuple[str, ...], out: Path, err: Path) -> N
     sys.path.insert(0, str(script.parent))
     code: Any = 0
     try:
+        first()
         runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         code = end.code

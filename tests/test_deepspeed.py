@@ -18,7 +18,6 @@ import os
 import random
 import re
 import socket
-import subprocess
 import sys
 import tempfile
 from contextlib import suppress
@@ -45,12 +44,15 @@ from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
 from tests import test_layout as layout
 from tests.conftest import ROOT, tiny_settings
+from tests.processes import run_script
 from tests.test_evaluation_run import write_data
 
 # Before it is first imported: it would take a GPU that is there.
 os.environ["DS_ACCELERATOR"] = "cpu"
 pytest.importorskip("deepspeed", reason="pip install 'emotrain[deepspeed]'")
-# Not used, but DeepSpeed imports it, and torch's compiler with it, in every process: 3 s each.
+# Not used, but DeepSpeed imports them, and torch's compiler with them, in every process: 3 s each.
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 from deepspeed.utils import safe_get_full_fp32_param
 
@@ -520,29 +522,22 @@ def free_port() -> int:
 def launch(settings: dict, folder: Path, *arguments: object) -> dict:
     """A run of two processes by the real launcher, and its summary."""
     save_config(config_from_dict(settings), folder / "config.yaml")
-    kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not re.match(r"RANK$|LOCAL_|WORLD_SIZE|MASTER_", key)
-    }
-    launcher = [
+
+    def alone() -> None:
+        for key in list(os.environ):
+            if re.match(r"RANK$|LOCAL_|WORLD_SIZE|MASTER_", key):
+                del os.environ[key]
+        os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        os.chdir(ROOT)
+
+    done = run_script(
         Path(sys.executable).with_name("deepspeed"),
-        "--num_gpus",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    process = subprocess.run(
-        [*launcher, "launch/pretrain.py", folder / "config.yaml", *arguments, "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        env={**kept, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        text=True,
-        timeout=240,
-        check=False,
+        *("--num_gpus", 2, "--master_port", free_port(), "launch/pretrain.py"),
+        *(folder / "config.yaml", *arguments, "--json"),
+        first=alone,
     )
-    assert process.returncode == 0, process.stderr
-    return next(json.loads(line) for line in process.stdout.splitlines() if line.startswith("{"))
+    assert done.returncode == 0, done.stderr
+    return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
 
 
 def losses(run_dir: Path) -> torch.Tensor:

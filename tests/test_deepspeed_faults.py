@@ -34,7 +34,9 @@ from tests.test_faults import meet
 os.environ["DS_ACCELERATOR"] = "cpu"
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("pip install 'emotrain[deepspeed]'", allow_module_level=True)
-# Not used, but DeepSpeed imports it, and torch's compiler with it, in every process: 3 s each.
+# Not used, but DeepSpeed imports them, and torch's compiler with them, in every process: 3 s each.
+import deepspeed.module_inject.auto_ep_layer
+import deepspeed.runtime.superoffload.superoffload_stage3
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 

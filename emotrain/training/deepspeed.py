@@ -352,8 +352,9 @@ def _import_deepspeed(ranks: Ranks, reports: bool) -> Any:
     os.environ["DS_ACCELERATOR"] = ranks.device.type
     import deepspeed
 
-    # Of use for inference alone, and minutes of g++ at the first start on a CPU.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of use for inference alone, and minutes of g++ at the first start on a CPU. The list is read
+    # for it alone; to be asked, it would run compilers in every process to find what others need.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.INFO if reports else logging.WARNING)
     for handler in logger.handlers:
