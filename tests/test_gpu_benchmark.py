@@ -3,6 +3,7 @@ a CPU, go on where they ended, and fail where a kernel is wrong."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import runpy
@@ -14,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
+from tests.processes import run_script
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'emotrain[kernels]'")
 # Rows past the last token are -inf everywhere; their softmax is selected away.
@@ -37,7 +39,7 @@ def gpu(monkeypatch):
 def whole(tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the JSON of one run of every phase, as a command."""
     out = tmp_path_factory.mktemp("gpu")
-    done = run_command(str(BENCHMARKS / "gpu.py"), *TINY, "--out", str(out), timeout=240)
+    done = run_script(BENCHMARKS / "gpu.py", *TINY, "--out", out)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1, "logs belong to standard error"
     return out, json.loads(done.stdout)
@@ -208,10 +210,11 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "items"), FAULTS)
-def test_a_wrong_kernel_ends_in_1(tmp_path, gpu, monkeypatch, capsys, fault, items):
-    arguments = [*TINY, "--out", str(tmp_path), "--phases", "correct", "--items", items]
-    assert gpu.main([*arguments, "--out", str(tmp_path / "right")]) == 0
+def test_a_wrong_kernel_ends_in_1(whole, tmp_path, gpu, monkeypatch, capsys, fault, items):
+    right = json.loads((whole[0] / "correct.json").read_text())
+    assert fnmatch.filter(right["items"], items) and not right["failed"], "right without the fault"
     fault(monkeypatch)
+    arguments = [*TINY, "--out", str(tmp_path), "--phases", "correct", "--items", items]
     assert gpu.main(arguments) == 1
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"]["correct"]
 
