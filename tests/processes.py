@@ -101,6 +101,31 @@ def run_script(
         )
 
 
+def forked(
+    command: list[Any],
+    env: dict[str, str] | None = None,
+    preexec_fn: Callable[[], object] | None = None,
+    timeout: float = 240.0,
+    check: bool = False,
+    **_: Any,
+) -> Any:
+    """`subprocess.run` of `[sys.executable, script, ...]` by `run_script`, in the place of which it
+    may be patched."""
+
+    def first() -> None:
+        if env is not None:
+            os.environ.clear()
+            os.environ.update(env)
+        if preexec_fn is not None:
+            preexec_fn()
+
+    _, script, *arguments = command
+    done = run_script(Path(script), *arguments, first=first, timeout_s=timeout)
+    if check:
+        done.check_returncode()
+    return done
+
+
 def _script(
     script: Path, arguments: list[str], out: Path, err: Path, first: Callable[[], object]
 ) -> None:

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from emotrain.config import config_from_dict, save_config
 from emotrain.training.run import train
 from tests.conftest import tiny_settings
-from tests.processes import run_script
+from tests.processes import forked, run_script
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY_STEP = [
@@ -93,20 +94,11 @@ def test_step_measures_the_peer():
     }
 
 
-def test_step_says_what_the_peer_needs(tmp_path):
+def test_step_says_what_the_peer_needs(tmp_path, monkeypatch):
     (tmp_path / "transformers.py").write_text("raise ImportError\n")
-    code = (
-        f"import sys, runpy; sys.path[:0] = [{str(tmp_path)!r}, {str(BENCHMARKS)!r}]; "
-        f"sys.argv = ['step.py', '--peer', 'hf', *{TINY_STEP}]; "
-        f"runpy.run_path({str(BENCHMARKS / 'step.py')!r}, run_name='__main__')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    done = run_script(BENCHMARKS / "step.py", "--peer", "hf", *TINY_STEP)
     assert done.returncode != 0
     assert (
         done.stderr.splitlines()[-1]
@@ -179,6 +171,8 @@ def test_contention_prints_its_ratios(tiny_data, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import contention
 
+    processes = SimpleNamespace(run=forked, Popen=subprocess.Popen)
+    monkeypatch.setattr(contention, "subprocess", processes)
     settings = ["configs/quickstart.yaml", f"data.path={tiny_data}", *TINY_STEP]
     settings += ["model.vocab_size=320"]
     assert contention.run(settings, steps=2, threads=1, spins=100, busy=True) > 0

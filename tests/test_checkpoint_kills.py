@@ -37,6 +37,7 @@ from emotrain.training import run as run_module
 from emotrain.training.checkpoint import CheckpointWriter, TrainingState
 from emotrain.training.optimizer import build_optimizer
 from tests.conftest import ROOT, tiny_settings
+from tests.processes import run_script
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 forked = multiprocessing.get_context("fork")
@@ -376,21 +377,15 @@ def test_a_limit_on_file_size_leaves_older_checkpoints_and_says_so_in_one_line(t
     settings = tiny_settings(tiny_data, tmp_path / "run", steps=2)
     config_file = tmp_path / "config.yaml"
     config_file.write_text(json.dumps(settings))
-    command = [sys.executable, str(ROOT / "launch/pretrain.py"), str(config_file)]
-    subprocess.run(command, check=True, capture_output=True)
+    run_module.train(config_from_dict(settings))
     older = checkpoint.find(tmp_path / "run")
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
-    done = subprocess.run(
-        [*command, "training.steps=4"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=limit,
-    )
+    # The file that the output goes to is below the limit.
+    done = run_script(ROOT / "launch/pretrain.py", config_file, "training.steps=4", first=limit)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in done.stderr

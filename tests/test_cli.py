@@ -19,6 +19,7 @@ from emotrain.config import config_from_dict, save_config
 from emotrain.distributed.launcher import Launch
 from emotrain.errors import MissingPackageError, RunError, UserError
 from tests.conftest import ROOT, run_command, tiny_settings
+from tests.processes import run_script
 
 
 def raising(error: BaseException) -> Any:
@@ -83,7 +84,7 @@ def test_a_shape_bug_shows_its_file_and_line(tmp_path: Path) -> None:
     )
     script = tmp_path / "planted.py"
     script.write_text(plant)
-    done = run_command(str(script), env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = run_script(script)
     assert done.returncode == 1
     assert f'File "{script}", line 5, in planted' in done.stderr
     assert "mat1 and mat2 shapes cannot be multiplied" in done.stderr
@@ -173,12 +174,19 @@ def test_a_terminal_that_is_not_utf_8_shows_every_help(command: str) -> None:
 
 
 def test_results_with_any_letter_are_shown_on_any_terminal(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = tmp_path / "command.py"
+    command.write_text("import sys\nfrom emotrain.cli import main\nsys.exit(main())\n")
     file = tmp_path / "ü…😀.yaml"
     file.write_text("training: {run_dir: ü}\n", encoding="utf-8")
-    for words, code in (["inspect", str(file)], 0), (["inspect", f"{file}x"], 2):
-        done = run_command("-m", "emotrain.cli", *words, env=environment)
+
+    def ascii_terminal() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="ascii", errors="strict")
+
+    for words, code in (["inspect", file], 0), (["inspect", f"{file}x"], 2):
+        done = run_script(command, *words, first=ascii_terminal)
         assert done.returncode == code and "Traceback" not in done.stderr
+        assert (done.stdout + done.stderr).isascii()
 
 
 def test_log_lines_go_to_stderr_as_it_is_at_the_moment(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from tests.processes import run_script
+from tests.processes import forked, run_script
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'emotrain[kernels]'")
 # Rows past the last token are -inf everywhere; their softmax is selected away.
@@ -250,7 +250,8 @@ def test_a_process_that_breaks_or_hangs_is_a_failure(tmp_path, gpu, monkeypatch)
     assert "still running" in failed(hangs)
 
 
-def test_a_phase_in_a_process_of_its_own(tmp_path, gpu):
+def test_a_phase_in_a_process_of_its_own(tmp_path, gpu, monkeypatch):
+    monkeypatch.setattr(gpu.subprocess, "run", forked)
     args = gpu.parse([*TINY, "--out", str(tmp_path), "--phases", "env"])
     settings = gpu.settings_of(args)
     gpu.run_alone("env", args, settings, 60.0)
