@@ -3,6 +3,7 @@ stop or hang ranks start their own (test_faults.py, test_checkpoint_kills.py).""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -11,8 +12,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -72,32 +74,48 @@ def _rank(
         dist.destroy_process_group()
 
 
-def run_script(
-    script: Path,
-    *arguments: object,
-    first: Callable[[], object] = lambda: None,
-    timeout_s: float = 240.0,
-) -> Any:
-    """Run a script as a command of its own -> `subprocess.CompletedProcess`.
+@contextlib.contextmanager
+def started(
+    script: Path | str, *arguments: object, first: Callable[[], object] = lambda: None
+) -> Iterator[SimpleNamespace]:
+    """A script (a path), or a module by its name, started as a command of its own: `process`, and
+    the files `out` and `err`. At the end it is killed, where it is still running.
 
     The process is a fork of this one, where torch is loaded: a new one takes seconds of processor
-    time for that. What a script does before it imports torch needs a new one (`run_command`).
+    time for that. What a script does before it imports torch needs a new one (`run_command`), and
+    so does what asks for compiled kernels.
 
     Args:
         first: what the process does before the script: its environment, its limits.
     """
     with tempfile.TemporaryDirectory() as name:
         out, err = Path(name, "out"), Path(name, "err")
+        for file in (out, err):
+            file.touch()
         process = multiprocessing.get_context("fork").Process(
             target=_script, args=(script, list(map(str, arguments)), out, err, first)
         )
         process.start()
-        process.join(timeout_s)
-        if process.is_alive():
+        try:
+            yield SimpleNamespace(process=process, out=out, err=err)
+        finally:
             process.kill()
-            pytest.fail(f"{script.name} was still running after {timeout_s:g} s")
+            process.join()
+
+
+def run_script(
+    script: Path | str,
+    *arguments: object,
+    first: Callable[[], object] = lambda: None,
+    timeout_s: float = 240.0,
+) -> Any:
+    """Run a script or module to its end, as `started` does -> `subprocess.CompletedProcess`."""
+    with started(script, *arguments, first=first) as run:
+        run.process.join(timeout_s)
+        if run.process.is_alive():
+            pytest.fail(f"{script} was still running after {timeout_s:g} s")
         return subprocess.CompletedProcess(
-            [script, *arguments], process.exitcode, out.read_text(), err.read_text()
+            [script, *arguments], run.process.exitcode, run.out.read_text(), run.err.read_text()
         )
 
 
@@ -127,17 +145,20 @@ def forked(
 
 
 def _script(
-    script: Path, arguments: list[str], out: Path, err: Path, first: Callable[[], object]
+    script: Path | str, arguments: list[str], out: Path, err: Path, first: Callable[[], object]
 ) -> None:
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = [str(script), *arguments]
-    sys.path.insert(0, str(script.parent))
     code: Any = 0
     try:
         first()
-        runpy.run_path(str(script), run_name="__main__")
+        if isinstance(script, str):
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(script.parent))
+            runpy.run_path(str(script), run_name="__main__")
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

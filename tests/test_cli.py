@@ -174,8 +174,6 @@ def test_a_terminal_that_is_not_utf_8_shows_every_help(command: str) -> None:
 
 
 def test_results_with_any_letter_are_shown_on_any_terminal(tmp_path: Path) -> None:
-    command = tmp_path / "command.py"
-    command.write_text("import sys\nfrom emotrain.cli import main\nsys.exit(main())\n")
     file = tmp_path / "ü…😀.yaml"
     file.write_text("training: {run_dir: ü}\n", encoding="utf-8")
 
@@ -184,7 +182,7 @@ def test_results_with_any_letter_are_shown_on_any_terminal(tmp_path: Path) -> No
             stream.reconfigure(encoding="ascii", errors="strict")
 
     for words, code in (["inspect", file], 0), (["inspect", f"{file}x"], 2):
-        done = run_script(command, *words, first=ascii_terminal)
+        done = run_script("emotrain", *words, first=ascii_terminal)
         assert done.returncode == code and "Traceback" not in done.stderr
         assert (done.stdout + done.stderr).isascii()
 

@@ -16,6 +16,7 @@ from emotrain.kernels.compile_check import DEVICES, FLOAT_ATOMIC, Row
 from emotrain.kernels.launches import PUBLISHED
 from emotrain.kernels.tuning import GEMM_KERNELS, SPACE
 from tests.conftest import ROOT, run_command
+from tests.processes import run_script
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 
@@ -163,9 +164,9 @@ def test_what_must_not_ship() -> None:
 
 
 def test_an_unknown_target_is_refused_and_the_known_ones_are_in_the_help() -> None:
-    told = run_command("-m", "emotrain.cli", "kernels", "--help").stdout
+    told = run_script("emotrain", "kernels", "--help").stdout
     assert set(re.findall(r"sm_\d+", told)) == set(DEVICES)
-    done = run_command("-m", "emotrain.cli", "kernels", "--target", "sm_42")
+    done = run_script("emotrain", "kernels", "--target", "sm_42")
     assert (
         done.returncode == 2
         and done.stderr == "error: target sm_42 is not known; choose of sm_80, sm_90, sm_100\n"
@@ -213,10 +214,10 @@ def test_the_roofline_counts_what_a_hand_counts(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_roofline_bar() -> None:
-    done = run_command("benchmarks/roofline.py", "--json")
+    done = run_script(ROOT / "benchmarks/roofline.py", "--json")
     result = json.loads(done.stdout)
     assert (
         result["traffic_over_permute_copy"] <= 0.60
         and result["note"] == "a model on paper, not a measurement"
     )
-    assert "not a measurement" in run_command("benchmarks/roofline.py").stdout
+    assert "not a measurement" in run_script(ROOT / "benchmarks/roofline.py").stdout

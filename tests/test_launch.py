@@ -23,6 +23,7 @@ import pytest
 from emotrain.config import config_from_dict, save_config
 from emotrain.training import checkpoint
 from tests.conftest import ROOT, tiny_settings
+from tests.test_training import losses, train
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [LAUNCH / "torchrun.sh", LAUNCH / "slurm.sbatch"]
@@ -203,10 +204,15 @@ def test_memory_grows_in_place_and_kernels_compile_on_the_nodes_disk(
 # ---- torchrun
 
 
-def test_one_node_trains_with_two_processes(tiny_data, tmp_path):
+def test_one_node_with_two_processes_trains_as_one(tiny_data, tmp_path):
     code, stdout, stderr = finish(start(SCRIPTS[0], config_file(tmp_path, tiny_data), "--json"))
     assert code == 0, stderr
     assert summary(stdout)["step"] == 6 and not summary(stdout)["interrupted"]
+    train(tiny_settings(tiny_data, tmp_path / "one"))
+    for (_, *two), (_, *one) in zip(
+        losses(tmp_path / "run"), losses(tmp_path / "one"), strict=True
+    ):
+        assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_a_stopped_run_on_one_node_saves_and_ends_with_75(tiny_data, tmp_path):

@@ -17,6 +17,7 @@ import pytest
 
 from emotrain.commands import COMMANDS as SUBCOMMANDS
 from tests.conftest import ROOT, run_command, write_documents
+from tests.processes import run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [block.strip().splitlines() for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)]
@@ -43,13 +44,12 @@ SMALLER = {
 def run_as_written(line: str, folder: Path) -> subprocess.CompletedProcess:
     words = shlex.split(line)
     extra = next((more for name, more in SMALLER.items() if name in " ".join(words[:2])), [])
-    program = (
-        [sys.executable, *words[1:]]
-        if words[0] == "python"
-        else [sys.executable, "-m", "emotrain.cli", *words[1:]]
-    )
-    return subprocess.run(
-        [*program, *extra], cwd=folder, capture_output=True, text=True, check=False, timeout=240
+    script, *words = words[1:] if words[0] == "python" else words
+    return run_script(
+        Path(script) if script.endswith(".py") else script,
+        *words,
+        *extra,
+        first=lambda: os.chdir(folder),
     )
 
 

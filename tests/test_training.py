@@ -7,8 +7,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -21,7 +19,8 @@ from emotrain.training import checkpoint
 from emotrain.training import engine as engine_module
 from emotrain.training import run as run_module
 from emotrain.training.optimizer import anneal_learning_rate, build_optimizer, learning_rate
-from tests.conftest import ROOT, run_command, tiny_settings
+from tests.conftest import ROOT, tiny_settings
+from tests.processes import started
 
 
 def train(settings: dict) -> dict:
@@ -99,47 +98,21 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_data, tmp_path):
 def test_a_signal_saves_a_checkpoint_and_ends_with_75(number, tiny_data, tmp_path):
     settings = tiny_settings(tiny_data, tmp_path / "run", steps=100_000)
     save_config(config_from_dict(settings), tmp_path / "config.yaml")
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "launch/pretrain.py", tmp_path / "config.yaml", "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     metrics_file = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
-    while (
-        not (metrics_file.is_file() and metrics_file.stat().st_size) and time.monotonic() < deadline
-    ):
-        time.sleep(0.05)
-    process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
+    with started(ROOT / "launch/pretrain.py", tmp_path / "config.yaml", "--json") as run:
+        while (
+            not (metrics_file.is_file() and metrics_file.stat().st_size)
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.05)
+        os.kill(run.process.pid, number)
+        run.process.join(60)
+        assert run.process.exitcode == 75, run.err.read_text()
+        stdout = run.out.read_text()
     summary = json.loads(stdout.splitlines()[-1])
     assert summary["interrupted"] and summary["checkpoint_step"] == summary["step"] < 100_000
     assert checkpoint.load_state(checkpoint.find(tmp_path / "run")).step == summary["step"]
-
-
-def test_torchrun_with_two_processes_trains_as_one(tiny_data, tmp_path):
-    save_config(
-        config_from_dict(tiny_settings(tiny_data, tmp_path / "two", micro_batch=2)),
-        tmp_path / "config.yaml",
-    )
-    done = run_command(
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--standalone",
-        "launch/pretrain.py",
-        tmp_path / "config.yaml",
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    train(tiny_settings(tiny_data, tmp_path / "one"))
-    for (_, *two), (_, *one) in zip(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True
-    ):
-        assert two == pytest.approx(one, rel=1e-5)
 
 
 def test_annealing_goes_on_from_a_checkpoint_and_ends_at_zero(tiny_data, tmp_path):
