@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from emotrain.batch import PackedBatch
+from emotrain.data.packing import packed_rows
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def random_documents(
         np.concatenate([row_starts, rng.choice(inside, documents - rows, replace=False)])
     )
     lengths, row_of = np.diff(starts, append=rows * length), starts // length
-    return PackedBatch.from_segments(
+    return packed_rows(
         rng.integers(vocab_size, size=(rows, length)),
         [lengths[row_of == row].tolist() for row in range(rows)],
         [np.flatnonzero(row_of == row).tolist() for row in range(rows)],

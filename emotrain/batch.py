@@ -6,7 +6,6 @@ all read `document_BS`; nothing else looks for end-of-document tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,22 +86,6 @@ class PackedBatch:
         targets_BS[:, :-1] = tokens_BS[:, 1:]
         ids = rows.clone() if document_ids_G is None else document_ids_G
         return cls(tokens_BS, targets_BS, rows[:, None].expand_as(tokens_BS), ids)
-
-    @classmethod
-    def from_segments(
-        cls,
-        tokens_BS: np.ndarray,
-        lengths: Sequence[Sequence[int]],
-        ids: Sequence[Sequence[int]],
-        cross_document_targets: bool,
-    ) -> PackedBatch:
-        """As `from_documents`, with the lengths and ids of each row in a list of its own."""
-        return cls.from_documents(
-            tokens_BS,
-            np.concatenate([np.asarray(row, dtype=np.int64) for row in lengths]),
-            np.concatenate([np.asarray(row, dtype=np.int64) for row in ids]),
-            cross_document_targets,
-        )
 
     @classmethod
     def from_documents(

@@ -14,6 +14,7 @@ import torch
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, ModelConfig, PoolConfig, RouterConfig, config_from_dict
+from emotrain.data.packing import packed_rows
 from emotrain.kernels import Decision
 from emotrain.model.router import DocumentPoolRouter, LayerRequest, RoutingRequest, decide
 from emotrain.model.transformer import Transformer
@@ -95,7 +96,7 @@ def tiny_batch(
     if padded:
         ids[-1][-1] = -1
     tokens = np.random.default_rng(seed).integers(0, vocab, (len(lengths), sum(lengths[0])))
-    return PackedBatch.from_segments(tokens, lengths, ids, cross_document_targets=True)
+    return packed_rows(tokens, lengths, ids, cross_document_targets=True)
 
 
 def random_document_T(num_tokens: int, num_documents: int, seed: int) -> torch.Tensor:

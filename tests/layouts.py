@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, config_from_dict
+from emotrain.data.packing import packed_rows
 from emotrain.distributed.mesh import Layout, build_meshes
 from emotrain.distributed.parallelize import materialize, parallelize
 from emotrain.distributed.placement import place_experts
@@ -156,7 +157,7 @@ def micro_batches(
     per_rank = rows // world_size
     starts = range(rank * per_rank, (rank + 1) * per_rank, size)
     return [
-        PackedBatch.from_segments(
+        packed_rows(
             tokens[s : s + size], lengths[s : s + size], ids[s : s + size], documents != "uneven"
         )
         for s in starts

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from emotrain.batch import PackedBatch
+from emotrain.data.packing import packed_rows
 from emotrain.distributed.ranks import Ranks
 from emotrain.model.transformer import Transformer
 from emotrain.training.engine import NativeEngine
@@ -367,9 +367,7 @@ def test_padding_changes_no_loss_gradient_or_statistic():
     results = []
     for rows in (ROWS, ROWS + 1):
         padded = np.concatenate([tokens, np.zeros((1, LENGTH), dtype=tokens.dtype)])[:rows]
-        batch = PackedBatch.from_segments(
-            padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True
-        )
+        batch = packed_rows(padded, [*lengths, [LENGTH]][:rows], [*ids, [-1]][:rows], True)
         result = train_step(NativeEngine(model), [batch], settings, 1, Ranks())
         results.append(
             (

@@ -18,6 +18,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.cli import main
 from emotrain.config import PoolConfig, RouterConfig
+from emotrain.data.packing import packed_rows
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
@@ -156,7 +157,7 @@ def test_a_pool_across_windows_is_that_of_one_long_window(
     pool = PoolConfig(kind="uniform", min=1, max=7, unit=unit, chosen_by=chosen_by)
     decisions = []
     for length, rows in ((row, across), (row * across, 1)):
-        batch = PackedBatch.from_segments(
+        batch = packed_rows(
             np.zeros((total // length, length), dtype=np.int64), *cut(documents, length), False
         )
         rule = replace(pool, across_windows=rows)
@@ -169,7 +170,7 @@ def test_a_pool_across_windows_is_that_of_one_long_window(
 
 def test_windows_of_other_groups_and_other_documents_are_not_joined() -> None:
     ids = [[5], [5], [5], [6], [6], [5]]
-    batch = PackedBatch.from_segments(np.zeros((6, 2), int), [[2]] * 6, ids, False)
+    batch = packed_rows(np.zeros((6, 2), int), [[2]] * 6, ids, False)
     document_T, piece_G = joined(batch, 2)
     assert document_T[::2].tolist() == [0, 0, 1, 2, 3, 4]
     assert piece_G.tolist() == [0, 2, 3, 4, 5, 0]

@@ -11,7 +11,7 @@ from emotrain.config.kinds import NonNegativeInt, PathText
 @dataclass(frozen=True)
 class RepetitionFilterConfig:
     """Sequences with long periodic repetitions get no loss (spec 4.4); they still pass through
-    the model."""
+    the model, or others take their places."""
 
     enabled: bool = False
     """Whether to filter."""
@@ -21,6 +21,9 @@ class RepetitionFilterConfig:
     """Longest period looked for, in tokens."""
     max_count: int = 32
     """A sequence is filtered when a period repeats at least this often."""
+    action: Literal["mask", "replace"] = "mask"
+    """`mask`: no loss on it, as published; `replace`: another sequence of the data is read in its
+    place, the same on every layout."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,10 @@ class DataConfig:
     any; empty means all documents, with the experts that are common to them."""
     sequence_length: int = 4096
     """Tokens of one packed sequence."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """`concat`: sequences are cut out of the stream of documents as it lies, as published;
+    `best_fit`: documents are placed where they fit, so that few are cut. A document that is cut
+    gets a pool in each of its sequences."""
     cross_document_targets: bool = True
     """Whether the last token of a document is trained to predict the first of the next one in its
     sequence, as the reference does (spec 4.3)."""
@@ -71,6 +78,9 @@ class DataConfig:
     """Whether what is read is hashed: in training the 64 KiB blocks around each sequence; in
     evaluation, and for data sets prepared without checksums of blocks, whole shards (a second or
     two a gigabyte)."""
+    on_bad_data: Literal["stop", "replace"] = "stop"
+    """What a sequence does that cannot be read, or whose checksums are wrong: it stops the run, or
+    another sequence is read in its place, and its position is logged."""
     allow_change: bool = False
     """Whether a checkpoint may go on with other data, another sequence length, batch or seed than
     it was trained with. The data are then read from their start."""

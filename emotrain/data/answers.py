@@ -24,6 +24,7 @@ import numpy as np
 
 from emotrain.batch import IGNORE, PADDING_ID, PackedBatch
 from emotrain.data.loader import Loader, keyed, permute
+from emotrain.data.packing import packed_rows
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
 from emotrain.errors import UserError
 
@@ -131,7 +132,7 @@ class AnswerLoader:
             [number, PADDING_ID][: len(parts)]
             for number, parts in zip(numbers, lengths, strict=True)
         ]
-        packed = PackedBatch.from_segments(tokens_BS, lengths, ids, cross_document_targets=False)
+        packed = packed_rows(tokens_BS, lengths, ids, cross_document_targets=False)
         for row, number in enumerate(numbers):
             # The position before an answer predicts its first token.
             packed.targets_BS[row, : sizes[row] - self._answers[number] - 1] = IGNORE

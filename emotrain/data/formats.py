@@ -245,7 +245,7 @@ class Dataset:
         shard, first, edges = self.pieces(split, index, start, stop)
         self._check_blocks(info, shard, "tokens", start, stop)
         tokens = shard.tokens[start:stop]
-        _check_ids(self.path / info.file, tokens, self.vocab_size)
+        self._check_ids(info, tokens)
         first += self.first_ids[split][index]
         return Window(tokens, np.diff(edges), np.arange(first, first + len(edges) - 1))
 
@@ -334,7 +334,14 @@ class Dataset:
         shard = self._mapped(split, index)
         check_contents(path, shard.batch, shard.offsets)
         if hashed:
-            _check_ids(path, shard.tokens, self.vocab_size)
+            self._check_ids(info, shard.tokens)
+
+    def _check_ids(self, info: ShardInfo, tokens: np.ndarray) -> None:
+        if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
+            raise UserError(
+                f"{self.path / info.file}: holds token id {largest}, vocab_size is "
+                f"{self.vocab_size}; run `emotrain prepare` again"
+            )
 
 
 class SplitStore:
@@ -405,15 +412,6 @@ def _map_shard(path: Path, info: ShardInfo, dtype: np.dtype) -> Shard:
         sums if sha256_of_sums(sums) == info.sums else None,
         batch,
     )
-
-
-def _check_ids(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    largest = int(tokens.max(initial=0))
-    if largest >= vocab_size:
-        raise UserError(
-            f"{path}: holds token id {largest}, vocab_size is {vocab_size}; run `emotrain prepare` "
-            f"again"
-        )
 
 
 def schema(dtype: np.dtype) -> pa.Schema:

@@ -36,7 +36,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,10 @@ class StreamWindows:
         return Rows(tokens_BS, np.concatenate(lengths), np.concatenate(ids))
 
 
+ORDERED_TOGETHER = 256
+"""Positions looked up at once and kept: one costs about as much as all of them."""
+
+
 class Loader:
     """Windows in order, as batches; see the top of this file. All methods may be called from
     several threads.
@@ -136,6 +140,9 @@ class Loader:
             repetition_filter if repetition_filter and repetition_filter.enabled else None
         )
         self.domain = domain
+        self._run = lru_cache(8)(
+            lambda run: self._ordered(run * ORDERED_TOGETHER + np.arange(ORDERED_TOGETHER))
+        )
 
     @property
     def sequence_length(self) -> int:
@@ -171,15 +178,29 @@ class Loader:
             raise UserError(
                 f"position {positions.min()} is before the start; positions are at least 0"
             )
+        if positions.size >= ORDERED_TOGETHER:
+            return self._ordered(positions)
+        runs, inside = np.divmod(positions, ORDERED_TOGETHER)
+        numbers = np.empty_like(positions)
+        for run in set(runs.tolist()):
+            which = runs == run
+            numbers[which] = self._run(run)[inside[which]]
+        return numbers
+
+    def _ordered(self, positions: np.ndarray) -> np.ndarray:
         epochs, places = np.divmod(positions, self.num_sequences)
         return self.source.ordered(places, keyed(self.seed, epochs))
+
+    def rows(self, positions: np.ndarray) -> Rows:
+        """The sequences at `positions` of the order."""
+        return self.source.rows(self.windows(positions))
 
     def batch(self, positions: Sequence[int] | np.ndarray) -> PackedBatch:
         """The sequences at `positions` of the order, as rows of one batch of CPU tensors.
 
         Document ids are permanent in the data, the same whatever else is in the batch.
         """
-        rows = self.source.rows(self.windows(positions))
+        rows = self.rows(np.asarray(positions, dtype=np.int64))
         packed = PackedBatch.from_documents(*rows, self.cross_document_targets)
         if self.repetition_filter:
             repetitive_B = is_repetitive(rows.tokens_BS, self.repetition_filter)
@@ -194,17 +215,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
     ) -> list[PackedBatch]:
-        """The micro-batches of one rank for one optimizer step, in order.
-
-        Args:
-            step_index: the step, from 0.
-            global_batch: sequences of a step, over all ranks.
-            micro_batch: sequences of a micro-batch.
-            rank, world_size: which of how many data-parallel ranks this is.
-        Raises:
-            ValueError: the global batch is not whole micro-batches on every rank, or a number is
-                out of range.
-        """
+        """The micro-batches of one rank for one optimizer step, in order; see `DataSource.step`."""
         if micro_batch % self.source.span:
             raise UserError(
                 f"micro_batch={micro_batch} is not a multiple of {self.source.span}, the sequences "
@@ -221,14 +232,13 @@ class Loader:
         if step_index < 0 or micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise UserError(
                 f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps "
-                f"start at 0, a "
-                f"micro-batch holds a sequence, and ranks are 0 to world size - 1"
+                f"start at 0, a micro-batch holds a sequence, and ranks are 0 to world size - 1"
             )
         if global_batch < 1 or global_batch % (micro_batch * world_size):
             raise UserError(
                 f"global_batch={global_batch} is not a multiple of micro_batch={micro_batch} times "
-                f"{world_size} "
-                f"ranks; make it a multiple of {micro_batch * world_size}, or change micro_batch"
+                f"{world_size} ranks; make it a multiple of {micro_batch * world_size}, or change "
+                f"micro_batch"
             )
         share = global_batch // world_size
         first = step_index * global_batch + rank * share

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from glob import has_magic, iglob
 from pathlib import Path
+from typing import Any
 
 from emotrain.config import RawTokensConfig, RepetitionFilterConfig
+from emotrain.data.best_fit import BestFitWindows
 from emotrain.data.domain_store import DomainStore
 from emotrain.data.formats import Dataset, SplitStore
 from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
+from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import TokenStore
 from emotrain.data.stores import megatron, plain
 from emotrain.data.stores.listing import read_list
@@ -18,6 +21,8 @@ from emotrain.errors import UserError
 
 ENDINGS = {".npy": "dolma", ".idx": "megatron", ".bin": "megatron"}
 """The format that the name of a file says."""
+PACKINGS: dict[str, type[StreamWindows]] = {"concat": StreamWindows, "best_fit": BestFitWindows}
+"""By `data.packing`."""
 
 
 def open_loader(
@@ -33,6 +38,8 @@ def open_loader(
     span: int = 1,
     tokenizer: str = "",
     raw: RawTokensConfig | None = None,
+    packing: str = "concat",
+    on_bad_data: str = "stop",
 ) -> Loader:
     """The sequences of a store, in order.
 
@@ -43,6 +50,8 @@ def open_loader(
         cross_document_targets, repetition_filter: see `Loader`.
         domain: only its documents, which use its exclusive experts; empty for all documents.
         span: sequences that stay neighbours, for pools across windows; see `StreamWindows`.
+        packing: `concat` or `best_fit`; see `DataConfig`.
+        on_bad_data: `stop` or `replace`; see `DataConfig`.
     Raises:
         FileNotFoundError: nothing there. UserError: damaged data, data without a whole sequence,
             or a bad argument.
@@ -58,14 +67,16 @@ def open_loader(
     part = ""
     if domain and isinstance(store, SplitStore):
         store, part = DomainStore(store, domain, sequence_length), f"domain {domain}"
-    windows = StreamWindows(store, sequence_length, span, part)
-    return Loader(
-        windows,
-        seed,
-        cross_document_targets=cross_document_targets,
-        repetition_filter=repetition_filter,
-        domain=domain,
-    )
+    windows = PACKINGS[packing](store, sequence_length, span, part)
+    options: dict[str, Any] = {
+        "cross_document_targets": cross_document_targets,
+        "repetition_filter": repetition_filter,
+        "domain": domain,
+    }
+    replaces = repetition_filter and repetition_filter.action == "replace"
+    if replaces or on_bad_data == "replace":
+        return ReplacingLoader(windows, seed, bad_data=on_bad_data == "replace", **options)
+    return Loader(windows, seed, **options)
 
 
 def open_store(

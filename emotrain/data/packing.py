@@ -1,4 +1,4 @@
-"""From documents to packed rows, for evaluation."""
+"""From documents to packed rows: for evaluation, and wherever documents are at hand."""
 
 from __future__ import annotations
 
@@ -8,6 +8,21 @@ import numpy as np
 
 from emotrain.batch import PADDING_ID, PackedBatch
 from emotrain.errors import UserError
+
+
+def packed_rows(
+    tokens_BS: np.ndarray,
+    lengths: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int]],
+    cross_document_targets: bool,
+) -> PackedBatch:
+    """`PackedBatch.from_documents`, with the lengths and ids of each row in a list of its own."""
+    return PackedBatch.from_documents(
+        tokens_BS,
+        np.concatenate([np.asarray(row, dtype=np.int64) for row in lengths]),
+        np.concatenate([np.asarray(row, dtype=np.int64) for row in ids]),
+        cross_document_targets,
+    )
 
 
 def pack_documents(
@@ -62,4 +77,4 @@ def pack_documents(
         [i for _, i in pieces] + [PADDING_ID] * len(pad)
         for pieces, pad in zip(rows, padding, strict=True)
     ]
-    return PackedBatch.from_segments(tokens_BS, lengths, packed_ids, cross_document_targets=False)
+    return packed_rows(tokens_BS, lengths, packed_ids, cross_document_targets=False)

@@ -168,6 +168,7 @@ def compute_placements(
         setup.seed,
         cross_document_targets=config.data.cross_document_targets,
         verify_checksums=config.data.verify_checksums,
+        packing=config.data.packing,
         span=config.model.router.pool.across_windows,
         tokenizer=config.data.tokenizer,
         raw=config.data.raw,

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.batch import PackedBatch
 from emotrain.config import Config
+from emotrain.data.packing import packed_rows
 from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.errors import UserError
 from emotrain.planning.meter import Meter
@@ -44,7 +45,7 @@ def synthetic_batch(config: Config, mean_document: int = MEAN_DOCUMENT) -> Packe
     lengths, rows_of = np.diff(edges), edges[:-1] // length
     per_row = [lengths[rows_of == row].tolist() for row in range(rows)]
     ids = [np.flatnonzero(rows_of == row).tolist() for row in range(rows)]
-    return PackedBatch.from_segments(np.zeros((rows, length), dtype=np.int64), per_row, ids, True)
+    return packed_rows(np.zeros((rows, length), dtype=np.int64), per_row, ids, True)
 
 
 def held_experts(num_experts: int, num_ranks: int) -> list[int]:

@@ -41,6 +41,11 @@ def _source(config: Config) -> DataSource:
                 f"data.domain={setup.domain}: {setup.path} is a file of prompts and answers, which "
                 f"has no domains, and the model no exclusive experts for it; remove data.domain"
             )
+        if setup.packing != "concat":
+            raise UserError(
+                f"data.packing={setup.packing}: {setup.path} is a file of prompts and answers, "
+                f"whose sequences are a pair each; remove data.packing"
+            )
         seed = config.training.seed
         return AnswerLoader(setup.path, setup.tokenizer, setup.sequence_length, seed, setup.domain)
     if is_mixture(setup.path):
@@ -62,6 +67,8 @@ def _options(config: Config) -> dict[str, Any]:
         "span": config.model.router.pool.across_windows,
         "tokenizer": setup.tokenizer,
         "raw": setup.raw,
+        "packing": setup.packing,
+        "on_bad_data": setup.on_bad_data,
     }
 
 
