@@ -32,9 +32,9 @@ class RawTokensConfig:
     themselves. Vocabulary and EOS are those of `data.tokenizer`, or else `vocab_size` and
     `eos_id`."""
 
-    format: Literal["auto", "dolma", "megatron"] = "auto"
-    """`dolma`: plain arrays of tokens (Dolma, OLMo); `megatron`: `.bin` with `.idx`; `auto`: by
-    the names of the files."""
+    format: Literal["auto", "dolma", "megatron", "columns"] = "auto"
+    """`dolma`: plain arrays of tokens (Dolma, OLMo); `megatron`: `.bin` with `.idx`; `columns`:
+    token ids or text in Parquet, Arrow or JSONL; `auto`: by the names of the files."""
     dtype: Literal["auto", "uint8", "uint16", "uint32"] = "auto"
     """Type of the tokens in plain arrays; `auto`: the smallest that holds the vocabulary, as the
     reference writes them (spec 4.1)."""
@@ -49,6 +49,9 @@ class RawTokensConfig:
     the folder of the list."""
     tokenizer_name: str = ""
     """What stands for `{TOKENIZER}` in the paths of a mix, such as `allenai/dolma2-tokenizer`."""
+    column: str = ""
+    """Column with the token ids or the text; empty means `input_ids`, `tokens` or `text`, the first
+    that is there."""
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,22 @@ from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import TokenStore
-from emotrain.data.stores import megatron, plain
+from emotrain.data.stores import columns, megatron, plain
 from emotrain.data.stores.listing import read_list
 from emotrain.data.stores.vocabulary import vocabulary_of
 from emotrain.errors import UserError
 
-ENDINGS = {".npy": "dolma", ".idx": "megatron", ".bin": "megatron"}
+ENDINGS = {
+    ".npy": "dolma",
+    ".idx": "megatron",
+    ".bin": "megatron",
+    **dict.fromkeys(columns.ENDINGS, "columns"),
+}
 """The format that the name of a file says."""
 PACKINGS: dict[str, type[StreamWindows]] = {"concat": StreamWindows, "best_fit": BestFitWindows}
 """By `data.packing`."""
+OURS = ".arrow"
+"""What shards end in: a folder of them that has no manifest is half a data set."""
 
 
 def open_loader(
@@ -110,7 +117,10 @@ def open_store(
             f"one; give a folder of theirs"
         )
     vocabulary = vocabulary_of(name, tokenizer, raw)
-    if _format_of(name, raw) == "megatron":
+    kind = _format_of(name, raw)
+    if kind == "columns":
+        return columns.open_columns(name, raw, vocabulary, domain)
+    if kind == "megatron":
         return megatron.open_megatron(name, raw, vocabulary, domain)
     return plain.open_plain(name, raw, vocabulary, domain)
 
@@ -122,7 +132,7 @@ def _is_ours(path: str) -> bool:
     if (folder / MANIFEST).is_file():
         return True
     if folder.is_dir():
-        return not any(any(folder.rglob(f"*{ending}")) for ending in ENDINGS)
+        return not any(any(folder.rglob(f"*{ending}")) for ending in ENDINGS if ending != OURS)
     return not (folder.exists() or has_magic(path) or path.endswith(tuple(ENDINGS))) and not (
         Path(megatron.index_of(path)).is_file()
     )

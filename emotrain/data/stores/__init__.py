@@ -2,9 +2,10 @@
 
     plain      arrays of tokens that EOS separates, without a header: Dolma, OLMo
     megatron   `.bin` with its `.idx`: Megatron and what came of it
+    columns    token ids, or text, in Parquet, Arrow and JSONL
     listing    which files a path means: a file, a folder, a pattern, a list, a mix
     content    bytes of a file by place, and what is said where they are not there
     vocabulary the tokens of files that do not say which they hold
 
-`emotrain.data.opening` chooses among them.
+`convert` writes any of them as a data set (`shuffle`). `emotrain.data.opening` chooses among them.
 """

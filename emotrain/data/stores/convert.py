@@ -79,6 +79,8 @@ def convert(
             f"have tokens, the share held out is below 1, and neither it nor a seed is negative"
         )
     store, bar = open_store(path, tokenizer=tokenizer, raw=raw), bar or ProgressBar(shown=False)
+    if getattr(store, "is_text", False):
+        raise UserError(f"{path}: is text, not tokens; run `emotrain prepare {path} --out {out}`")
     total = sum(store.shard_tokens)
     buckets = {
         "train": 1 + total // shard_tokens,
