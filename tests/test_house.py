@@ -101,6 +101,10 @@ def test_optional_packages_are_imported_where_they_are_used() -> None:
         "trackio",
         "wandb",
         "lm_eval",
+        "fsspec",
+        "s3fs",
+        "gcsfs",
+        "aiohttp",
         "rensa",
         "py3langid",
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from glob import has_magic, iglob
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from emotrain.config import RawTokensConfig, RepetitionFilterConfig
@@ -14,8 +14,8 @@ from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import TokenStore
-from emotrain.data.stores import columns, megatron, plain
-from emotrain.data.stores.listing import read_list
+from emotrain.data.stores import columns, megatron, plain, remote
+from emotrain.data.stores.listing import LIST, read_list
 from emotrain.data.stores.vocabulary import vocabulary_of
 from emotrain.errors import UserError
 
@@ -128,6 +128,8 @@ def open_store(
 def _is_ours(path: str) -> bool:
     """Whether a path is to be read as a prepared data set: it has a manifest, or is a folder or a
     missing file that no other format knows, so that it is said how to make one."""
+    if "://" in path:
+        return False
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         return True
@@ -144,7 +146,12 @@ def _format_of(path: str, raw: RawTokensConfig) -> str:
     if raw.format != "auto":
         return raw.format
     folder = Path(path)
-    if folder.is_dir():
+    if "://" in path:
+        if path.endswith(LIST):
+            path = next(iter(read_list(path, raw)), (path, ""))[0]
+        elif path.endswith("/") or has_magic(path):
+            path = next(iter(remote.names_at(path, list(ENDINGS))), path)
+    elif folder.is_dir():
         names = (name for ending in ENDINGS for name in folder.rglob(f"*{ending}"))
         path = str(next(names))
     elif folder.is_file() and not path.endswith(tuple(ENDINGS)):
@@ -152,4 +159,7 @@ def _format_of(path: str, raw: RawTokensConfig) -> str:
     elif has_magic(path):
         path = next((name for name in iglob(path, recursive=True)), path)
     known = next((kind for ending, kind in ENDINGS.items() if path.endswith(ending)), "")
-    return known or ("megatron" if Path(megatron.index_of(path)).is_file() else "dolma")
+    # What has no ending is the prefix of a `.bin` and its `.idx`.
+    remote_prefix = "://" in path and not PurePath(path).suffix
+    is_prefix = remote_prefix or Path(megatron.index_of(path)).is_file()
+    return known or ("megatron" if is_prefix else "dolma")

@@ -169,6 +169,10 @@ def open_columns(
     import pyarrow as pa
 
     files = list_files(path, ENDINGS, raw)
+    if far := next((file.content.name for file in files if "://" in file.content.name), ""):
+        raise UserError(
+            f"{far}: columns are read from this machine; copy the files, or have them as tokens"
+        )
     first = files[0].content.name
     try:
         column = _column_of(first, raw)

@@ -5,6 +5,7 @@
     tokens/*/part-*.npy       a pattern: sorted
     files.txt                 a list: a path a line
     mix.txt                   a mix, as OLMo-core has them: `label,path` a line
+    s3://bucket/tokens/       any of these of an object store or web server; a folder ends in `/`
 
 Lines of a list that are empty or begin with `#` do not count. Paths in it are relative to
 `data.raw.root`, or else to the folder of the list, and `{TOKENIZER}` in them stands for
@@ -24,11 +25,14 @@ from typing import NamedTuple
 
 from emotrain.config import RawTokensConfig
 from emotrain.data.checks import STAT_THREADS
+from emotrain.data.stores import remote
 from emotrain.data.stores.content import Content, LocalContent, OpenFiles
 from emotrain.errors import MissingFileError, UserError
 
 log = logging.getLogger("emotrain")
 
+LIST = ".txt"
+"""What lists end in that do not lie on this machine."""
 MOST_LIST_BYTES = 2**28
 """A list of a million files is smaller; what is larger is no list."""
 
@@ -58,7 +62,9 @@ def list_files(
         UserError: none, one that is not there or not a file, or one that is named twice.
     """
     labels: Iterable[tuple[str, str]]
-    if os.path.isdir(path):
+    if "://" in path:
+        labels, what = _remote(path, endings, raw, meant), "such files at this address"
+    elif os.path.isdir(path):
         labels = [(name, "") for name in _files_below(path, endings)]
         what = f"files that end in {' or '.join(endings)} below this folder"
     elif meant(path).endswith(tuple(endings)) and os.path.lexists(meant(path)):
@@ -89,8 +95,11 @@ def list_files(
 
 def read_list(path: str, raw: RawTokensConfig) -> list[tuple[str, str]]:
     """(path, label) of every line of a list or mix."""
-    size = os.stat(path).st_size
-    content = Path(path).read_bytes() if size <= MOST_LIST_BYTES else b"\0"
+    if "://" in path:
+        content = remote.text_at(path)
+    else:
+        large = os.stat(path).st_size > MOST_LIST_BYTES
+        content = b"\0" if large else Path(path).read_bytes()
     if b"\0" in content:
         raise UserError(
             f"{path}: is no list of files (a path, or label,path, a line); say what it is with "
@@ -118,6 +127,17 @@ def read_list(path: str, raw: RawTokensConfig) -> list[tuple[str, str]]:
             name = f"{root.rstrip('/')}/{name}" if root else name
         found.append((name, label))
     return found
+
+
+def _remote(
+    address: str, endings: Sequence[str], raw: RawTokensConfig, meant: Callable[[str], str]
+) -> list[tuple[str, str]]:
+    """As `list_files`, of an object store: a list ends in `.txt`, a folder in `/`."""
+    if address.endswith(LIST):
+        return [(meant(name), label) for name, label in read_list(address, raw)]
+    if glob.has_magic(address) or address.endswith("/"):
+        return [(name, "") for name in remote.names_at(address, endings)]
+    return [(meant(address), "")]
 
 
 def beside(content: Content, name: str, files: OpenFiles) -> Content:
@@ -170,6 +190,8 @@ def _with_sizes(path: str, labels: list[tuple[str, str]]) -> list[Listed]:
 
 
 def _look(name: str, named_by: str, files: OpenFiles) -> Content:
+    if "://" in name:
+        return remote.look(name)
     try:
         found = os.stat(name)
     except (OSError, ValueError) as error:

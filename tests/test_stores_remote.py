@@ -1,0 +1,243 @@
+"""Proves of files in object stores and on web servers that windows are those of the same files on
+this machine, that little is asked for, and that a server that is slow, short, broken or gone is
+asked a bounded number of times and then named in one line."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from test_stores_megatron import made
+from test_stores_megatron import write as write_megatron
+from test_stores_plain import RAW, documents, write
+
+from emotrain.data.opening import open_loader, open_store
+from emotrain.data.stores import remote
+from emotrain.data.stores.content import SAMPLE_BYTES
+from emotrain.errors import MissingFileError, RunError, UserError
+
+
+def many(count: int, seed: int = 0) -> np.ndarray:
+    """Random tokens, some of them EOS."""
+    return np.random.default_rng(seed).integers(7, 1000, count)
+
+
+class Server(ThreadingHTTPServer):
+    """Files of a folder with range requests, and faults: `faults` is what the next answers do."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults = folder, []
+        self.asked: list[tuple[str, str]] = []
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        path, asked = self.server.folder / unquote(self.path).strip("/"), self.headers["Range"]
+        fault = self.server.faults.pop(0) if asked and self.server.faults else ""
+        if asked:
+            self.server.asked.append((self.path, asked))
+        if fault == "slow":
+            time.sleep(1.5)
+        if fault == "500" or not path.exists():
+            return self.give(500 if fault else 404, b"", body)
+        if path.is_dir():
+            links = "".join(f'<a href="{p.name}">{p.name}</a>' for p in sorted(path.iterdir()))
+            return self.give(200, links.encode(), body, kind="text/html")
+        content = path.read_bytes()
+        if asked and fault != "whole":
+            first, last = asked.removeprefix("bytes=").split("-")
+            part = content[int(first) : int(last) + 1]
+            if fault == "short":
+                part = part[: len(part) // 2]
+            if fault == "garbage":
+                part = b"\xff" * len(part)
+            if fault == "cut":  # announces more than it sends
+                return self.give(206, part[:100], body, length=len(part), close=True)
+            return self.give(206, part, body)
+        return self.give(200, content, body)
+
+    def give(self, code, content, body, length=None, close=False, kind="application/octet-stream"):
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(content) if length is None else length))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+        self.close_connection = close
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "_SYSTEMS", {})
+    started = Server(tmp_path)
+    yield started
+    started.shutdown()
+
+
+def same_windows(here, there, length=50):
+    assert there.shard_tokens == here.shard_tokens
+    for shard, size in enumerate(here.shard_tokens):
+        for start in range(0, size - length, max(size // 7, 1)):
+            one, other = (store.window(shard, start, start + length) for store in (here, there))
+            assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+            edges = [store.edges(shard, start, start + length).tolist() for store in (here, there)]
+            assert edges[0] == edges[1]
+
+
+def test_arrays_and_indexed_data_of_a_web_server(server, tmp_path):
+    for name in ("a.npy", "b.npy"):
+        write(tmp_path / "plain" / name, documents(300, seed=ord(name[0])))
+    write_megatron(tmp_path / "indexed/a", made(200))
+    (tmp_path / "files.txt").write_text("plain/b.npy\nplain/a.npy\n")
+    for path in ("plain/a.npy", "plain/", "plain/*.npy", "files.txt", "indexed/a", "indexed/a.bin"):
+        there = open_store(f"{server.address}/{path}", raw=RAW)
+        same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
+    loader = open_loader(f"{server.address}/plain/", 16, seed=1, raw=RAW)
+    assert loader.batch(range(8)).tokens_BS.shape == (8, 16)
+
+
+def test_only_the_blocks_of_a_window_are_asked_for_once(server, tmp_path):
+    write(tmp_path / "a.npy", many(500_000))
+    store = open_store(f"{server.address}/a.npy", raw=RAW)
+    server.asked.clear()
+    block = remote.BLOCK_BYTES // 2  # tokens
+    store.window(0, block + 5, 3 * block - 5)
+    store.window(0, block + 5, 3 * block - 5)
+    assert server.asked == [("/a.npy", f"bytes={2 * block}-{6 * block - 1}")]
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ("500", "500"),
+        ("short", "it gives 32768 bytes instead of 65536; does it serve ranges?"),
+        ("whole", r"it gives \d+ bytes instead of 65536; does it serve ranges?"),
+        ("cut", ""),
+        ("slow", ""),
+    ],
+)
+def test_faults_are_tried_again_and_then_named(fault, said, server, tmp_path, monkeypatch, caplog):
+    write(tmp_path / "a.npy", many(500_000))
+    here = open_store(tmp_path / "a.npy", raw=RAW)
+    there = open_store(f"{server.address}/a.npy", raw=RAW)
+    if fault == "slow":
+        monkeypatch.setattr(remote, "TIMEOUT", 0.3)
+    caplog.set_level(logging.WARNING, logger="emotrain")
+    block = remote.BLOCK_BYTES // 2
+    server.faults = [fault]
+    found = there.window(0, block, block + 50)
+    assert np.array_equal(found.tokens, here.window(0, block, block + 50).tokens)
+    assert caplog.text.count(f"/a.npy: bytes {2 * block} to {4 * block}: ") == 1
+    assert caplog.text.count("attempt 2") == 1
+    server.faults = [fault] * 10
+    with pytest.raises(
+        RunError, match=rf"/a.npy: bytes {4 * block} to .*, after 4 attempts .*{said}"
+    ):
+        there.window(0, 2 * block, 2 * block + 50)
+    assert 10 - len(server.faults) == remote.ATTEMPTS
+
+
+def test_garbage_is_no_token_of_the_vocabulary(server, tmp_path):
+    """Without checksums, this is what can be seen of it."""
+    write(tmp_path / "a.npy", many(500_000))
+    store = open_store(f"{server.address}/a.npy", raw=RAW)
+    server.faults = ["garbage"]
+    with pytest.raises(UserError, match=r"/a.npy: token \d+ is 65535, the vocabulary has 1000"):
+        store.window(0, remote.BLOCK_BYTES // 2, remote.BLOCK_BYTES // 2 + 50)
+
+
+def test_what_is_not_there(server, tmp_path):
+    write(tmp_path / "a.npy", documents(30))
+    with pytest.raises(MissingFileError, match="/gone.npy: is not there, or not for you"):
+        open_store(f"{server.address}/gone.npy", raw=RAW)
+    with pytest.raises(UserError, match="there are no such files at this address"):
+        open_store(f"{server.address}/*.idx", raw=RAW)
+    with pytest.raises(UserError, match="nothing://x/a.npy: .*give s3://, gs://, https://"):
+        open_store("nothing://x/a.npy", raw=RAW)
+    (tmp_path / "a.jsonl").write_text('{"input_ids": [1]}\n')
+    with pytest.raises(UserError, match="a.jsonl: columns are read from this machine"):
+        open_store(f"{server.address}/a.jsonl", raw=RAW)
+
+
+def test_a_server_that_is_gone_is_one_line(server, tmp_path):
+    write(tmp_path / "a.npy", documents(30))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises((RunError, MissingFileError), match="/a.npy: .*"):
+        open_store(f"{server.address}/a.npy", raw=RAW)
+
+
+def test_the_sample_of_a_file_is_three_requests_at_most(server, tmp_path):
+    write(tmp_path / "a.npy", many(2_000_000))
+    open_store(f"{server.address}/a.npy", raw=RAW)
+    assert 1 <= len(server.asked) <= 3 and SAMPLE_BYTES < remote.BLOCK_BYTES
+
+
+@pytest.mark.long
+def test_an_object_store(tmp_path, monkeypatch):
+    """A server that speaks S3, started here."""
+    pytest.importorskip("s3fs")
+    server_of = pytest.importorskip("moto.server")
+    import s3fs
+
+    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "key"),
+            ("AWS_SECRET_ACCESS_KEY", "secret"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(remote, "_SYSTEMS", {})
+        monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+        for name in ("deep/a.npy", "b.npy"):
+            write(tmp_path / "plain" / name, many(200_000, seed=len(name)))
+        write_megatron(tmp_path / "indexed/a", made(200))
+        system = s3fs.S3FileSystem()
+        system.mkdir("bucket")
+        system.put(f"{tmp_path}/", "bucket/tokens/", recursive=True)
+        for path in ("plain/", "plain/*.npy", "indexed/a"):
+            there = open_store(f"s3://bucket/tokens/{path}", raw=RAW)
+            same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
+        first = open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint
+        write(tmp_path / "plain/b.npy", many(200_000, seed=99))
+        system.put(f"{tmp_path}/plain/b.npy", "bucket/tokens/plain/b.npy")
+        monkeypatch.setattr(remote, "_SYSTEMS", {})
+        s3fs.S3FileSystem.clear_instance_cache()
+        assert open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint != first
+        with pytest.raises(MissingFileError, match="gone.npy: is not there, or not for you"):
+            open_store("s3://bucket/gone.npy", raw=RAW)
+    finally:
+        server.stop()
+    with pytest.raises(RunError, match="s3://bucket/tokens/plain/b.npy: .* after 4 attempts"):
+        there = open_store("s3://bucket/tokens/plain/b.npy", raw=RAW)
+        there.window(0, 100_000, 100_100)
