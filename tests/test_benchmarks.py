@@ -324,3 +324,10 @@ def test_evaluate_counts_what_is_shared_and_changes_no_number(tiny_data, tmp_pat
     saved = 6 * share["attention"] / 2
     assert result["forward_equivalents"] < before - saved
     assert result["largest_difference_nats"] < 1e-5
+
+
+def test_prepare_prints_its_speed_over_the_library():
+    result = measure("prepare.py", "--megabytes", "1", "--vocab-size", "300")
+    assert result["tokens"] > 100_000 and result["workers"] == 1
+    for key in ("prepare_over_tokenizers", "prepare_over_tokenizers_fast", "two_workers_over_one"):
+        assert result[key] > 0 and result[f"{key}_cpu"] > 0, key

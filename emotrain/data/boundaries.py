@@ -23,6 +23,12 @@ from itertools import groupby
 from emotrain.data.records import Document
 from emotrain.errors import UserError
 
+BLANK_EDGES = re.compile(r"\A(?:[^\S\n]*\n)+|(?:\n[^\S\n]*)+\Z")
+"""Blank lines around a document that was cut out, which belong to none."""
+
+Lost = Callable[[str, Document], None]
+"""Told why documents are skipped, and the first record of theirs."""
+
 RULES = "field, none, heading[:N], blank:N, fixed:N, marker:TEXT, or none+ and one of the last four"
 
 
@@ -64,63 +70,74 @@ def parse_boundary(text: str, join_field: str = "") -> Boundary:
 
 
 def regroup(
-    records: Iterator[Document], rule: Boundary, limit: int, too_long: Callable[[Document], None]
+    records: Iterator[Document], rule: Boundary, limit: int, lost: Lost
 ) -> Iterator[Document]:
     """The documents of records of one file.
 
     Args:
         records: in order; `joined_by` says which belong together.
-        limit: bytes of a document; of a longer one nothing is kept, and `too_long` is told.
+        limit: bytes of a document; of a longer one nothing is kept.
+        lost: told of a document that is too long, and of records without one.
     """
     if rule.is_plain:
         yield from records
         return
     if not rule.joins:
         for record in records:
-            yield from _documents(iter([record]), rule, limit, too_long)
+            yield from _documents(iter([record]), rule, limit, lost)
         return
     for _, group in groupby(records, key=lambda record: record.joined_by):
-        yield from _documents(group, rule, limit, too_long)
+        yield from _documents(group, rule, limit, lost)
 
 
 def _documents(
-    records: Iterator[Document], rule: Boundary, limit: int, too_long: Callable[[Document], None]
+    records: Iterator[Document], rule: Boundary, limit: int, lost: Lost
 ) -> Iterator[Document]:
     """The documents of records that belong together."""
-    cutter, whole = _Cutter(rule), ""
+    cutter, before = _Cutter(rule), ""
     first: Document | None = None
     parts: list[str] = []
-    size = part = 0
+    size = part = count = 0
+    found = False
 
     def finished() -> Iterator[Document]:
-        nonlocal size, part, parts
+        nonlocal size, part, parts, found
         assert first is not None
         text = "".join(parts)
-        if rule.kind:  # line ends between two documents belong to neither
-            text = text.strip("\n")
+        if rule.kind:
+            text = BLANK_EDGES.sub("", text)
         if size > limit:
-            too_long(first)
+            lost("too_long", first)
+            found = True
         elif text.strip():
+            found = True
             yield replace(first, text=text, size=len(text.encode()), part=part)
             part += 1
         size, parts = 0, []
 
+    def take(text: str) -> None:
+        nonlocal size, parts
+        size += len(text) if text.isascii() else len(text.encode())
+        if size <= limit:
+            parts.append(text)
+        else:
+            parts = []
+
     for record in records:
         if first is None:
             first = record
-        elif not whole.endswith("\n"):
-            record = replace(record, text="\n" + record.text, size=record.size + 1)
-        whole = record.text or whole
-        for begins, text in cutter.cut(record.text):
+        # Every record ends in a line end, its own or one that is added.
+        text_of = ("\n" if count and not before.endswith("\n") else "") + record.text
+        before, count = record.text, count + 1
+        for begins, text in cutter.cut(text_of):
             if begins:
                 yield from finished()
-            size += len(text) if text.isascii() else len(text.encode())
-            if size <= limit:
-                parts.append(text)
-            else:
-                parts = []
+            take(text)
     if first is not None:
+        take(cutter.held)
         yield from finished()
+        if not found:
+            lost("empty", first)
 
 
 class _Cutter:
@@ -131,7 +148,7 @@ class _Cutter:
         self.newlines = 0
         """In the white space just before: one more than blank lines."""
         self.held = ""
-        """The start of a piece of a fixed number of characters."""
+        """The start of a document of a fixed number of characters, which `cut` holds back."""
         level = f"{{1,{rule.number}}}"
         self.heading = re.compile(
             rf"^(?:\#{level}[ \t]+\S.*| ?(={level}) [^=\n](?:.*[^=\n])? \1[ \t]*)$", re.MULTILINE
@@ -167,17 +184,10 @@ class _Cutter:
 
     def _cut_fixed(self, text: str) -> Iterator[tuple[bool, str]]:
         size = self.rule.number
-        while text:
-            room = size - len(self.held)
-            if len(text) <= room:
-                self.held += text
-                yield False, text
-                return
-            end = room
-            for at in range(room, max(0, room - max(1, size // 8)), -1):
-                if text[at].isspace():
-                    end = at
-                    break
-            yield False, text[:end]
-            text, self.held = text[end:], ""
+        self.held += text
+        while len(self.held) > size:
+            near = range(size, size - max(1, size // 4), -1)
+            end = next((at for at in near if self.held[at].isspace()), size)
+            yield False, self.held[:end]
             yield True, ""
+            self.held = self.held[end:]

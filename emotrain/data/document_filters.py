@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from emotrain.errors import MissingPackageError, UserError
@@ -94,6 +95,13 @@ def parse_language(text: str) -> Language:
     return Language(tuple(codes.split(",")), confidence)
 
 
+@cache
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+
 def language_filter(language: Language) -> Callable[[str], bool]:
     """Whether a text is in one of the languages, as py3langid tells it from the first
     LANGUAGE_CHARACTERS.
@@ -102,12 +110,11 @@ def language_filter(language: Language) -> Callable[[str], bool]:
         MissingPackageError: py3langid is not installed. UserError: a code that it does not know.
     """
     try:
-        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+        identifier = _identifier()
     except ImportError:
         raise MissingPackageError(
             "--language needs py3langid; install it with: pip install 'emotrain[language]'"
         ) from None
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
     unknown = sorted(set(language.codes) - set(identifier.labels))
     if unknown:
         raise UserError(

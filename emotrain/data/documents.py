@@ -19,7 +19,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,11 @@ class DocumentReader:
             if extension_of(path) in COMPRESSED and not path.stat().st_size:
                 raise EOFError("it has no bytes, not even those of an empty compressed file")
             records = self._accepted(path, self._records(path, span, seen))
+            rule = self.boundary
+            if rule.kind and EXTENSIONS[extension_of(path) or ".txt"] == "text":
+                rule = replace(rule, joins=True)  # its records are lines
             yield from regroup(
-                records, self.boundary, self.max_bytes, lambda first: self._too_long(first, path)
+                records, rule, self.max_bytes, lambda why, first: self._lost(why, first, path)
             )
         except (pa.ArrowException, OSError, EOFError, zlib.error) as error:
             said = " ".join(str(error).split())
@@ -250,9 +253,14 @@ class DocumentReader:
         for document in documents:
             self._skip(reason, Path(document.source), "text", "gives no tokens")
 
-    def _too_long(self, first: Document, path: Path) -> None:
-        fault = f"and what is joined to it make more than {self.max_bytes / 1e6:g} MB; allow more "
-        self._skip("too_long", path, first.source, fault + "with --max-document-mb")
+    def _lost(self, reason: str, first: Document, path: Path) -> None:
+        fault = "is empty"
+        if reason == "too_long":
+            fault = (
+                f"and what follows is a document of more than {self.max_bytes / 1e6:g} MB; allow "
+                f"more with --max-document-mb"
+            )
+        self._skip(reason, path, first.source, fault)
 
     def _skip(self, reason: str, path: Path, where: str, fault: str) -> None:
         if self.strict:

@@ -40,7 +40,7 @@ USUAL_EOS = (
 )
 """Tokens that end documents in known vocabularies; the first of them that is there is proposed."""
 
-BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 """How a vocabulary spells a single byte, for the characters that it has no token for."""
 
 BYTE_ALPHABET = 256
@@ -88,9 +88,8 @@ class TextTokenizer:
         self.backend = backend
         self.eos_token = eos_token
         self.eos_id = eos_id
-        self._byte_ids = {
-            i for token, i in backend.get_vocab().items() if BYTE_TOKEN.fullmatch(token)
-        }
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        self._byte_ids = {i for name in names if (i := backend.token_to_id(name)) is not None}
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest id: the rows that a model's embedding needs."""
         self._forbidden = np.zeros(self.vocab_size, bool)
@@ -181,12 +180,14 @@ def _special_ids(backend: Tokenizer, allowed: bool) -> set[int]:
     what the vocabulary does not know."""
     if allowed:
         return set()
-    unknown = getattr(backend.model, "unk_token", None)
-    if unknown is None:  # Unigram names it by its id
-        model = json.loads(backend.to_str(pretty=False))["model"]
-        unknown = model.get("unk_id")
-        if isinstance(unknown, int):
-            unknown = backend.id_to_token(unknown)
+    special = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    if not special:
+        return set()
+    if hasattr(backend.model, "unk_token"):
+        unknown = backend.model.unk_token
+    else:  # Unigram names it by its id
+        number = json.loads(backend.to_str(pretty=False))["model"].get("unk_id")
+        unknown = None if number is None else backend.id_to_token(number)
     return {
         i
         for i, token in backend.get_added_tokens_decoder().items()
@@ -205,6 +206,16 @@ def load_tokenizer(
     return TextTokenizer(read_tokenizer(path), eos_token, allow_special)
 
 
+def tokenizer_file(path: str | Path) -> bytes:
+    """The content of a `tokenizer.json`. Raises: FileNotFoundError, where there is none."""
+    if not Path(path).is_file():
+        raise MissingFileError(
+            f"{path}: no such tokenizer file; give a tokenizer.json, or train one with "
+            f"--train-tokenizer"
+        )
+    return Path(path).read_bytes()
+
+
 def read_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of the library in a `tokenizer.json`, whatever its tokens.
 
@@ -213,13 +224,9 @@ def read_tokenizer(path: str | Path) -> Tokenizer:
     """
     from tokenizers import Tokenizer
 
-    if not Path(path).is_file():
-        raise MissingFileError(
-            f"{path}: no such tokenizer file; give a tokenizer.json, or train one with "
-            f"--train-tokenizer"
-        )
+    content = tokenizer_file(path)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises bare Exception for every malformed file
         raise UserError(
             f"{path}: not a tokenizer.json of the tokenizers library: "

@@ -18,7 +18,7 @@ from emotrain.data.manifest import TOKENIZER
 from emotrain.data.pieces import cut_into_pieces, expected_tokens, text_bytes
 from emotrain.data.recipe import Recipe
 from emotrain.data.spill import read_piece, write_durably
-from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
+from emotrain.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_file
 from emotrain.data.tokenizer import train_tokenizer as train_bpe
 from emotrain.data.workers import Job, do_all
 from emotrain.errors import UserError
@@ -59,16 +59,11 @@ class TokenizerChoice:
             return f"trained on these documents, {self.vocab_size} tokens wanted"
         return shown(Path(self.path).name)
 
-    def identity(self, eos_token: str) -> str:
-        """What the plan says of it: another one is another plan.
-
-        Raises:
-            FileNotFoundError, ValueError: the file is no tokenizer that can be used.
-        """
+    def identity(self) -> str:
+        """What the plan says of it: another one is another plan. Raises: FileNotFoundError."""
         if self.path is None:
             return f"trained, {self.vocab_size} tokens"
-        load_tokenizer(self.path, eos_token)
-        return f"sha256 {hashlib.sha256(Path(self.path).read_bytes()).hexdigest()}"
+        return f"sha256 {hashlib.sha256(tokenizer_file(self.path)).hexdigest()}"
 
 
 class Work:
@@ -170,7 +165,7 @@ class Work:
         import tokenizers
 
         stats = [path.stat() for path in self.files]
-        identity = self.choice.identity(self.recipe.eos_token)
+        identity = self.choice.identity()
         return {
             "emotrain": emotrain.__version__,
             "tokenizers": tokenizers.__version__,
@@ -199,13 +194,15 @@ class Work:
         if not path.exists():
             with self.staging.alone("tokenizer"):
                 if not path.exists():
-                    write_durably(path, self._first_tokenizer().to_json())
+                    encoder = self._first_tokenizer()
+                    write_durably(path, encoder.to_json())
+                    return encoder
         return load_tokenizer(path, recipe.eos_token, recipe.allow_special)
 
     def _first_tokenizer(self) -> TextTokenizer:
         if self.choice.path is None:
             return train_bpe(self._training_texts(), self.choice.vocab_size, self.recipe.eos_token)
-        encoder = load_tokenizer(self.choice.path, self.recipe.eos_token)
+        encoder = load_tokenizer(self.choice.path, self.recipe.eos_token, self.recipe.allow_special)
         if encoder.loses_characters():
             log.warning(
                 "%s: has no token for unknown characters and no bytes to spell them: they vanish; "
