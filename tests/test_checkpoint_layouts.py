@@ -119,49 +119,86 @@ def restore(arrangement: Arrangement, path: Path):
     return gathered(model, optimizer)
 
 
-@pytest.mark.parametrize(
-    "before, after",
-    [
-        (EP4, ONE),
-        (EP2, EP4),
-        (EP4, EP2),
-        (EP2_DP2, FSDP2),
-        (FSDP2, REPLICATED2),
-        (ONE, FSDP4),
-        (EP2_HSDP, EP2_DP2),
-        (HSDP, EP4),
-    ],
-    ids=str,
-)
-def test_saved_on_one_layout_and_loaded_on_another(before, after, tmp_path):
-    saved = run_ranks(lambda _: save(before, tmp_path / "run"), before.processes)[0]
-    path = checkpoint.find(tmp_path / "run")
-    for loaded in run_ranks(lambda _: restore(after, path), after.processes):
-        assert loaded.keys() == saved.keys()
-        for name, tensor in saved.items():
-            assert torch.equal(loaded[name], tensor), name
-    assert any(tensor.any() for name, tensor in saved.items() if name.startswith("exp_avg_sq."))
-    _, model = checkpoint.load_model(path)
+PAIRS = [
+    (EP4, ONE),
+    (EP2, EP4),
+    (EP4, EP2),
+    (EP2_DP2, FSDP2),
+    (FSDP2, REPLICATED2),
+    (ONE, FSDP4),
+    (EP2_HSDP, EP2_DP2),
+    (HSDP, EP4),
+]
+"""An arrangement that saves and one that loads."""
+ALONE = [ONE, REPLICATED2, HSDP, EP2_HSDP, EP4]
+"""Arrangements whose files are looked at; they save while training waits."""
+
+
+def in_few_starts(body, cases: list[tuple]) -> dict[tuple, list]:
+    """What each rank returns of `body(*case)`, by case. The first of a case is its arrangement;
+    ranks are started once for each number of processes."""
+    found = {}
+    for processes in (1, 2, 4):
+        mine = [case for case in cases if case[0].processes == processes]
+        of_ranks = run_ranks(lambda _, mine=mine: [body(*case) for case in mine], processes)
+        found |= dict(zip(mine, zip(*of_ranks, strict=True), strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The run folder and the first rank's gathered tensors of every arrangement that saves, by it
+    and by whether training went on meanwhile."""
+    folder = tmp_path_factory.mktemp("saved")
+    cases = [(before, True) for before in dict.fromkeys(before for before, _ in PAIRS)]
+    cases += [(arrangement, False) for arrangement in ALONE]
+    found = in_few_starts(
+        lambda arrangement, asynchronous: save(
+            arrangement, folder / f"{arrangement}-{asynchronous}", asynchronous
+        ),
+        cases,
+    )
+    return {case: (folder / "-".join(map(str, case)), found[case][0]) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def loaded(saved):
+    """What every rank has gathered after it loaded, by pair."""
+    found = in_few_starts(
+        lambda after, before: restore(after, checkpoint.find(saved[before, True][0])),
+        [(after, before) for before, after in PAIRS],
+    )
+    return {(before, after): ranks for (after, before), ranks in found.items()}
+
+
+@pytest.mark.parametrize("before, after", PAIRS, ids=str)
+def test_saved_on_one_layout_and_loaded_on_another(before, after, saved, loaded):
+    run_dir, tensors = saved[before, True]
+    assert len(loaded[before, after]) == after.processes
+    for of_rank in loaded[before, after]:
+        assert of_rank.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(of_rank[name], tensor), name
+    assert any(tensor.any() for name, tensor in tensors.items() if name.startswith("exp_avg_sq."))
+    _, model = checkpoint.load_model(checkpoint.find(run_dir))
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, saved[name]), name
+        assert torch.equal(parameter, tensors[name]), name
 
 
-@pytest.mark.parametrize("arrangement", [ONE, REPLICATED2, HSDP, EP2_HSDP, EP4], ids=str)
+@pytest.mark.parametrize("arrangement", ALONE, ids=str)
 def test_every_element_is_stored_once_by_a_rank_that_holds_it_and_nothing_is_a_pickle(
-    arrangement, tmp_path
+    arrangement, saved
 ):
-    saved = run_ranks(
-        lambda _: save(arrangement, tmp_path / "run", asynchronous=False), arrangement.processes
-    )[0]
-    path = checkpoint.find(tmp_path / "run")
-    elements = {name: 0 for name in saved if not name.startswith("step.")}
+    run_dir, gathered_tensors = saved[arrangement, False]
+    path = checkpoint.find(run_dir)
+    elements = {name: 0 for name in gathered_tensors if not name.startswith("step.")}
     files = sorted(path.glob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no dictionary
                 assert name.startswith("exp_avg") == file.name.startswith("optimizer-")
                 elements[name] += torch.Size(tensors.get_slice(name).get_shape()).numel()
-    assert elements == {name: saved[name].numel() for name in elements}
+    assert elements == {name: gathered_tensors[name].numel() for name in elements}
     # Replicas share the work.
     assert len(files) == 2 * arrangement.processes
     others = {file.name for file in path.iterdir()} - {file.name for file in files}
@@ -300,24 +337,33 @@ def test_a_rank_that_dies_leaves_the_others_neither_waiting_nor_with_half_a_chec
 
 
 def refused(arrangement: Arrangement, path: Path):
+    """What each rank says of the checkpoint with a flipped bit in one file after the other."""
     _, model, optimizer = build(arrangement, seed=1)
-    before = gathered(model, optimizer)
-    with pytest.raises(ValueError, match="use another checkpoint") as error:
-        checkpoint.restore(path, model, optimizer)
-    assert all(
-        torch.equal(tensor, before[name]) for name, tensor in gathered(model, optimizer).items()
-    )
-    return str(error.value)
+    before, said = gathered(model, optimizer), []
+    for file in sorted(path.glob("*.safetensors")):
+        if dist.get_rank() == 0:
+            contents = file.read_bytes()
+            file.write_bytes(contents[:-3] + bytes([contents[-3] ^ 1]) + contents[-2:])
+        dist.barrier()
+        with pytest.raises(ValueError, match="use another checkpoint") as error:
+            checkpoint.restore(path, model, optimizer)
+        assert all(
+            torch.equal(tensor, before[name]) for name, tensor in gathered(model, optimizer).items()
+        )
+        said.append(str(error.value))
+        if dist.get_rank() == 0:
+            file.write_bytes(contents)
+        dist.barrier()
+    return said
 
 
 def test_damage_that_one_rank_finds_is_refused_by_all_and_changes_nothing(tmp_path):
     run_ranks(lambda _: save(FSDP2, tmp_path / "run"), 2)
     path = checkpoint.find(tmp_path / "run")
-    for file in sorted(path.glob("*.safetensors")):
-        contents = file.read_bytes()
-        file.write_bytes(contents[:-3] + bytes([contents[-3] ^ 1]) + contents[-2:])
-        messages = run_ranks(lambda _: refused(EP4, path), 4)
-        assert set(messages) == {
+    files = sorted(path.glob("*.safetensors"))
+    assert len(files) == 4
+    for said in run_ranks(lambda _: refused(EP4, path), 4):
+        assert said == [
             f"{file}: contents differ from the checksum in manifest.json; use another checkpoint"
-        }
-        file.write_bytes(contents)
+            for file in files
+        ]
