@@ -21,19 +21,36 @@ from tests.processes import run_script
 assert triton_interpreter.triton.knobs.runtime.interpret
 
 
-def test_what_ships_spills_nothing_and_reaches_the_tensor_cores() -> None:
-    done = run_command(
-        "-m",
-        "emotrain.cli",
-        "kernels",
-        "--target",
-        "sm_80,sm_90",
-        "--defaults-only",
-        "--json",
-        timeout=280,
-    )
+PROGRAM = """
+import sys, torch
+from emotrain.cli import main
+
+code = main(["kernels", "--target", "sm_80,sm_90", "--defaults-only", "--json"])
+if code:
+    sys.exit(code)
+
+# Then a tile that is too large.
+from emotrain.kernels import compile_check as check, tuning
+
+tuning.DEFAULTS["sm_90"][torch.bfloat16]["grad_hidden"] = tuning.TileConfig(128, 256, 64, 8, 3)
+launch = next(launch for launch in check.recorded_launches("sm_90", torch.bfloat16)
+              if "grad_hidden" in str(launch.kernel))
+check.activate("sm_90")
+row = check.compile_launch("sm_90", torch.bfloat16, launch, launch.config, True)
+print(row.failures())
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[str]:
+    """The two lines of `PROGRAM`."""
+    done = run_command("-c", PROGRAM, timeout=280)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.splitlines()[-2:]
+
+
+def test_what_ships_spills_nothing_and_reaches_the_tensor_cores(compiled: list[str]) -> None:
+    result = json.loads(compiled[0])
     assert result["default_spills"] == 0 and result["failures"] == []
     assert result["sm_80_gemm_instruction"] == "mma" and result["sm_90_gemm_instruction"] == "wgmma"
     assert 1 <= result["host_waits_per_step"] <= 6
@@ -115,21 +132,8 @@ def test_other_shapes_compile(shape: dict[str, int], may_spill: bool) -> None:
     assert done.stdout == "[]\n", done.stdout + done.stderr
 
 
-def test_a_tile_too_large_for_the_registers_is_found() -> None:
-    program = (
-        "import torch; from emotrain.kernels import compile_check as check, tuning\n"
-        "tiles = tuning.DEFAULTS['sm_90'][torch.bfloat16]\n"
-        "tiles['grad_hidden'] = tuning.TileConfig(128, 256, 64, 8, 3)\n"
-        "launch = next(launch for launch in check.recorded_launches('sm_90', torch.bfloat16) if "
-        "'grad_hidden' in str(launch.kernel))\n"
-        "check.activate('sm_90')\n"
-        "print(check.compile_launch('sm_90', torch.bfloat16, launch, launch.config, "
-        "True).failures())"
-    )
-    done = run_command("-c", program)
-    assert "bytes of registers spilled; choose a smaller tile or more warps" in done.stdout, (
-        done.stdout + done.stderr
-    )
+def test_a_tile_too_large_for_the_registers_is_found(compiled: list[str]) -> None:
+    assert "bytes of registers spilled; choose a smaller tile or more warps" in compiled[1]
 
 
 def test_what_must_not_ship() -> None:

@@ -216,7 +216,9 @@ def test_one_node_with_two_processes_trains_as_one(tiny_data, tmp_path):
 
 
 def test_a_stopped_run_on_one_node_saves_and_ends_with_75(tiny_data, tmp_path):
-    process = start(SCRIPTS[0], config_file(tmp_path, tiny_data, steps=100_000), "--json")
+    # One process: tests/test_faults.py stops two under torchrun.
+    config = config_file(tmp_path, tiny_data, steps=100_000)
+    process = start(SCRIPTS[0], config, "--json", PROCESSES_PER_NODE="1")
     metrics_file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
     while (
         not (metrics_file.is_file() and metrics_file.stat().st_size)
