@@ -4,18 +4,25 @@ nothing twice."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import tiny_batch, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emotrain.config import Config, config_from_dict
 from emotrain.distributed import parallelize as parallelize_module
-from emotrain.distributed.mesh import Layout, build_meshes, experts_of_rank
+from emotrain.distributed.mesh import Holders, Layout, Meshes, build_meshes, experts_of_rank
 from emotrain.distributed.parallelize import _cut, build_model, parallelize
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
@@ -172,6 +179,51 @@ def test_parameters_are_cut_where_nothing_is_padded(
     """FSDP pads the first axis to a multiple of the ranks: a shared expert over 128 ranks would
     weigh as much as 128."""
     assert _cut(torch.nn.Parameter(torch.empty(shape, device="meta")), num_ranks).dim == axis
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "ep", "expert_dp", "whole"),
+    [
+        (127, 2, 64, True),  # the shipped layout: one a process, and one process without
+        (127, 8, 16, True),
+        (127, 8, 128, False),  # 16 experts for 128 processes
+        (127, 2, 48, False),
+        (7, 2, 2, True),
+        (128, 4, 1, True),
+        (9, 2, 5, True),
+        (11, 2, 2, True),
+        (397, 4, 3, False),  # 100, 100, 100 and 97 over 3: torch has no word for such parts
+    ],
+)
+def test_spread_experts_are_shared_out_whole_where_they_divide(
+    num_experts: int, ep: int, expert_dp: int, whole: bool
+) -> None:
+    layout = Layout(ep * expert_dp, 1, ep * expert_dp, ep)
+    assert layout.shares_whole_experts(num_experts) == whole
+
+
+@given(st.integers(1, 64), st.integers(2, 8), st.integers(1, 16))
+def test_shares_of_experts_are_those_that_torch_describes(
+    num_experts: int, ep: int, expert_dp: int
+) -> None:
+    """Offsets and sizes of a checkpoint's parts come from the description, parameters from FSDP."""
+    layout = Layout(ep * expert_dp, 1, ep * expert_dp, ep)
+    if not experts_of_rank(num_experts, ep, ep - 1) or not layout.shares_whole_experts(num_experts):
+        return
+    whole = SimpleNamespace(get_group=lambda *_: None)
+    holders = Holders.of(Meshes(layout, whole, whole, whole), num_experts)
+    of_rank = [rows.tolist() for rows in torch.arange(num_experts).chunk(ep)]
+    for rank, (part, of_ep) in enumerate(itertools.product(range(expert_dp), range(ep))):
+        (rows,), (first,) = _compute_local_shape_and_global_offset(
+            (num_experts,),
+            (expert_dp, ep),
+            [part, of_ep],
+            (_StridedShard(0, split_factor=ep), Shard(0)),
+        )
+        chunks = torch.tensor(of_rank[of_ep]).chunk(expert_dp)
+        held = chunks[part].tolist() if part < len(chunks) else []
+        assert rows == len(held) and (not held or first == held[0])
+        assert held == [at for at, holder in enumerate(holders.rank_N) if holder == rank]
 
 
 # ---- recomputation

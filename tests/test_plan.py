@@ -194,6 +194,24 @@ def test_bringing_tokens_to_their_experts_takes_few_launches() -> None:
         assert per_layer["exchanges_per_layer"] == exchanges
 
 
+def test_banks_of_experts_are_copied_only_where_they_cannot_be_shared_out_whole() -> None:
+    """FSDP2 puts together again what it cut along another axis than the first: two banks, in each
+    gather and each reduction."""
+    for overrides, copies in (({"parallel__ep": 4}, 0), ({"parallel__ep": 2}, 0), ({}, 2)):
+        overrides |= {"model__experts__routed": 15, "model__router__pool__max": 15}
+        measured = planned(**overrides)
+        elements = -(-15 // measured.layout.ep) * 32 * 32
+        found = sum(
+            count
+            for kernel, count in measured.kernels.items()
+            if kernel.name == "cat" and kernel.bytes >= 2 * 2 * elements
+        )
+        passes = measured.micro_batches * config().model.num_layers
+        # Reduced after each, gathered twice but in the last layer.
+        passes = 3 * passes - measured.micro_batches
+        assert found == copies * passes, (overrides, found, passes)
+
+
 def test_a_token_goes_to_as_many_ranks_as_chance_has_it() -> None:
     """The closed form against a simulation, with as many experts a rank as torch.chunk gives."""
     generator, held, tokens = random.Random(0), [16] * 7 + [15], 20_000

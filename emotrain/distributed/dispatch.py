@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emotrain.distributed.mesh import Holders
 from emotrain.kernels import Decision, sort_slots
 from emotrain.kernels.backends import choose_backend
 from emotrain.kernels.parcels import (
@@ -49,6 +50,8 @@ class AllToAllDispatcher:
         self.num_local = min(self.per_rank, num_experts - group.rank() * self.per_rank)
         self.order = tuple(range(num_experts))
         """The experts of rank 0, then those of rank 1, …; see distributed/placement.py."""
+        self.holders: Holders | None = None
+        """Where the rows of the bank lie, for a change of their order."""
         self._position_N: Tensor | None = None
 
     def place(self, order: Sequence[int], device: torch.device) -> None:

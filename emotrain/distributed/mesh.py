@@ -69,6 +69,16 @@ class Layout:
         )
         return layout
 
+    def shares_whole_experts(self, num_experts: int) -> bool:
+        """Whether each of the `expert_dp` processes with the same routed experts of a layer keeps
+        some of them whole, and not a part of the hidden width of every one.
+
+        FSDP2 puts together again, in each gather and each reduction, what is cut along another axis
+        than the first. Where expert_dp divides what most ranks of ep hold, these parts are also
+        what torch says of them, equal shares of all experts that are each dealt out over ep.
+        """
+        return experts_of_rank(num_experts, self.ep, 0) % self.expert_dp == 0
+
     @classmethod
     def check(cls, config: Config, world_size: int) -> None:
         """Refuse a configuration that has no layout on this many processes, as `of` does."""
@@ -99,6 +109,37 @@ def experts_of_rank(num_experts: int, num_ranks: int, rank: int) -> int:
     torch.chunk deals them, and fewer or none on the last ranks."""
     per_rank = -(-num_experts // num_ranks)
     return max(0, min(per_rank, num_experts - rank * per_rank))
+
+
+@dataclass(frozen=True)
+class Holders:
+    """Which processes hold the rows of a bank of routed experts. Every process of `group` has rows
+    of all that it needs for a change of their order."""
+
+    group: ProcessGroup
+    rank_N: tuple[int, ...]
+    """Rank in `group` of each position of the bank. Without an expert of its own, a rank is not
+    there."""
+
+    @classmethod
+    def of(cls, meshes: Meshes, num_experts: int) -> Holders:
+        """Where experts are cut along their hidden width, those of `ep` that exchange tokens have
+        the same part of each: they hold whatever one of them needs. Else it is all processes of a
+        copy of the model, (expert_dp, ep) by rank."""
+        layout, ep = meshes.layout, meshes.layout.ep
+        assert meshes.ep is not None
+        whole = layout.shares_whole_experts(num_experts)
+        parts = layout.expert_dp if whole else 1
+        group = meshes.dense.get_group("shard") if whole else meshes.ep.get_group()
+        return cls(
+            group,
+            tuple(
+                part * ep + rank
+                for rank in range(ep)
+                for part in range(parts)
+                for _ in range(experts_of_rank(experts_of_rank(num_experts, ep, rank), parts, part))
+            ),
+        )
 
 
 @dataclass(frozen=True)

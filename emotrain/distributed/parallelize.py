@@ -20,7 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from emotrain.config import Config
 from emotrain.distributed.dispatch import AllToAllDispatcher
-from emotrain.distributed.mesh import Layout, Meshes, build_meshes, limit_collectives
+from emotrain.distributed.mesh import (
+    Holders,
+    Layout,
+    Meshes,
+    build_meshes,
+    limit_collectives,
+)
 from emotrain.distributed.ranks import Ranks, local_part, offsets_of
 from emotrain.kernels.decision import ROUTING_DECISIONS
 from emotrain.model.parts import freeze, stored_tensors
@@ -101,11 +107,12 @@ def _spread_experts(model: Transformer, config: Config, meshes: Meshes) -> None:
         experts.local = local_part
     for index, block in enumerate(model.blocks):
         if block.moe.experts is not None:
-            block.moe.dispatcher = AllToAllDispatcher(
-                meshes.ep.get_group(),
-                config.model.routed_in_layer(index),
-                config.model.experts.backend,
+            routed = config.model.routed_in_layer(index)
+            dispatcher = AllToAllDispatcher(
+                meshes.ep.get_group(), routed, config.model.experts.backend
             )
+            dispatcher.holders = Holders.of(meshes, routed)
+            block.moe.dispatcher = dispatcher
 
 
 def _compile(model: Transformer) -> None:
@@ -183,8 +190,9 @@ def _shard(model: Transformer, config: Config, meshes: Meshes) -> None:
     )
     reshard = config.parallel.reshard_after_forward
     cut = partial(_cut, num_ranks=meshes.dense.size(-1))
-    # Spread over ep, experts are cut along their hidden width, which expert_dp divides.
-    cut_experts = (lambda _: Shard(1)) if meshes.ep is not None else cut
+    # Spread over ep, experts are cut along their hidden width, which expert_dp divides, where they
+    # cannot be shared out whole.
+    cut_experts = partial(_cut_spread, layout=meshes.layout) if meshes.ep is not None else cut
     layers = _gathered_by_layer(model)
 
     def spread(module: nn.Module, mesh: DeviceMesh, reshard: bool, cut: Any = cut) -> None:
@@ -231,6 +239,11 @@ def _cut(parameter: nn.Parameter, num_ranks: int) -> Shard:
         ),
         Shard(0),
     )
+
+
+def _cut_spread(parameter: nn.Parameter, layout: Layout) -> Shard:
+    """The same of a bank of routed experts that is spread over ep."""
+    return Shard(0 if layout.shares_whole_experts(parameter.shape[0]) else 1)
 
 
 def _gathered_by_layer(model: Transformer) -> list[list[Any]]:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from emotrain.distributed.dispatch import AllToAllDispatcher
+from emotrain.distributed.mesh import Holders
 from emotrain.distributed.ranks import local_part
 from emotrain.model.moe import RoutedExperts
 from emotrain.model.transformer import Transformer
@@ -63,7 +64,8 @@ def place_experts(
         layers, orders or [tuple(range(d.num_experts)) for d, _ in layers], strict=True
     ):
         if experts not in moved:
-            move = _Move(dispatcher.group, dispatcher.per_rank, dispatcher.order, order)
+            assert dispatcher.holders is not None
+            move = _Move(dispatcher.holders, dispatcher.order, order)
             for parameter in experts.parameters():
                 state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
                 for tensor in (parameter, *state.values()):
@@ -85,24 +87,21 @@ def by_number(model: Transformer, optimizer: torch.optim.Optimizer) -> Iterator[
 
 
 class _Move:
-    """Takes the rows of tensors that are spread over a group from one order to another."""
+    """Takes the rows of tensors that are spread over processes from one order to another."""
 
-    def __init__(self, group: dist.ProcessGroup, per_rank: int, before: Order, after: Order):
-        self.group = group
-        rank, position = group.rank(), {expert: at for at, expert in enumerate(before)}
+    def __init__(self, holders: Holders, before: Order, after: Order):
+        self.group, rank_N = holders.group, holders.rank_N
+        rank, position = self.group.rank(), {expert: at for at, expert in enumerate(before)}
+        first = rank_N.index(rank) if rank in rank_N else 0
         # (from, to) of each row that moves, in the same sequence on every rank.
         moves = [(position[expert], to) for to, expert in enumerate(after)]
         moves = [(here, there) for here, there in moves if here != there]
-        ranks = range(group.size())
-        leave = [
-            [h for h, t in moves if (h // per_rank, t // per_rank) == (rank, w)] for w in ranks
-        ]
-        enter = [
-            [t for h, t in moves if (h // per_rank, t // per_rank) == (w, rank)] for w in ranks
-        ]
+        ranks = range(self.group.size())
+        leave = [[h for h, t in moves if (rank_N[h], rank_N[t]) == (rank, w)] for w in ranks]
+        enter = [[t for h, t in moves if (rank_N[h], rank_N[t]) == (w, rank)] for w in ranks]
         self.sent, self.received = [len(rows) for rows in leave], [len(rows) for rows in enter]
-        self.leave = torch.tensor(sum(leave, []), dtype=torch.int64) - rank * per_rank
-        self.enter = torch.tensor(sum(enter, []), dtype=torch.int64) - rank * per_rank
+        self.leave = torch.tensor(sum(leave, []), dtype=torch.int64) - first
+        self.enter = torch.tensor(sum(enter, []), dtype=torch.int64) - first
         self.moves = bool(moves)
 
     def __call__(self, rows: Tensor) -> None:
