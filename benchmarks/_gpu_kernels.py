@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _gpu_compile import Attempt, compile_ahead
 from _gpu_run import (
     PhaseRun,
     Problem,
@@ -323,20 +325,17 @@ def tune(run: PhaseRun) -> None:
     the same tiles of slots: their rows are chosen together."""
     shape = PUBLISHED if run.is_cuda and not run.tiny else TINY
     task = problem(shape, _dtype(run), run.device)
-    base = default_tiles(target_of(run), torch.bfloat16)
-    best: dict[int, dict[str, tuple[float, TileConfig]]] = {}
-    for rows in sorted({tile.rows for tile in SPACE["gate_up"]}, reverse=True):
-        start_from = {
-            name: tile if tile.rows == rows else candidates(name, rows, True)[0]
-            for name, tile in ((name, base[name]) for name in WALKERS)
-        }
-        best[rows] = {}
-        for name in WALKERS:
-            for tile in dict.fromkeys([start_from[name], *candidates(name, rows, run.tiny)]):
-                _try(run, task, name, start_from, tile, best[rows])
-    alone: dict[str, tuple[float, TileConfig]] = {}
-    for tile in dict.fromkeys([base["weight_grad"], *candidates("weight_grad", None, run.tiny)]):
-        _try(run, task, "weight_grad", base, tile, alone)
+    attempts = _attempts(default_tiles(target_of(run), torch.bfloat16), run.tiny)
+    if run.is_cuda:
+        left = run.deadline - time.monotonic()
+        every = [attempt for of_rows in attempts.values() for attempt in of_rows]
+        of_layer = (target_of(run), _dtype(run), shape)
+        run.item("compiled ahead", lambda: compile_ahead(*of_layer, every, left / 3))
+    best: dict[int, dict[str, tuple[float, TileConfig]]] = {rows: {} for rows in attempts}
+    for rows, of_rows in attempts.items():
+        for attempt in of_rows:
+            _try(run, task, attempt, best[rows])
+    alone = best.pop(0)
     whole = [found for found in best.values() if len(found) == len(WALKERS)]
     if not whole or not alone:
         return
@@ -355,15 +354,29 @@ def tune(run: PhaseRun) -> None:
     run.item("chosen", confirm)
 
 
+def _attempts(base: dict[str, TileConfig], tiny: bool) -> dict[int, list[Attempt]]:
+    """What is timed: by the rows of the tiles that kernels walk together, and under 0 what walks
+    none."""
+    attempts = {}
+    for rows in sorted({tile.rows for tile in SPACE["gate_up"]}, reverse=True):
+        start_from = {
+            name: base[name] if base[name].rows == rows else candidates(name, rows, True)[0]
+            for name in WALKERS
+        }
+        attempts[rows] = [
+            Attempt(name, tile, start_from)
+            for name in WALKERS
+            for tile in dict.fromkeys([start_from[name], *candidates(name, rows, tiny)])
+        ]
+    others = dict.fromkeys([base["weight_grad"], *candidates("weight_grad", None, tiny)])
+    return attempts | {0: [Attempt("weight_grad", tile, base) for tile in others]}
+
+
 def _try(
-    run: PhaseRun,
-    task: Problem,
-    name: str,
-    others: dict[str, TileConfig],
-    tile: TileConfig,
-    best: dict[str, tuple[float, TileConfig]],
+    run: PhaseRun, task: Problem, attempt: Attempt, best: dict[str, tuple[float, TileConfig]]
 ) -> None:
     """Time a kernel with a tile; it becomes the best one where it is."""
+    name, tile, others = attempt
 
     def measure() -> float:
         mine = [

@@ -28,12 +28,14 @@ class HeadGradient:
     """The gradient of the output head, summed over micro-batches in the precision of the loss: one
     [V, D] however many forward passes come before the first backward.
 
-    Forward passes add to it. The first backward after them takes all of it, and those that follow
-    give zeros. So the losses that share one must get the same gradient from above, as those of the
-    micro-batches of a step do, all divided by the step's count; and backward runs once.
+    Forward passes add to it. The first backward after them where it is due takes all of it, and the
+    others give none. So the losses that share one must get the same gradient from above, as those
+    of the micro-batches of a step do, all divided by the step's count; and backward runs once.
     """
 
     def __init__(self) -> None:
+        self.is_due = True
+        """Whether backward takes it. Processes that sum their gradients take it once a step."""
         self._sum_VD: Tensor | None = None
 
     def add(self, grad_tV: Tensor, hidden_tD: Tensor, dtype: torch.dtype) -> None:
@@ -113,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if head_needs_grad:
                 own_gradient.add(grad_tV, hidden_tD, dtype)
             del grad_tV  # before the next block's logits
-        ctx.head_gradient, ctx.head = head_gradient, (head_VD.shape, head_VD.dtype)
+        ctx.head_gradient, ctx.head_dtype = head_gradient, head_VD.dtype
         grad_head_VD = own_gradient.take() if head_gradient is None else None
         ctx.save_for_backward(grad_hidden_TD, grad_head_VD)
         ctx.mark_non_differentiable(cross_entropy, z)
@@ -125,17 +127,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden_TD, grad_head_VD = ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             grad_hidden_TD = _scaled(grad_hidden_TD, grad_loss, grad_hidden_TD.dtype)
-        if not ctx.needs_input_grad[1]:
-            return grad_hidden_TD, None, None, None, None, None, None
-        if ctx.head_gradient is not None:
+        if ctx.head_gradient is not None and ctx.head_gradient.is_due and ctx.needs_input_grad[1]:
             grad_head_VD = ctx.head_gradient.take()
-        shape, dtype = ctx.head
-        if grad_head_VD is None:
-            # Zeros and not None: FSDP adds up what it reduced of several micro-batches, which has
-            # to be of the same parameters.
-            grad_head_VD = grad_loss.new_zeros((), dtype=dtype).expand(shape)
-        else:
-            grad_head_VD = _scaled(grad_head_VD, grad_loss, dtype)
+        if grad_head_VD is not None:
+            grad_head_VD = _scaled(grad_head_VD, grad_loss, ctx.head_dtype)
         return grad_hidden_TD, grad_head_VD, None, None, None, None, None
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_command
 from tests.processes import forked, run_script
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'emotrain[kernels]'")
@@ -137,6 +137,50 @@ def test_a_file_of_another_machine_is_not_gone_on_from(tmp_path, gpu):
     path.write_text(json.dumps(content))
     assert gpu.main(arguments) == 0
     assert json.loads(path.read_text())["items"]["waits of a step"]["waits"] > 0
+
+
+AHEAD = """
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, sys.argv[1])
+from _gpu_compile import Attempt, _compile, compile_ahead
+from _gpu_kernels import TINY
+from emotrain.kernels.tuning import TileConfig, default_tiles
+
+def kept():
+    return {p.name for p in Path(os.environ["TRITON_CACHE_DIR"]).iterdir() if p.is_dir()}
+
+if __name__ == "__main__":
+    base = default_tiles("sm_90", torch.bfloat16)
+    tiles = [TileConfig(64, 64, 32, 4, 3, group=group) for group in (1, 4)]
+    attempts = [Attempt("weight_grad", tile, base) for tile in tiles]
+    of_layer = ("sm_90", torch.bfloat16, TINY)
+    none = compile_ahead(*of_layer, attempts[:1], 0, False)
+    assert none["left"] == 1, none
+    done = compile_ahead(*of_layer, [*attempts, Attempt("rows", tiles[0], base)], 300, False)
+    assert (done["compiled"], done["refused"], done["left"]) == (2, 1, 0), done
+    before = kept()
+    for attempt in attempts:
+        _compile(*of_layer, attempt, False)
+    assert before and kept() == before, "it was compiled again"
+    _compile(*of_layer, Attempt("weight_grad", TileConfig(64, 64, 32, 4, 4), base), False)
+    assert kept() > before
+"""
+
+
+@pytest.mark.long
+def test_tiles_are_compiled_by_other_processes_before_they_are_timed(tmp_path, monkeypatch):
+    """For a GPU that is not there: the process that times finds all of it in Triton's cache. Rows
+    that other kernels do not share are refused, as they are when timed."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    program = tmp_path / "program.py"
+    program.write_text(AHEAD)
+    done = run_command(str(program), str(BENCHMARKS), timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def wrong_values(monkeypatch) -> None:

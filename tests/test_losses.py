@@ -134,10 +134,12 @@ def test_what_is_frozen_gets_no_gradient(frozen: int) -> None:
 # ---- the head's gradient over micro-batches
 
 
+@pytest.mark.parametrize("is_last", [False, True])
 @pytest.mark.parametrize("schedule", ["joint", "running"])
-def test_micro_batches_that_share_a_head_gradient_add_up(schedule: str) -> None:
+def test_micro_batches_that_share_a_head_gradient_add_up(schedule: str, is_last: bool) -> None:
     """All forward passes before the first backward, or by turns; the last micro-batch has no
-    targets. The first backward after a forward brings the head's gradient, the others zeros."""
+    targets. The first backward after a forward brings the head's gradient, or the last one of the
+    step, and the others none."""
     hidden_TD, head_VD, targets_T = head_arguments(12)
     targets_T[8:] = IGNORE
     parts = [slice(0, 5), slice(5, 8), slice(8, 12)]
@@ -145,19 +147,26 @@ def test_micro_batches_that_share_a_head_gradient_add_up(schedule: str) -> None:
         cross_entropy_oracle(hidden_TD, head_VD, targets_T, 0.1)[0] / 7, [hidden_TD, head_VD]
     )
     shared, losses, brought = HeadGradient(), [], []
-    head_VD.register_hook(lambda grad_VD: brought.append(bool(grad_VD.any())))
+    head_VD.register_hook(lambda grad_VD: brought.append(_is_something(grad_VD)))
     for part in parts:
         loss = linear_cross_entropy(
             hidden_TD[part], head_VD, targets_T[part], 0.1, head_gradient=shared
         )[0]
         losses.append(loss / 7)
         if schedule == "running":
+            shared.is_due = part == parts[-1] or not is_last
             losses.pop().backward()
     for loss in losses:
+        shared.is_due = loss is losses[-1] or not is_last
         loss.backward()
     torch.testing.assert_close([hidden_TD.grad, head_VD.grad], list(expected))
-    assert brought == [True, schedule == "running", False]
+    first = [True, schedule == "running", False]
+    assert brought == ([False, False, True] if is_last else first)
     assert shared.take() is None
+
+
+def _is_something(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
 
 
 def test_a_shared_head_gradient_is_there_once() -> None:

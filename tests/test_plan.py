@@ -181,6 +181,19 @@ def test_bytes_by_kind_and_axis_follow_from_the_layout(ep: int, replicate: int) 
     assert len(measured.axes["ep"]) == ep and measured.axes["ep"] == tuple(range(ep))
 
 
+def test_the_gradient_of_the_head_is_reduced_once_a_step() -> None:
+    """The sum of all micro-batches; every other gradient after each."""
+    for overrides in ({}, {"parallel__replicate": 2}, {"losses__balance_schedule": "running"}):
+        measured, head = planned(**overrides), 512 * 32 * 4
+        reduced = {
+            collective.bytes: count
+            for collective, count in measured.collectives.items()
+            if collective.kind == "reduce_scatter"
+        }
+        assert measured.micro_batches == 2 and reduced.pop(head) == 1
+        assert {count % 2 for count in reduced.values()} == {0}
+
+
 def test_bringing_tokens_to_their_experts_takes_few_launches() -> None:
     """Forward: two for where parcels go, sizes into one tensor, one that packs, two that sort what
     arrives, one that adds up what came home, and the sum with the shared expert."""
@@ -233,14 +246,14 @@ def test_a_placement_says_the_rows_of_its_own_number_of_ranks(tmp_path: Path) ->
     settings = tiny_config(parallel__ep=4, model__experts__routed=7, model__router__pool__max=7)
     layers = [{"order": list(range(7)), "exchange_load_max_over_mean": load} for load in (1.1, 1.3)]
     file.write_text(json.dumps({"format": 1, "ep": 4, "rows_per_token": 1.25, "layers": layers}))
-    args = argparse.Namespace(ranks_per_token=0.0, imbalance=1.0)
+    args = argparse.Namespace(ranks_per_token={}, imbalance={})
 
     def routing(ep: int) -> Routing:
         changed = replace(settings.parallel, ep=ep, placement=str(file))
         return plan_command._routing(args, replace(settings, parallel=changed))
 
     measured = routing(4)
-    assert measured == Routing(1.25, pytest.approx(1.2), 4)
+    assert measured == Routing(1.25, pytest.approx(1.2), 4, True)
     for count, expected in ((4, Routing(1.25, 1.2)), (2, Routing())):
         held = held_experts(7, count)
         assert measured.sent(7, 2, held, 1000) == expected.sent(7, 2, held, 1000)
@@ -248,9 +261,31 @@ def test_a_placement_says_the_rows_of_its_own_number_of_ranks(tmp_path: Path) ->
     assert sum(measured.sent(7, 2, held_experts(7, 4), 1000)) == pytest.approx(1250, abs=2)
     with pytest.raises(ValueError, match=r"is for ep=4, parallel.ep is 2; change it"):
         routing(2)
-    args.ranks_per_token = 2.0
+    args.ranks_per_token = {0: 2.0}
     with pytest.raises(ValueError, match="says what --ranks-per-token and --imbalance assume"):
         routing(4)
+
+
+def test_rows_and_load_may_be_given_for_several_numbers_of_ranks() -> None:
+    """For a search; a number of ranks that nothing is said of is by chance."""
+    by_ep = plan_command._by_ep
+
+    def routing(rows: str, load: str) -> Routing:
+        args = argparse.Namespace(ranks_per_token=by_ep(rows), imbalance=by_ep(load))
+        return plan_command._routing(args, tiny_config(parallel__ep=8))
+
+    both = routing("2:1.5,8:2.9", "8:1.2")
+    expected = {2: Routing(1.5, 1.0, 2), 4: Routing(), 8: Routing(2.9, 1.2, 8)}
+    for count, wanted in expected.items():
+        held = held_experts(16, count)
+        assert both.on(count).sent(16, 3, held, 1000) == wanted.sent(16, 3, held, 1000)
+        assert both.received(16, 3, held, 1000) == wanted.received(16, 3, held, 1000)
+    mixed = routing("2.5", "4:1.3")
+    assert [mixed.on(count).ranks_per_token for count in (4, 8)] == [2.5, 2.5]
+    assert [mixed.on(count).imbalance for count in (4, 8)] == [1.3, 1.0]
+    for text in ("four", "4:2:1", "2:", "0:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+            by_ep(text)
 
 
 def test_a_step_waits_for_the_sizes_of_every_exchange() -> None:
@@ -543,7 +578,8 @@ def test_settings_may_come_after_options(capsys) -> None:
         ),
         (("parallel.ep=3",), "parallel.ep=3 does not divide shard=8"),
         (("parallel.replicate=3",), "processes = replicate * shard fails"),
-        (("--imbalance", "0.5"), "--imbalance 0.5 must be between 1"),
+        (("--imbalance", "0.5"), "--imbalance 0.5 must be between 1 and parallel.ep=1"),
+        (("--ranks-per-token", "4:2,2:2.1"), "--ranks-per-token 2:2.1 must be between 1 and 2"),
     ],
 )
 def test_mistakes_get_one_line(arguments: tuple[str, ...], says: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from emotrain.commands.common import add_config, add_json, finish
@@ -53,18 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ranks-per-token",
-        type=float,
-        default=0.0,
+        type=_by_ep,
+        default={},
         metavar="X",
-        help="expert ranks a token goes to (default: as measured by the file that "
-        "parallel.placement names, else what choices without preference reach)",
+        help="expert ranks a token goes to, X or, for several numbers of ranks, EP:X,EP:X "
+        "(default: as measured by the file that parallel.placement names, else what choices "
+        "without preference reach)",
     )
     parser.add_argument(
         "--imbalance",
-        type=float,
-        default=1.0,
+        type=_by_ep,
+        default={},
         metavar="X",
-        help="routed slots of the busiest expert rank over the mean (default: %(default)s)",
+        help="routed slots of the busiest expert rank over the mean, X or EP:X,EP:X (default: 1)",
     )
     add_json(parser)
 
@@ -114,25 +116,45 @@ def _routing(args: argparse.Namespace, config: Config) -> Routing:
     from emotrain.planning.stand_ins import Routing
 
     if config.parallel.placement not in ("contiguous", "auto"):
-        if args.ranks_per_token or args.imbalance != 1:
+        if args.ranks_per_token or args.imbalance:
             raise UserError(
                 f"parallel.placement={config.parallel.placement} says what --ranks-per-token and "
                 f"--imbalance assume; leave them out"
             )
         placement = read_fitting(config)
-        return Routing(placement.rows_per_token, placement.exchange_load, placement.ep)
-    if not 0 <= args.ranks_per_token <= max(config.parallel.ep, 1):
-        raise UserError(
-            f"--ranks-per-token {args.ranks_per_token:g} must be between 1 and "
-            f"parallel.ep={config.parallel.ep}"
+        return Routing(placement.rows_per_token, placement.exchange_load, placement.ep, True)
+    for option, given in (
+        ("--ranks-per-token", args.ranks_per_token),
+        ("--imbalance", args.imbalance),
+    ):
+        for ep, value in given.items():
+            most = max(ep or config.parallel.ep, 1)
+            if not 1 <= value <= most:
+                where = f"{ep}:{value:g}" if ep else f"{value:g}"
+                raise UserError(
+                    f"{option} {where} must be between 1 and {ep or f'parallel.ep={most}'}; "
+                    f"change it"
+                )
+    first, *others = [
+        Routing(
+            args.ranks_per_token.get(ep, args.ranks_per_token.get(0, 0.0)),
+            args.imbalance.get(ep, args.imbalance.get(0, 1.0)),
+            ep,
         )
-    if not 1 <= args.imbalance <= max(config.parallel.ep, 1):
-        raise UserError(
-            f"--imbalance {args.imbalance:g} must be between 1 (balanced) and "
-            f"parallel.ep={config.parallel.ep} (one rank "
-            f"gets all)"
-        )
-    return Routing(args.ranks_per_token, args.imbalance)
+        for ep in sorted({**args.ranks_per_token, **args.imbalance}, reverse=True) or [0]
+    ]
+    return replace(first, others=tuple(others))
+
+
+def _by_ep(text: str) -> dict[int, float]:
+    """`X` is for any number of ranks (0), `EP:X,EP:X` for those that are named."""
+    try:
+        if ":" not in text:
+            return {0: float(text)}
+        pairs = (pair.split(":") for pair in text.split(","))
+        return {_positive(ep): float(value) for ep, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} must be a number, or EP:X,EP:X") from None
 
 
 def _positive(text: str) -> int:

@@ -194,7 +194,7 @@ def assumptions(plan: Plan) -> list[str]:
         for name, rate in RATES.items()
     ]
     routing = routing.on(plan.config.parallel.ep)
-    source = "measured" if routing.measured_ep else "assumed"
+    source = "measured" if routing.is_measured else "assumed"
     lines.append(
         f"{source}: a token goes to {routing.ranks_per_token:.3g} expert ranks"
         if routing.ranks_per_token

@@ -153,8 +153,7 @@ def search(config: Config, cluster: Cluster, routing: Routing) -> list[Change]:
             workers.submit(_best_of_family, config, cluster, routing, family) for family in families
         ]
         for done in as_completed(pending):
-            change = done.result()
-            found += [] if change is None else [change]
+            found += done.result()
             bar.advance()
     found.sort(key=lambda change: -change.tokens_per_second)
     whole: list[Change] = []
@@ -226,9 +225,10 @@ def _remedies(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
                 ]
 
 
-def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]]]:
-    """What decides a layout: expert parallelism inside a node, copies of the model, sequences of
-    a micro-batch. One whose state alone is too much is left out."""
+def _families(config: Config, cluster: Cluster) -> Iterator[list[list[tuple[str, Any]]]]:
+    """What decides a layout: expert parallelism inside a node and copies of the model make a
+    family, whose members differ in the sequences of a micro-batch, most first. One whose state
+    alone is too much is left out."""
     a_rank = config.training.global_batch // cluster.world_size
     state = STATE_BYTES * parameter_counts(config.model)["total_parameters"]
     room = Reserve().usable_gib(cluster.gpu, 0) * 2**30
@@ -236,15 +236,18 @@ def _families(config: Config, cluster: Cluster) -> Iterator[list[tuple[str, Any]
         for replicate in _divisors(cluster.world_size // ep):
             if state * replicate / cluster.world_size > room:
                 continue
-            for micro_batch in _divisors(a_rank):
-                family = [
+            family = [
+                [
                     ("parallel.ep", ep),
                     ("parallel.replicate", replicate),
                     ("parallel.shard", 0),
                     ("training.micro_batch", micro_batch),
                 ]
-                if _is_valid(with_settings(config, family), cluster):
-                    yield family
+                for micro_batch in reversed(_divisors(a_rank))
+            ]
+            family = [one for one in family if _is_valid(with_settings(config, one), cluster)]
+            if family:
+                yield family
 
 
 def _waits_for_counts(config: Config) -> bool:
@@ -258,6 +261,22 @@ def _divisors(number: int) -> list[int]:
 
 
 def _best_of_family(
+    config: Config, cluster: Cluster, routing: Routing, family: list[list[tuple[str, Any]]]
+) -> list[Change]:
+    """The best of each micro-batch that fits, until one recomputes nothing: a smaller one does the
+    same arithmetic in smaller pieces, and gathers and reduces for each of them. All it can win is
+    memory."""
+    found = []
+    for settings in family:
+        best = _best_choice(config, cluster, routing, settings)
+        if best is not None:
+            found.append(best)
+            if dict(best.settings)["parallel.recompute"] == "none":
+                break
+    return found
+
+
+def _best_choice(
     config: Config, cluster: Cluster, routing: Routing, family: list[tuple[str, Any]]
 ) -> Change | None:
     """The fastest choice of the rest that fits. Recomputing more never makes a step faster, so that

@@ -68,13 +68,18 @@ class Routing:
     imbalance: float = 1.0
     """Routed slots of this rank's experts over the mean. The rows that bring them grow alike, until
     every token sends one."""
-    measured_ep: int = 0
-    """Number of ranks that both were measured on, of a placement of experts; with another number,
-    choices are without preference. 0: both are assumed, of any number."""
+    ep: int = 0
+    """Number of ranks that both are of; with another number, choices are without preference. 0: any
+    number."""
+    is_measured: bool = False
+    """Whether both were measured, of a placement of experts."""
+    others: tuple[Routing, ...] = ()
+    """The same for other numbers of ranks."""
 
     def on(self, num_ranks: int) -> Routing:
-        """The same where it speaks of this number of ranks, else routing without preference."""
-        return self if self.measured_ep in (0, num_ranks) else Routing()
+        """What is said of this number of ranks, else routing without preference."""
+        said = (one for one in (self, *self.others) if one.ep in (0, num_ranks))
+        return next(said, Routing())
 
     def sent(self, num_experts: int, chosen: int, held: Sequence[int], tokens: int) -> list[int]:
         """Rows to each rank that holds `held` of the experts: a token goes wherever one of its k

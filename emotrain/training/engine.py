@@ -113,6 +113,9 @@ class NativeEngine:
             self.model.set_is_last_backward(is_last)
             # Copies of the model sum their gradients once a step.
             self.model.set_requires_all_reduce(is_last)
+            # What is there of the head's gradient is that of all micro-batches until now, and its
+            # reduction has the whole of this backward pass to run under.
+            self._head_gradient.is_due = is_last
         spreading(loss).backward()
 
     def finish_step(self, max_norm: float, ranks: Ranks) -> Update:
