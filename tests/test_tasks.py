@@ -60,6 +60,7 @@ def folder(tiny_data, tmp_path_factory):
     settings = tiny_settings(tiny_data, folder / "run")
     settings["data"]["sequence_length"] = 192
     settings["model"]["init_std"] = 0.3  # so that experts differ, and texts with them
+    settings["training"]["seed"] = 1  # of which tasks choose different ones
     run_module.train(config_from_dict(settings), Ranks())
     options = ["--calibration", str(tiny_data), "--domain", "kitchen", "--keep", "4"]
     assert not main(["select", str(folder / "run"), *options, "--out", str(folder / "half.json")])
