@@ -14,6 +14,10 @@ from types import TracebackType
 from emotrain.errors import ExistingFileError, UserError, WriteError
 from emotrain.folders import StagedFolder, remove
 
+GOES_ON = "prepare"
+"""Token of folders that wait to be gone on with (`emotrain.data.half_done`): they are no
+leftovers."""
+
 LOCK = ".lock"
 """Held while a staging folder is being written; one that nobody holds was left behind by a
 process that died."""
@@ -98,7 +102,7 @@ class Staging:
             remove(folder)
         # They once had a name that was not hidden.
         for folder in [*place.glob(f".{name}.partial-*"), *place.glob(f"{name}.partial-*")]:
-            if is_abandoned(folder):
+            if not folder.name.endswith(f".partial-{GOES_ON}") and is_abandoned(folder):
                 remove(folder)
 
 

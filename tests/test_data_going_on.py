@@ -20,6 +20,7 @@ from emotrain.data import half_done, pieces
 from emotrain.data.formats import Dataset
 from emotrain.data.half_done import HalfDone
 from emotrain.data.prepare import SAMPLE_DIR, prepare
+from emotrain.data.staging import stage_dataset
 from emotrain.data.tokenizer import train_tokenizer
 from emotrain.errors import UserError
 from tests.test_data_prepare import files_of, leftovers, make_documents, write_jsonl
@@ -218,6 +219,20 @@ def test_killed_after_it_had_its_name_it_says_what_it_made(made, tmp_path, monke
         prepare([corpus], out, **options)
 
 
+def test_killed_there_another_command_is_told_that_it_exists(made, tmp_path, monkeypatch):
+    corpus, options, _ = made
+
+    def die(_folder):
+        raise Killed
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(half_done, "remove", die)
+        patched.setattr(HalfDone, "__exit__", lambda staging, *_: staging._release())
+        prepare([corpus], tmp_path / "out", **options)
+    with pytest.raises(UserError, match="out: exists; choose another --out"):
+        prepare([corpus], tmp_path / "out", **(options | {"seed": 8}))
+
+
 def test_a_worker_that_dies_is_named_and_its_piece_done_again(made, tmp_path, monkeypatch):
     from emotrain.data import work, workers
 
@@ -247,7 +262,47 @@ def test_workers_name_what_is_wrong(made, tmp_path, monkeypatch, capsys):
     assert "bad.jsonl: line " in said and "'text' is a int, not text" in said
 
 
+@pytest.mark.parametrize("where", ["encoding.PieceEncoder._encode_part", "shuffle.write_shard"])
+def test_ctrl_c_keeps_what_is_done(where, made, tmp_path, monkeypatch, caplog):
+    corpus, options, undisturbed = made
+    out = tmp_path / "out"
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"emotrain.data.{where}", interrupt)
+        prepare([corpus], out, **options)
+    kept = where.startswith("shuffle")
+    assert not out.exists() and bool(leftovers(out)) == kept
+    assert ("the same command goes on from there" in caplog.text) == kept
+    with stage_dataset(out):
+        assert bool(leftovers(out)), "another command's folder leaves this one alone"
+    prepare([corpus], out, **options)
+    assert files_of(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--part", "3"], "--part '3' is none; give which of how many, as 3/16"),
+        (["--part", "5/4"], "--part 5/4 is none; parts are 1/4 and so on"),
+        (["--part", "1/2", "--join"], "--part and --join are two commands"),
+        (["--join"], "pieces are missing, of the parts 1/1; make them with --part, then join"),
+        (["--max-document-mb", "0"], "max_document_mb=0 must be positive"),
+        (["--min-tokens", "9", "--max-tokens", "5"], "max_tokens=5 is below min_tokens=9"),
+        (["--window", "0"], "window=0 must be at least 1"),
+    ],
+)
+def test_mistakes_of_the_command_line_get_one_line(options, said, made, tmp_path, capsys):
+    corpus, others, _ = made
+    command = ["prepare", str(corpus), "--tokenizer", str(others["tokenizer"])]
+    assert main([*command, "--out", str(tmp_path / "out"), *options]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 def test_killed_50_times_at_random_moments_it_ends_alike(tmp_path):
     """With SIGKILL, its workers too, and no piece made small by hand."""
     corpus = tmp_path / "corpus"

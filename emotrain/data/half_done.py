@@ -33,11 +33,11 @@ from emotrain.data.staging import SPACE_HINT, check_replaceable, refuse
 from emotrain.errors import ExistingFileError, UserError, WriteError
 from emotrain.files import flush_to_disk, json_text, sha256_of
 from emotrain.folders import StagedFolder, exchange, remove
-from emotrain.staging import is_abandoned
+from emotrain.staging import GOES_ON, is_abandoned
 
 log = logging.getLogger("emotrain")
 
-TOKEN, LOCK, PLAN, DATA, REPORT = "prepare", ".lock", "plan.json", "data", "report.json"
+LOCK, PLAN, DATA, REPORT = ".lock", "plan.json", "data", "report.json"
 PART_LOCK = re.compile(r"\.part-(\d+)-of-(\d+)\.lock")
 PATIENCE = 2.0
 """Seconds to wait for a lock: a killed process may take a moment to end."""
@@ -63,7 +63,7 @@ class HalfDone:
         keep: bool = False,
     ):
         self.out, self.overwrite, self.part = Path(os.path.realpath(out)), overwrite, part
-        self.staged = StagedFolder(self.out, TOKEN)
+        self.staged = StagedFolder(self.out, GOES_ON)
         self.folder, self.data = self.staged.path, self.staged.path / DATA
         self.kept = keep or part is not None
         """Whether the folder stays if this process fails."""

@@ -97,7 +97,12 @@ class Work:
         """Agree on the plan and have the tokenizer. Returns the report, if all is done already."""
         plan = self._plan()
         report = self.staging.published()
-        self.resumed = self.staging.agree(plan, loose=self.staging.kept)
+        try:
+            self.resumed = self.staging.agree(plan, loose=self.staging.kept)
+        except UserError:
+            if report is not None:  # nothing is half done: `out` is there, made by another command
+                self.staging.check_target()
+            raise
         if report is not None and self.resumed:
             self.staging.kept = False
             return report
