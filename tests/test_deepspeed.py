@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from emotrain.batch import SOURCE_BITS, PackedBatch
 from emotrain.config import Config, config_from_dict, config_to_dict, load_config, save_config
 from emotrain.distributed.mesh import experts_of_rank
 from emotrain.distributed.ranks import Ranks
@@ -86,6 +87,13 @@ def extremes(end: str) -> dict:
     return {**values, "reduce_bucket_size": min(values["reduce_bucket_size"], 1 << 20)}
 
 
+def of_two_sources(batch: PackedBatch) -> PackedBatch:
+    """As of a mixture: documents from number 100 on are of its second source."""
+    ids_G = batch.document_ids_G
+    ids_G = torch.where(ids_G >= 100, ids_G + (1 << SOURCE_BITS), ids_G)
+    return replace(batch, document_ids_G=ids_G, num_sources=2)
+
+
 class Recorder:
     """Runs steps of an engine and keeps what they give."""
 
@@ -96,7 +104,9 @@ class Recorder:
     def step(self, number: int) -> None:
         size = self.settings.training.micro_batch
         batches = layout.micro_batches(number, size, self.ranks.rank, self.ranks.world_size)
+        batches = [of_two_sources(batch) for batch in batches]
         result = train_step(self.engine, batches, self.settings, number, self.ranks)
+        own = [sums for sums in result.by_source if sums is not None]
         self.numbers.append(
             [
                 result.loss,
@@ -104,6 +114,7 @@ class Recorder:
                 result.z,
                 result.balance,
                 result.router_z,
+                *self.ranks.sum(torch.stack(own).sum(dim=0)).flatten().tolist(),
                 float(result.grad_norm),
             ]
         )

@@ -29,6 +29,7 @@ import torch.distributed._functional_collectives as functional
 import torch.multiprocessing as mp
 from torch.distributed.fsdp import fully_shard
 
+from emotrain.batch import SOURCE_BITS
 from emotrain.config import config_from_dict, save_config
 from emotrain.data.opening import open_loader
 from emotrain.distributed import faults, joining
@@ -432,6 +433,11 @@ def test_the_rank_and_the_documents_of_a_bad_update_are_named(tiny_data, tmp_pat
     )
     assert (tmp_path / "log-1").read_text() == "", "said once, by the first rank"
     assert checkpoint.load_state(checkpoint.find(tmp_path / "run")).skipped_steps == 1
+
+
+def test_documents_of_a_mixture_are_named_by_their_source() -> None:
+    said = faults._sequences(8, 2, [7, (2 << SOURCE_BITS) + 5, -1])
+    assert said == "sequences 8 to 9 of the data order, documents 7, 5 of source 2, -1"
 
 
 @pytest.mark.parametrize(

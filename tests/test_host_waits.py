@@ -7,12 +7,15 @@ from __future__ import annotations
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import tiny_batch, tiny_config
 
+from emotrain.batch import PackedBatch
+from emotrain.model.source_losses import SourceLosses
 from emotrain.planning import dry_run
 from emotrain.planning.stand_ins import ZeroOnHost
 
@@ -58,6 +61,19 @@ def test_more_micro_batches_and_layers_do_not_wait_more(monkeypatch) -> None:
         for rows in (4, 1)
     )
     assert four == one == waits(monkeypatch, 1, model__num_layers=5)
+
+
+def test_the_loss_of_each_source_does_not_wait(monkeypatch) -> None:
+    """Of a mixture: three sources."""
+
+    def of_sources(*args: Any, whole: Any = dry_run.synthetic_batch) -> PackedBatch:
+        return replace(whole(*args), num_sources=3)
+
+    monkeypatch.setattr(dry_run, "synthetic_batch", of_sources)
+    asked: list[SourceLosses] = []
+    real = SourceLosses.sums
+    monkeypatch.setattr(SourceLosses, "sums", lambda self: asked.append(self) or real(self))
+    assert waits(monkeypatch, 1) == ["finish_step", "train_step"] and len(asked) == 2
 
 
 @pytest.mark.parametrize(

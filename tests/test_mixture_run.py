@@ -5,15 +5,18 @@ refused where they would change what has been read, and that the loss of each so
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.evaluation.while_training import TrainingEvaluation
+from emotrain.files import sha256_of
 from emotrain.report.facts import data_tables
 from emotrain.report.panels import Panels
 from emotrain.report.runs import read_runs
@@ -125,16 +128,36 @@ def test_evaluation_while_training_needs_a_data_set(tiny_data: Path, tmp_path: P
 def test_two_processes_and_a_resume_on_another_number_train_the_same(
     one_process: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Other micro-batches too. Two processes are stopped in step 4; one goes on."""
-    command = settings_of(tiny_data, tmp_path, micro_batch=2)
+    """Two processes with expert parallelism and small micro-batches are stopped in step 4; one
+    goes on."""
+    command = settings_of(tiny_data, tmp_path, micro_batch=2) | {"parallel": {"ep": 2}}
     run_ranks(lambda ranks: train_until(command, 4, ranks), 2)
     assert lines_of(tmp_path)[-1]["step"] == 4
-    train(command | {"training": command["training"] | {"micro_batch": 8}})
+    alone = {"training": command["training"] | {"micro_batch": 8}, "parallel": {"ep": 1}}
+    train(command | alone)
     wanted = lines_of(one_process)
     for got, line in zip(lines_of(tmp_path), wanted, strict=True):
         for key, value in line.items():
             if key.startswith("data/") or key in ("loss", "cross_entropy"):
                 assert got[key] == pytest.approx(value, rel=2e-5), key
+
+
+def test_a_model_is_tuned_on_a_mixture(one_process: Path, tiny_data: Path, tmp_path: Path) -> None:
+    mix = mix_file(tmp_path, tiny_data, "")
+    words = ["finetune", one_process, "--data", mix, "--out", tmp_path / "tuned", "--steps", 2]
+    assert main(list(map(str, words))) == 0
+    assert lines_of(tmp_path / "tuned")[-1]["data/kitchen/tokens"] > 0
+    other = tmp_path / "other"
+    shutil.copytree(tiny_data, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Lowercase"}
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    manifest = json.loads((other / "dataset.json").read_text())
+    manifest["tokenizer_sha256"] = sha256_of(other / "tokenizer.json")
+    (other / "dataset.json").write_text(json.dumps(manifest))
+    words[3], words[5] = mix_file(other, other, ""), tmp_path / "again"
+    assert main(list(map(str, words))) == 2, "its tokenizer is another one"
+    assert not (tmp_path / "again/metrics.jsonl").exists()
 
 
 def test_later_weights_may_change_and_earlier_ones_are_refused(

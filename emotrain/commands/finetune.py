@@ -20,9 +20,9 @@ examples:
   emotrain finetune runs/quickstart --data data/sample --domain rust --experts rust.json \\
       --out runs/with-rust
 
---data is a folder of `emotrain prepare`, a file of documents, or JSONL of prompts and answers, of
-which answers alone have a loss: {"prompt": "2 + 2 =", "answer": "4"}, or `question`, `choices` and
-the number of the right one as `answer`.
+--data is a folder of `emotrain prepare`, a mixture (.yaml), a file of documents, or JSONL of
+prompts and answers, of which answers alone have a loss: {"prompt": "2 + 2 =", "answer": "4"}, or
+`question`, `choices` and the number of the right one as `answer`.
 
 --train takes names with commas: routed, shared (experts), router, trunk (the rest), attention,
 norms, embedding, head, all.

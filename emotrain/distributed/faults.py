@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from emotrain.batch import SOURCE_BITS
 from emotrain.distributed.ranks import CollectiveError, Ranks
 
 log = logging.getLogger("emotrain")
@@ -207,7 +208,14 @@ def report_not_finite(
 
 
 def _sequences(first: int, count: int, documents: Sequence[int]) -> str:
-    shown = ", ".join(map(str, documents[:SHOWN_DOCUMENTS]))
+    shown = ", ".join(map(_document, documents[:SHOWN_DOCUMENTS]))
     if len(documents) > SHOWN_DOCUMENTS:
         shown += f" and {len(documents) - SHOWN_DOCUMENTS} more"
     return f"sequences {first} to {first + count - 1} of the data order, documents {shown}"
+
+
+def _document(number: int) -> str:
+    """A document by its number in its data set; in a mixture with its source, from 0, but for the
+    first."""
+    source, own = divmod(number, 1 << SOURCE_BITS)
+    return f"{own} of source {source}" if source > 0 else str(number)

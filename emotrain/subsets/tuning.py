@@ -11,6 +11,7 @@ from emotrain.config import Config, read_settings, with_settings
 from emotrain.data.answers import is_answers
 from emotrain.data.files import find_files
 from emotrain.data.manifest import MANIFEST
+from emotrain.data.mixture_file import first_path, is_mixture
 from emotrain.data.prepare import prepare
 from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation.reading import check_vocabulary, tokenizer_file
@@ -149,14 +150,15 @@ def _data(
             f"{data}: no such data; give a folder of emotrain prepare, or a JSONL file of "
             f"documents or of prompts and answers"
         )
-    if (path / MANIFEST).is_file():
+    tokenizer, mixed = tokenizer_file(folder), is_mixture(path)
+    store = Path(first_path(path)) if mixed else path
+    if (store / MANIFEST).is_file():
         from emotrain.data.formats import Dataset
 
-        dataset = Dataset(path, verify_checksums=False)
-        check_vocabulary(path, dataset.vocab_size, origin, folder)
-        return path, ""
-    tokenizer = tokenizer_file(folder)
-    if is_answers(path):
+        dataset = Dataset(store, verify_checksums=False)
+        check_vocabulary(store, dataset.vocab_size, origin, folder)
+        return path, str(tokenizer) if mixed else ""
+    if is_answers(path) or mixed:
         return path, str(tokenizer)
     prepared = run_dir / "data"
     if not (prepared / MANIFEST).is_file():
