@@ -29,11 +29,14 @@ WEIGHTS = "web: {path: web, weight: 0.6}, code: {path: code, weight: 0.3}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two data sets, web of 86 sequences and code of 16; one with other tokens."""
+    """Two data sets, web of 86 sequences and code of 16; one with other tokens; and two of few
+    tokens, which repeat themselves."""
     path = tmp_path_factory.mktemp("mixture")
     make_dataset(path / "web", shards=(60, 80), valid=0, seed=1)
     make_dataset(path / "code", shards=(30,), valid=2, seed=2)
     make_dataset(path / "other", vocab_size=60, shards=(9,))
+    for seed, name in enumerate(("few", "less")):
+        make_dataset(path / name, vocab_size=6, shards=(60,), seed=seed)
     return path
 
 
@@ -78,24 +81,33 @@ def test_options_are_those_of_every_source(folder: Path) -> None:
     assert lost[0] > lost[1] == 40, "the last position of each row has none"
 
 
-@pytest.mark.parametrize("span", [1, 4])
-def test_ranks_and_micro_batches_do_not_change_a_step(folder: Path, span: int) -> None:
+STAGED = (
+    "sources: {web: {path: web}, code: {path: code}}\n"
+    f"stages: [{{until_tokens: {8 * 130}, weights: {{web: 3, code: 1}}}}, "
+    "{weights: {web: 1, code: 1}}]"
+)
+PACKED = {
+    "packing": "best_fit",
+    "on_bad_data": "replace",
+    "repetition_filter": RepetitionFilterConfig(enabled=True, max_count=3, action="replace"),
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (STAGED, {}),
+        (sources_of("few: {path: few, weight: 2}, less: {path: less, weight: 1}"), PACKED),
+        (sources_of(WEIGHTS.replace("weight", "epochs")), {"span": 4}),
+    ],
+    ids=["stages", "best fit, replaced", "span"],
+)
+def test_ranks_and_micro_batches_do_not_change_a_step(folder: Path, text, options) -> None:
     """Nor does what was read before."""
-    text = (
-        f"sources: {{{WEIGHTS.replace('weight', 'epochs')}}}"
-        if span == 4
-        else "sources: {web: {path: web}, code: {path: code}}\n"
-        f"stages: [{{until_tokens: {8 * 130}, weights: {{web: 3, code: 1}}}}, "
-        "{weights: {web: 1, code: 1}}]"
-    )
-    for world_size, micro_batch in (
-        (1, 4),
-        (2, 12),
-        (3, 8),
-        (6, 4),
-        *[(8, 3), (4, 1)] * (span == 1),
-    ):
-        mixture, other = (mixed(folder, text, span=span) for _ in range(2))
+    span = options.get("span", 1)
+    layouts = ((1, 4), (2, 12), (3, 8), (6, 4), *[(8, 3), (4, 1)] * (span == 1))
+    for world_size, micro_batch in layouts:
+        mixture, other = (mixed(folder, text, **options) for _ in range(2))
         for step in (5, 0, 10**11):
             whole = other.batch(range(step * 24, step * 24 + 24))
             parts = [
@@ -108,6 +120,8 @@ def test_ranks_and_micro_batches_do_not_change_a_step(folder: Path, span: int) -
                 assert torch.equal(together, getattr(whole, name))
             ids = [part.document_ids_G[part.document_BS] for part in parts]
             assert torch.equal(torch.cat(ids), whole.document_ids_G[whole.document_BS])
+        if "packing" in options:
+            assert sum(source.loader.replaced for source in mixture.sources)
         rows_per_group = source_of_rows(whole).reshape(-1, span)
         assert (rows_per_group == rows_per_group[:, :1]).all()
 
