@@ -223,7 +223,7 @@ def _numpy_header(content: Content, head: np.ndarray) -> tuple[np.dtype, int]:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         shape, _, dtype = read(stream)
-    except (ValueError, KeyError, EOFError, SyntaxError, RecursionError, MemoryError, TypeError):
+    except Exception:  # NumPy reads it as Python, which breaks in many ways
         raise UserError(
             f"{content.name}: begins as a NumPy file and has none of its headers; copy it again"
         ) from None
