@@ -181,7 +181,7 @@ def open_columns(
         if domain:
             files = list_files(path, ENDINGS, raw, domain)
         shards = [(file, sampled(file.content), _pieces(file, column)) for file in files]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, LookupError, MemoryError) as error:
         raise _unreadable(path, error) from None
     return ColumnStore(path, shards, vocabulary, is_text=False)
 
@@ -254,11 +254,9 @@ def _pieces(file: Listed, column: str) -> list[Piece]:
     found = []
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        chunk = next(
-            chunk
-            for chunk in map(group.column, range(group.num_columns))
-            if chunk.path_in_schema.partition(".")[0] == column
-        )
+        chunks = map(group.column, range(group.num_columns))
+        # KeyError: a file whose schema says otherwise than its row groups.
+        chunk = {chunk.path_in_schema.partition(".")[0]: chunk for chunk in chunks}[column]
         nulls = chunk.statistics.null_count if chunk.statistics else 0
         found.append(
             Piece(
@@ -286,7 +284,7 @@ def _row_group(name: str, number: int, column: str) -> Rows:
         with pq.ParquetFile(name) as file:
             table = file.read_row_group(number, columns=[column])
         return _rows_of(name, table.column(column).combine_chunks())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeError, LookupError, MemoryError) as error:
         raise _unreadable(name, error) from None
 
 
