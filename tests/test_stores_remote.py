@@ -180,6 +180,10 @@ def test_what_is_not_there(server, tmp_path):
         open_store(f"{server.address}/*.idx", raw=RAW)
     with pytest.raises(UserError, match="nothing://x/a.npy: .*give s3://, gs://, https://"):
         open_store("nothing://x/a.npy", raw=RAW)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="ours/: is a data set of `emotrain prepare`, .* copy it"):
+        open_store(f"{server.address}/ours/")
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1]}\n')
     with pytest.raises(UserError, match="a.jsonl: columns are read from this machine"):
         open_store(f"{server.address}/a.jsonl", raw=RAW)

@@ -121,6 +121,11 @@ def open_store(
     name, raw = str(path), raw or RawTokensConfig()
     if raw.format == "auto" and _is_ours(name):
         return Dataset(path, verify_checksums).store(split)
+    if "://" in name and name.endswith("/") and remote.exists(f"{name}{MANIFEST}"):
+        raise UserError(
+            f"{path}: is a data set of `emotrain prepare`, which is read from this machine's disk; "
+            f"copy it there, or mount it"
+        )
     if split != "train":
         raise UserError(
             f"{path}: has no {split} split, only `emotrain prepare` and `emotrain convert` make "

@@ -183,6 +183,15 @@ def look(address: str) -> Content:
     return _content(address, files.call(address, "its size", "info", address), files)
 
 
+def exists(address: str) -> bool:
+    """Whether a file is there."""
+    try:
+        look(address)
+    except MissingFileError:
+        return False
+    return True
+
+
 def names_at(address: str, endings: Sequence[str]) -> list[str]:
     """The addresses of files with these endings that a pattern means, or that lie below a folder,
     sorted; nothing where the address is neither."""
