@@ -23,7 +23,9 @@ complete."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `emotrain convert`."""
-    parser.description = "Write tokens of other formats (Dolma, Megatron, Parquet) as shuffled shards with checksums."
+    parser.description = (
+        "Write tokens of other formats (Dolma, Megatron, Parquet) as shards with checksums."
+    )
     parser.epilog = EPILOG
     option = parser.add_argument
     option("path", metavar="PATH", help="a file, a folder, a pattern, a list or a mix of files")
