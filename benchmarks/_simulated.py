@@ -83,6 +83,7 @@ def start_loader(
     steps: int,
     global_batch: int,
     sequences: int,
+    packing: str = "concat",
 ) -> dict[str, float]:
     """Open a data set and read the first batches of a rank in the middle. `first_batch_...`
     counts from the start as `start_...` does."""
@@ -92,7 +93,7 @@ def start_loader(
 
     imported, ranks = _seconds_alive(), global_batch // sequences
     watch = Watch()
-    loader = open_loader(folder, sequence_length, seed=0)
+    loader = open_loader(folder, sequence_length, seed=0, packing=packing)
     assert loader.fingerprint
     result = {
         "import_seconds": imported,

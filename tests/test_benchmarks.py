@@ -331,3 +331,29 @@ def test_prepare_prints_its_speed_over_the_library():
     assert result["tokens"] > 100_000 and result["workers"] == 1
     for key in ("prepare_over_tokenizers", "prepare_over_tokenizers_fast", "two_workers_over_one"):
         assert result[key] > 0 and result[f"{key}_cpu"] > 0, key
+
+
+@pytest.mark.long
+def test_loader_prints_rates_shares_memory_and_the_start():
+    result = measure(
+        "loader.py",
+        *("--batches", "2"),
+        *("--tokens", str(2**21)),
+        *("--shard-tokens", str(2**18)),
+        *("--index-tokens", str(2**24)),
+    )
+    assert (
+        0
+        < result["tokens_per_second_per_core"]
+        == min(
+            rate
+            for name, rate in result["rates"].items()
+            if not name.startswith("memmap") and "without" not in name
+        )
+    )
+    assert 0 < result["loader_over_step"] < 1 and result["start_tokens"] >= 2**24
+    assert result["utilisation_concat"] == result["utilisation_best_fit"] == 1
+    assert result["one_pool_concat"] < result["one_pool_best_fit"] < 1
+    assert result["peers"] == dict.fromkeys(("olmo_core", "grain"), {"skipped": "no --peers"})
+    for packing in ("concat", "best_fit"):
+        assert all(result[f"peak_mib_{packing}_{size}"] > 0 for size in ("1x", "10x", "100x"))
