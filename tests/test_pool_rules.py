@@ -18,6 +18,7 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.cli import main
 from emotrain.config import PoolConfig, RouterConfig
+from emotrain.data.formats import Dataset
 from emotrain.data.packing import packed_rows
 from emotrain.distributed.parallelize import parallelize
 from emotrain.distributed.ranks import Ranks
@@ -176,7 +177,15 @@ def test_windows_of_other_groups_and_other_documents_are_not_joined() -> None:
     assert piece_G.tolist() == [0, 2, 3, 4, 5, 0]
 
 
-def test_training_data_lie_as_pools_across_windows_need_them(tiny_data: Path) -> None:
+@pytest.mark.parametrize("kind", ["shards", "arrays"])
+def test_training_data_lie_as_pools_across_windows_need_them(
+    tiny_data: Path, tmp_path: Path, kind: str
+) -> None:
+    if kind == "arrays":
+        documents = [ids for _, ids, _ in Dataset(tiny_data).documents("train")]
+        np.concatenate(documents).astype("<u2").tofile(tmp_path / "part.npy")
+        (tmp_path / "tokenizer.json").write_bytes((tiny_data / "tokenizer.json").read_bytes())
+        tiny_data = tmp_path
     config = tiny_config(
         model__vocab_size=512,
         model__router__pool__across_windows=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from glob import has_magic, iglob
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,8 +18,6 @@ from emotrain.data.stores import columns, megatron, plain, remote
 from emotrain.data.stores.listing import LIST, read_list
 from emotrain.data.stores.vocabulary import vocabulary_of
 from emotrain.errors import UserError
-
-log = logging.getLogger("emotrain")
 
 ENDINGS = {
     ".npy": "dolma",
@@ -74,13 +71,6 @@ def open_loader(
         verify_checksums=verify_checksums,
         domain=domain,
     )
-    if span > 1 and isinstance(store, plain.PlainStore):
-        log.warning(
-            "%s: says nowhere where documents begin, so that a document that is cut gets another "
-            "pool in each window in spite of model.router.pool.across_windows; `emotrain convert` "
-            "makes a data set that does",
-            path,
-        )
     part = ""
     if domain and isinstance(store, SplitStore):
         store, part = DomainStore(store, domain, sequence_length), f"domain {domain}"
