@@ -98,7 +98,7 @@ def olmo_core_batches(flat: Path, dtype: str, length: int, batch: int) -> Iterat
     dataset = NumpyFSLDatasetConfig(
         paths=[str(flat)],
         sequence_length=length,
-        tokenizer=TokenizerConfig(vocab_size=2**16, eos_token_id=EOS, pad_token_id=EOS),
+        tokenizer=TokenizerConfig(vocab_size=2**17, eos_token_id=EOS, pad_token_id=EOS),
         dtype=NumpyDatasetDType(dtype),
         generate_doc_lengths=True,
         work_dir=work,
