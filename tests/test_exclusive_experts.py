@@ -207,9 +207,9 @@ def test_they_alone_are_trained_and_other_domains_notice_nothing(
         assert now[name]["loss_nats"] == others[name]["loss_nats"]
         half = [of[name]["subset_loss_nats"]["0.5"]["selected"] for of in (now, others)]
         assert half[0] == half[1]
-    assert now["kitchen"]["loss_nats"] < kitchen["loss_nats"] - 0.03
+    assert now["kitchen"]["loss_nats"] < kitchen["loss_nats"] - 0.01
     half = [of["subset_loss_nats"]["0.5"]["selected"] for of in (now["kitchen"], kitchen)]
-    assert half[0] < half[1] - 0.03
+    assert half[0] < half[1] - 0.01
 
 
 def test_answers_are_of_the_domain_too(run, added, tmp_path, capsys):
