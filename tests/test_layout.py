@@ -190,7 +190,7 @@ def test_every_choice_is_met_twice() -> None:
         Case(2, 1, 1, 2, "selective", documents="uneven"),
         Case(2, 1, 2, 1, "full", reshard=False, model="pools of one"),
         Case(3, 1, 3, 2, model="sigmoid"),
-        Case(1, 1, 1, 2, "full", model="biased"),
+        Case(2, 1, 1, 2, "full", model="biased"),
     ],
     ids=str,
 )
