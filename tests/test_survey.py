@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from emotrain.cli import main
 from emotrain.data.formats import Dataset
+from emotrain.data.packing_shares import packing_shares
 from emotrain.data.prepare import prepare
 from emotrain.data.survey import cuts_of, lengths_of, round_trip, survey
 from emotrain.errors import UserError
@@ -92,6 +93,9 @@ def test_the_command_tells_and_writes_a_page(
     assert found["lengths"]["documents"] == len(lengths)
     assert found["domains"] == dataset.domains["train"]
     assert [sum(piece["tokens"] for piece in pieces) for pieces in found["windows"]] == [32] * 3
+    shares = packing_shares(dataset.store(), 32, "best_fit")
+    assert found["best_fit"] == shares
+    assert shares["one_pool"] >= found["cuts"]["one_pool_documents"]
     assert found["round_trip"]["same_text"] == found["round_trip"]["documents"] > 0
     written = page.read_text()
     assert "<script" not in written and "<b>" not in written and "&lt;script&gt;" in written
@@ -141,7 +145,7 @@ def test_documents_of_one_length_are_to_be_looked_at(marked: Path) -> None:
         def edges(self, shard: int, start: int, stop: int) -> np.ndarray:
             return np.append(np.arange(start, stop, 64), stop)
 
-    found = survey(Cut(), 4096, tokens=10**6, windows=0)
+    found = survey(Cut(), 8192, tokens=10**6, windows=0)
     assert any(look and "the very same length of 64" in text for look, text in findings(found))
     assert not any(
         "very same length" in text

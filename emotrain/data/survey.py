@@ -21,6 +21,8 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 LESSON = "EMO's method has nothing to learn from where boundaries mean nothing"
 SHOWN_TOKENS = 2**14
 """Of a sequence that is shown, at most."""
+BEST_FIT_TOKENS = 2**24
+"""That are packed to see how, at most, from the first shard on."""
 READ_TOKENS = 2**24
 """Of a shard that are looked at at a time."""
 ROUND_TRIP_TOKENS = 2**14
@@ -99,6 +101,8 @@ class Survey:
     """Of them, those that the numbers below are of."""
     lengths: Lengths
     cuts: Cuts
+    best_fit: dict[str, float] | None
+    """Of `data.packing=best_fit`, see `packing_shares`; None where no window is full."""
     domains: dict[str, dict[str, int]]
     """Documents and tokens of each; none where the format has no domains."""
     windows: list[list[Piece]]
@@ -164,6 +168,7 @@ def survey(
         int(sum(of[-1] for of in edges)),
         lengths_of(np.concatenate([np.diff(of) for of in whole])),
         cuts_of(whole, window),
+        _best_fit(store, window, tokens),
         domains or {},
         [
             [
@@ -176,6 +181,15 @@ def survey(
         if tokenizer is None
         else round_trip([ids for pieces in shown for _, ids in pieces], tokenizer),
     )
+
+
+def _best_fit(store: TokenStore, window: int, tokens: int) -> dict[str, float] | None:
+    from emotrain.data.packing_shares import packing_shares
+
+    most = min(tokens, BEST_FIT_TOKENS)
+    if min(most, store.shard_tokens[0]) < window:
+        return None
+    return packing_shares(store, window, "best_fit", most)
 
 
 def _edges(store: TokenStore, shard: int, stop: int) -> np.ndarray:

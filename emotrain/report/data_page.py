@@ -39,6 +39,15 @@ def findings(found: Survey) -> list[tuple[bool, str]]:
             f"on average.",
         ),
     ]
+    if found.best_fit is not None:
+        said.append(
+            (
+                False,
+                f"With data.packing=best_fit {found.best_fit['one_pool']:.1%} of the documents "
+                f"have one pool, and {found.best_fit['one_pool_of_fitting']:.1%} of those that are "
+                f"not longer than a sequence.",
+            )
+        )
     is_same = lengths.most_common_share >= SAME_LENGTH and lengths.most_common >= LEAST_LENGTH
     if is_same and lengths.documents > 1:
         said.append(
