@@ -377,7 +377,7 @@ def _beside(run: PhaseRun, names: Sequence[str], steps: int) -> dict[str, float]
 
 def _data(run: PhaseRun) -> str:
     """A data set of made-up documents of three domains."""
-    from emotrain.data.prepare import prepare
+    from emotrain.preparation.prepare import prepare
 
     rng = random.Random(0)
     words = {d: [f"{d}{i}" for i in range(12)] for d in ("kitchen", "harbour", "garden")}

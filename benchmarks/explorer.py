@@ -36,7 +36,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from emotrain.cli import main as emotrain
-from emotrain.data.prepare import SAMPLE_DIR
+from emotrain.preparation.prepare import SAMPLE_DIR
 
 QUICKSTART = Path(__file__).parents[1] / "configs/quickstart.yaml"
 PIECE = 1000

@@ -127,9 +127,9 @@ def measure_rates(
 
 def measure_step(folder: Path) -> dict[str, float]:
     """Seconds of the loader and of a step of the quickstart, one after the other."""
-    from emotrain.data.prepare import prepare
     from emotrain.distributed.ranks import Ranks
     from emotrain.model.transformer import Transformer
+    from emotrain.preparation.prepare import prepare
     from emotrain.training.data_source import build_loader
     from emotrain.training.engine import NativeEngine
     from emotrain.training.optimizer import build_optimizer

@@ -49,7 +49,7 @@ print(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": tokens + len(texts)}
 PREPARE = """
 import json, resource, sys, time
 import pyarrow, tokenizers
-from emotrain.data.prepare import prepare
+from emotrain.preparation.prepare import prepare
 start = time.perf_counter()
 before = resource.getrusage(resource.RUSAGE_SELF)
 made = prepare(sys.argv[4:], sys.argv[3], tokenizer=sys.argv[1], workers=int(sys.argv[2]))
@@ -63,7 +63,7 @@ print(json.dumps({"seconds": seconds, "cpu": cpu, "tokens": made["tokens"]}))
 def write_corpus(folder: Path, num_bytes: int) -> list[Path]:
     """The embedded documents, over and over, in FILES files."""
     from emotrain.data.documents import DocumentReader
-    from emotrain.data.prepare import SAMPLE_DIR
+    from emotrain.preparation.prepare import SAMPLE_DIR
 
     reader = DocumentReader()
     documents = [d for path in sorted(SAMPLE_DIR.glob("*.parquet")) for d in reader.read(path)]

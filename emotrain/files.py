@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -75,3 +76,30 @@ def _finite_or_null(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite_or_null(item) for item in value]
     return value
+
+
+class HashingFile(io.RawIOBase):
+    """A file that is written once, from its start to its end, and hashed on the way."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.file, self.digest, self.size = open(path, "wb"), hashlib.sha256(), 0  # noqa: SIM115
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        self.file.write(content)
+        self.digest.update(content)
+        self.size += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        return self.size
+
+    def finish(self) -> tuple[int, str]:
+        """Flush it to the disk and close it. Returns its bytes and its sha256."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return self.size, self.digest.hexdigest()

@@ -15,7 +15,7 @@ from emotrain.errors import ExistingFileError, UserError, WriteError
 from emotrain.folders import StagedFolder, remove
 
 GOES_ON = "prepare"
-"""Token of folders that wait to be gone on with (`emotrain.data.half_done`): they are no
+"""Token of folders that wait to be gone on with (`emotrain.preparation.half_done`): they are no
 leftovers."""
 
 LOCK = ".lock"

@@ -102,7 +102,7 @@ def write_documents(path: Path, documents_per_domain: int = 40, seed: int = 0) -
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared data set of three domains, some 4,000 training tokens."""
-    from emotrain.data.prepare import prepare
+    from emotrain.preparation.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
     prepare(

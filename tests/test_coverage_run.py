@@ -17,7 +17,7 @@ import pytest
 from emotrain.analysis import coverage_steps
 from emotrain.cli import main
 from emotrain.config import config_from_dict
-from emotrain.data.prepare import prepare
+from emotrain.preparation.prepare import prepare
 from emotrain.training.run import train
 from tests.conftest import ROOT, tiny_settings
 

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from emotrain.data.boundaries import parse_boundary, regroup
-from emotrain.data.diagnostics import LESSON, Sampled, measure, warnings
 from emotrain.data.documents import DocumentReader
 from emotrain.data.formats import Dataset
-from emotrain.data.prepare import prepare
 from emotrain.data.records import Document
 from emotrain.data.tokenizer import train_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation.diagnostics import LESSON, Sampled, measure, warnings
+from emotrain.preparation.prepare import prepare
 
 
 def cut(rule: str, *texts: str, join: str = "", limit: int = 10**6) -> list[str]:

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from emotrain.cli import main
-from emotrain.data import deduplicate, pieces
-from emotrain.data.card import escaped
-from emotrain.data.deduplicate import find_duplicates, key_maker, parse_deduplication
 from emotrain.data.document_filters import _identifier, parse_condition, parse_language
 from emotrain.data.formats import Dataset
-from emotrain.data.prepare import prepare
 from emotrain.data.tokenizer import load_tokenizer, train_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation import deduplicate, pieces
+from emotrain.preparation.card import escaped
+from emotrain.preparation.deduplicate import find_duplicates, key_maker, parse_deduplication
+from emotrain.preparation.prepare import prepare
 
 PLAIN = "the experts of a pool route a token to a document"
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 
 from emotrain.cli import main
-from emotrain.data import half_done, pieces
 from emotrain.data.formats import Dataset
-from emotrain.data.half_done import HalfDone
-from emotrain.data.prepare import SAMPLE_DIR, prepare
 from emotrain.data.staging import stage_dataset
 from emotrain.data.tokenizer import train_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation import half_done, pieces
+from emotrain.preparation.half_done import HalfDone
+from emotrain.preparation.prepare import SAMPLE_DIR, prepare
 from tests.test_data_prepare import files_of, leftovers, make_documents, write_jsonl
 
 
@@ -105,7 +105,7 @@ def test_killed_anywhere_it_goes_on_and_ends_alike(
 
 
 def test_what_is_whole_is_not_done_again_and_what_is_not_is(made, tmp_path, monkeypatch):
-    from emotrain.data.encoding import PieceEncoder
+    from emotrain.preparation.encoding import PieceEncoder
 
     corpus, options, undisturbed = made
     out, encode, done = tmp_path / "out", PieceEncoder.encode, []
@@ -235,7 +235,7 @@ def test_killed_there_another_command_is_told_that_it_exists(made, tmp_path, mon
 
 
 def test_a_worker_that_dies_is_named_and_its_piece_done_again(made, tmp_path, monkeypatch):
-    from emotrain.data import work, workers
+    from emotrain.preparation import work, workers
 
     corpus, options, undisturbed = made
     monkeypatch.setattr(work, "SMALL_BYTES", 0)
@@ -254,7 +254,7 @@ def test_a_worker_that_dies_is_named_and_its_piece_done_again(made, tmp_path, mo
 def test_workers_name_what_is_wrong(made, tmp_path, monkeypatch, capsys):
     """As one process does: the first of the pieces, in one line."""
     corpus, options, _ = made
-    monkeypatch.setattr("emotrain.data.work.SMALL_BYTES", 0)
+    monkeypatch.setattr("emotrain.preparation.work.SMALL_BYTES", 0)
     bad = tmp_path / "bad.jsonl"
     bad.write_bytes(corpus.read_bytes() + b'{"text": 5}\n')
     command = ["prepare", str(bad), "--tokenizer", str(options["tokenizer"]), "--workers", "2"]
@@ -272,7 +272,7 @@ def test_ctrl_c_keeps_what_is_done(where, made, tmp_path, monkeypatch, caplog):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(f"emotrain.data.{where}", interrupt)
+        patched.setattr(f"emotrain.preparation.{where}", interrupt)
         prepare([corpus], out, **options)
     kept = where.startswith("shuffle")
     assert not out.exists() and bool(leftovers(out)) == kept

@@ -24,7 +24,6 @@ from emotrain.cli import main
 from emotrain.config import config_from_dict
 from emotrain.data.formats import Dataset
 from emotrain.data.loader import Loader
-from emotrain.data.prepare import prepare
 from emotrain.data.tokenizer import (
     EOS_TOKEN,
     LONGEST_RUN,
@@ -33,6 +32,7 @@ from emotrain.data.tokenizer import (
     train_tokenizer,
 )
 from emotrain.errors import UserError
+from emotrain.preparation.prepare import prepare
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, tiny_settings
 

@@ -16,13 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from emotrain.commands.prepare import add_arguments, run
-from emotrain.data import encoding, pieces, spill
 from emotrain.data.documents import DocumentReader, Fields
 from emotrain.data.files import find_files
 from emotrain.data.formats import Dataset
-from emotrain.data.prepare import SAMPLE_DIR, prepare
 from emotrain.data.staging import stage_dataset
 from emotrain.data.tokenizer import load_tokenizer, train_tokenizer
+from emotrain.preparation import encoding, pieces, spill
+from emotrain.preparation.prepare import SAMPLE_DIR, prepare
 
 WORDS = [
     "expert",
@@ -133,7 +133,7 @@ def test_bytes_do_not_depend_on_workers_batches_and_segments(
     monkeypatch.setattr(spill, "BUFFER_BYTES", 1000)
     prepare([corpus], tmp_path / "small", workers=1, **options)
     for limit in ("work.SMALL_BYTES", "joining.SMALL_TOKENS"):
-        monkeypatch.setattr(f"emotrain.data.{limit}", 0)
+        monkeypatch.setattr(f"emotrain.preparation.{limit}", 0)
     prepare([corpus], tmp_path / "many", workers=2, **options)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "small") == files_of(tmp_path / "many")
 
@@ -396,7 +396,7 @@ def test_a_full_disk_gets_one_line_and_keeps_what_is_done(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"emotrain.data.{where}", full)
+        patched.setattr(f"emotrain.preparation.{where}", full)
         with pytest.raises(
             OSError, match="no space left on the disk of .*out; free some or choose another --out"
         ):
@@ -474,7 +474,7 @@ def test_the_embedded_corpus(tmp_path):
 
 def test_prepare_loads_no_torch():
     code = (
-        "import sys, emotrain.data.prepare; "
+        "import sys, emotrain.preparation.prepare; "
         "sys.exit(bool({'torch', 'pyarrow', 'tokenizers', 'rich'} & sys.modules.keys()))"
     )
     assert subprocess.run([sys.executable, "-c", code], env=os.environ, check=False).returncode == 0

@@ -17,13 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from emotrain.data import pieces, records
+from emotrain.data import records
 from emotrain.data.documents import DocumentReader
-from emotrain.data.pieces import cut_into_pieces
-from emotrain.data.prepare import prepare
 from emotrain.data.records import Span
 from emotrain.data.tokenizer import train_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation import pieces
+from emotrain.preparation.pieces import cut_into_pieces
+from emotrain.preparation.prepare import prepare
 
 
 def read(reader: DocumentReader, path: Path, *spans: Span) -> list[tuple[str, int]]:
@@ -114,7 +115,7 @@ def test_a_line_that_is_too_long_is_counted_or_refused_by_name_and_never_held(
 PROGRAM = """
 import resource, sys
 from pathlib import Path
-from emotrain.data.prepare import prepare
+from emotrain.preparation.prepare import prepare
 prepare([sys.argv[1]], sys.argv[2], tokenizer=sys.argv[3], workers=1, shard_tokens=2**20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

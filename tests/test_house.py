@@ -16,8 +16,8 @@ from helpers import tiny_config, tiny_model
 
 import emotrain
 from emotrain.data.opening import open_loader
-from emotrain.data.prepare import prepare
 from emotrain.distributed.ranks import Ranks
+from emotrain.preparation.prepare import prepare
 from emotrain.training.engine import NativeEngine
 from emotrain.training.optimizer import build_optimizer
 from emotrain.training.step import train_step

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from emotrain.cli import main
 from emotrain.data.formats import Dataset
 from emotrain.data.packing_shares import packing_shares
-from emotrain.data.prepare import prepare
 from emotrain.data.survey import cuts_of, lengths_of, round_trip, survey
 from emotrain.errors import UserError
+from emotrain.preparation.prepare import prepare
 from emotrain.report.data_page import findings
 
 shards = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=20), min_size=1, max_size=4)

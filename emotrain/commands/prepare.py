@@ -8,11 +8,11 @@ from typing import Any
 
 from emotrain.commands.common import add_json, finish
 from emotrain.data.documents import REASONS, Fields
-from emotrain.data.joining import FILTERS
-from emotrain.data.prepare import prepare
-from emotrain.data.recipe import SHARD_TOKENS, WINDOW
 from emotrain.data.tokenizer import EOS_TOKEN
 from emotrain.errors import UserError
+from emotrain.preparation.joining import FILTERS
+from emotrain.preparation.prepare import prepare
+from emotrain.preparation.recipe import SHARD_TOKENS, WINDOW
 from emotrain.progress import ProgressBar
 
 EPILOG = """\

@@ -11,7 +11,7 @@ import numpy as np
 
 from emotrain.data.formats import block_sums, schema, sha256_of_sums
 from emotrain.data.manifest import ShardInfo
-from emotrain.data.spill import HashingFile
+from emotrain.files import HashingFile
 
 
 def write_shard(

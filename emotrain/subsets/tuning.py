@@ -12,10 +12,10 @@ from emotrain.data.answers import is_answers
 from emotrain.data.files import find_files
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.mixture_file import first_path, is_mixture
-from emotrain.data.prepare import prepare
 from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation.reading import check_vocabulary, tokenizer_file
 from emotrain.modular.artefact import read_subset
+from emotrain.preparation.prepare import prepare
 from emotrain.progress import ProgressBar
 from emotrain.subsets.selection import require_same_model, tokenizer_fingerprint
 from emotrain.training.checkpoint_folders import find, read_config

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from emotrain.data.boundaries import Boundary, parse_boundary
-from emotrain.data.deduplicate import Deduplication, parse_deduplication
 from emotrain.data.document_filters import (
     Condition,
     Language,
@@ -18,6 +17,7 @@ from emotrain.data.documents import DocumentReader, Fields
 from emotrain.data.records import MAX_DOCUMENT_BYTES
 from emotrain.data.tokenizer import EOS_TOKEN
 from emotrain.errors import UserError
+from emotrain.preparation.deduplicate import Deduplication, parse_deduplication
 
 SHARD_TOKENS = 2**27
 """Tokens of a shard, about: 256 or 512 MiB, which is held in memory twice while it is shuffled."""

@@ -23,22 +23,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from emotrain.data.deduplicate import key_maker
+import emotrain.data
 from emotrain.data.document_filters import language_filter
 from emotrain.data.documents import FIELDS, Fields
 from emotrain.data.files import find_files
-from emotrain.data.half_done import HalfDone
-from emotrain.data.joining import join_pieces
-from emotrain.data.recipe import SHARD_TOKENS, Recipe
 from emotrain.data.tokenizer import EOS_TOKEN
-from emotrain.data.work import TokenizerChoice, Work
 from emotrain.errors import UserError
+from emotrain.preparation.deduplicate import key_maker
+from emotrain.preparation.half_done import HalfDone
+from emotrain.preparation.joining import join_pieces
+from emotrain.preparation.recipe import SHARD_TOKENS, Recipe
+from emotrain.preparation.work import TokenizerChoice, Work
 from emotrain.progress import ProgressBar
 
 SAMPLE = "sample"
 """The input that names the embedded corpus (a folder of that name is `./sample`)."""
 
-SAMPLE_DIR = Path(__file__).parent / "sample"
+SAMPLE_DIR = Path(emotrain.data.__file__).parent / "sample"
 """The embedded corpus: one Parquet file a domain."""
 
 

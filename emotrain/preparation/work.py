@@ -13,15 +13,15 @@ from typing import Any
 
 import emotrain
 from emotrain.data.files import shown
-from emotrain.data.half_done import HalfDone
 from emotrain.data.manifest import TOKENIZER
-from emotrain.data.pieces import cut_into_pieces, expected_tokens, text_bytes
-from emotrain.data.recipe import Recipe
-from emotrain.data.spill import read_piece, write_durably
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_file
 from emotrain.data.tokenizer import train_tokenizer as train_bpe
-from emotrain.data.workers import Job, do_all
 from emotrain.errors import UserError
+from emotrain.preparation.half_done import HalfDone
+from emotrain.preparation.pieces import cut_into_pieces, expected_tokens, text_bytes
+from emotrain.preparation.recipe import Recipe
+from emotrain.preparation.spill import read_piece, write_durably
+from emotrain.preparation.workers import Job, do_all
 from emotrain.progress import ProgressBar
 
 log = logging.getLogger("emotrain")

@@ -17,8 +17,8 @@ import numpy as np
 from emotrain.data.files import EXTENSIONS, extension_of, shown
 from emotrain.data.manifest import ShardInfo
 from emotrain.data.shards import write_shard
-from emotrain.data.spill import read_committed, segments, write_durably
 from emotrain.files import json_text
+from emotrain.preparation.spill import read_committed, segments, write_durably
 
 SHARDS, DUPLICATES = "shards", "duplicates.npy"
 

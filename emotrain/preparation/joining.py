@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 
 import emotrain
-from emotrain.data import diagnostics
-from emotrain.data.card import fewer, page
-from emotrain.data.deduplicate import find_duplicates
 from emotrain.data.document_filters import LANGUAGE_CHARACTERS
 from emotrain.data.documents import REASONS, warn_of_nothing
 from emotrain.data.manifest import CARD, SPLITS, TOKENIZER, write_manifest
-from emotrain.data.shuffle import DUPLICATES, Placing, read_shard
-from emotrain.data.spill import Buckets, segments
-from emotrain.data.work import Work
-from emotrain.data.workers import Job, do_all
 from emotrain.errors import UserError
 from emotrain.files import sha256_of
+from emotrain.preparation import diagnostics
+from emotrain.preparation.card import fewer, page
+from emotrain.preparation.deduplicate import find_duplicates
+from emotrain.preparation.shuffle import DUPLICATES, Placing, read_shard
+from emotrain.preparation.spill import Buckets, segments
+from emotrain.preparation.work import Work
+from emotrain.preparation.workers import Job, do_all
 
 log = logging.getLogger("emotrain")
 

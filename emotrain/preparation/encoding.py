@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
-from emotrain.data.deduplicate import key_maker
 from emotrain.data.document_filters import language_filter
 from emotrain.data.documents import DocumentReader
 from emotrain.data.manifest import TOKENIZER, token_dtype
-from emotrain.data.pieces import Part, Piece
-from emotrain.data.recipe import Recipe
 from emotrain.data.records import READ_BYTES, Document
-from emotrain.data.spill import Buckets, Placed, SpillWriter
 from emotrain.data.tokenizer import TextTokenizer, load_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation.deduplicate import key_maker
+from emotrain.preparation.pieces import Part, Piece
+from emotrain.preparation.recipe import Recipe
+from emotrain.preparation.spill import Buckets, Placed, SpillWriter
 
 BATCH_BYTES = 2**20
 """Bytes of text that are encoded at a time."""

@@ -12,7 +12,6 @@ on other pieces, or on who encodes them.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections import Counter
@@ -25,7 +24,7 @@ import numpy as np
 from emotrain.data.manifest import SPLITS
 from emotrain.data.records import Document
 from emotrain.errors import RunError
-from emotrain.files import json_text, sha256_of
+from emotrain.files import HashingFile, json_text, sha256_of
 
 BUFFER_BYTES = 2**26
 """Bytes of encoded documents that a process holds before it writes a segment."""
@@ -150,33 +149,6 @@ class SpillWriter:
             self.writer = pa.ipc.new_file(self.file, batch.schema)
         self.writer.write_batch(batch)
         self.rows, self.buffered = [], 0
-
-
-class HashingFile(io.RawIOBase):
-    """A file that is written once, from its start to its end, and hashed on the way."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.file, self.digest, self.size = open(path, "wb"), hashlib.sha256(), 0  # noqa: SIM115
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        self.file.write(content)
-        self.digest.update(content)
-        self.size += len(content)
-        return len(content)
-
-    def tell(self) -> int:
-        return self.size
-
-    def finish(self) -> tuple[int, str]:
-        """Flush it to the disk and close it. Returns its bytes and its sha256."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return self.size, self.digest.hexdigest()
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -21,18 +21,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from emotrain.data.encoding import PieceEncoder, Tick
-from emotrain.data.pieces import Part
-from emotrain.data.recipe import Recipe
 from emotrain.data.records import Span
-from emotrain.data.shuffle import Shuffler
-from emotrain.data.spill import Buckets, read_piece
 from emotrain.errors import RunError, UserError
+from emotrain.preparation.encoding import PieceEncoder, Tick
+from emotrain.preparation.pieces import Part
+from emotrain.preparation.recipe import Recipe
+from emotrain.preparation.shuffle import Shuffler
+from emotrain.preparation.spill import Buckets, read_piece
 
 Job = dict[str, Any]
 """`{"piece": 12, "parts": [...]}` or `{"bucket": 3, "split": "train", "shard": 2}`."""
 
-PROGRAM = "from emotrain.data.workers import serve; serve()"
+PROGRAM = "from emotrain.preparation.workers import serve; serve()"
 
 
 class Hands:

@@ -27,12 +27,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from emotrain.data.manifest import MANIFEST, SPLITS
-from emotrain.data.shuffle import SHARDS
-from emotrain.data.spill import PIECES, write_durably
 from emotrain.data.staging import SPACE_HINT, check_replaceable, refuse
 from emotrain.errors import ExistingFileError, UserError, WriteError
 from emotrain.files import flush_to_disk, json_text, sha256_of
 from emotrain.folders import StagedFolder, exchange, remove
+from emotrain.preparation.shuffle import SHARDS
+from emotrain.preparation.spill import PIECES, write_durably
 from emotrain.staging import GOES_ON, is_abandoned
 
 log = logging.getLogger("emotrain")
