@@ -112,6 +112,26 @@ def test_round_trip_through_many_shards(corpus, tokenizer_file, tmp_path):
     assert not leftovers(tmp_path / "out")
 
 
+def test_shards_are_of_tokens_whatever_the_size_of_the_file(tokenizer_file, tmp_path):
+    """A file that is compressed to next to nothing becomes as many shards as its tokens need, with
+    the documents of one shard."""
+    lines = [json.dumps({"text": f"{i} " + "word " * 60}) for i in range(400)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(pa.compress("\n".join(lines).encode(), "zstd", asbytes=True))
+    found = {}
+    for tokens in (2**30, 4000):
+        options = {"tokenizer": tokenizer_file, "valid_fraction": 0.1, "workers": 1}
+        prepare([path], tmp_path / str(tokens), shard_tokens=tokens, **options)
+        found[tokens] = Dataset(tmp_path / str(tokens))
+    one, many = found.values()
+    infos = many.shards["train"]
+    assert len(one.shards["train"]) == 1 and len(infos) > 3
+    assert all(info.tokens < 2 * 4000 for info in infos)
+    for split in ("train", "valid"):
+        pairs = zip(one.documents(split), many.documents(split), strict=True)
+        assert all(np.array_equal(a[1], b[1]) for a, b in pairs)
+
+
 def test_neighbours_are_scattered(corpus, tokenizer_file, tmp_path):
     prepare([corpus], tmp_path / "out", tokenizer=tokenizer_file)
     order = np.array([int(source[1:]) for source in texts_of(tmp_path / "out")[0]])

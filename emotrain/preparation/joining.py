@@ -19,7 +19,7 @@ from emotrain.files import sha256_of
 from emotrain.preparation import diagnostics
 from emotrain.preparation.card import fewer, page
 from emotrain.preparation.deduplicate import find_duplicates
-from emotrain.preparation.shuffle import DUPLICATES, Placing, read_shard
+from emotrain.preparation.shuffle import DUPLICATES, Placing, Shuffler, read_shard
 from emotrain.preparation.spill import Buckets, segments
 from emotrain.preparation.work import Work
 from emotrain.preparation.workers import Job, do_all
@@ -50,7 +50,7 @@ def join_pieces(work: Work) -> dict[str, Any]:
         conditions.update(piece["conditions"])
     _check_fields(work, pieces)
     kept = _without_duplicates(work, pieces, filtered)
-    shards = _write_shards(work, kept, sum(piece["tokens"] for piece in pieces))
+    shards = _write_shards(work, pieces, kept, sum(piece["tokens"] for piece in pieces))
     splits = _splits(shards)
     if not splits["train"]["shards"]:
         lost = ", ".join(f"{n} {reason}" for reason, n in (skipped + filtered).items())
@@ -159,15 +159,19 @@ def _without_duplicates(
     return kept
 
 
-def _write_shards(work: Work, kept: Counter[int], tokens: int) -> dict[str, list[dict[str, Any]]]:
+def _write_shards(
+    work: Work, pieces: list[dict[str, Any]], kept: Counter[int], tokens: int
+) -> dict[str, list[dict[str, Any]]]:
     """Write the shards that are not there. Returns what is known of them, by split."""
     staging, recipe = work.staging, work.recipe
     buckets = Buckets(work.buckets, recipe.seed, recipe.valid_fraction)
+    shuffler = Shuffler(staging.folder, staging.data, work.files, pieces)
     jobs: list[Job] = []
     counts = Counter[str]()
     for bucket, (split, _) in enumerate(buckets.names):
-        if kept[bucket] > 0:
-            jobs.append({"bucket": bucket, "split": split, "shard": counts[split]})
+        for places in shuffler.cuts(bucket, recipe.shard_tokens) if kept[bucket] > 0 else ():
+            number = counts[split]
+            jobs.append({"bucket": bucket, "split": split, "shard": number, "places": places})
             counts[split] += 1
 
     def known(job: Job, hashed: bool) -> dict[str, Any] | None:

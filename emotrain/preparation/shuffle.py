@@ -1,5 +1,6 @@
 """The second stage of `prepare`: the documents of a bucket, from the spills of all pieces, become a
-shard, in the order of their places.
+shard, in the order of their places. A bucket that has become much larger than a shard, because its
+files hold more text than their sizes said, becomes several.
 
     shards/train-00003.json   what the manifest and the card say of a shard: written after it
 """
@@ -21,6 +22,8 @@ from emotrain.files import json_text
 from emotrain.preparation.spill import read_committed, segments, write_durably
 
 SHARDS, DUPLICATES = "shards", "duplicates.npy"
+
+ALL_PLACES = (0, 2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,31 @@ class Shuffler:
         duplicates = folder / DUPLICATES
         self.dropped = np.load(duplicates, mmap_mode="r") if duplicates.exists() else None
 
-    def write(self, bucket: int, split: str, number: int) -> None:
-        """Write the shard of a bucket, and what is known of it."""
+    def cuts(self, bucket: int, shard_tokens: int) -> list[tuple[int, int]]:
+        """The first and the last place of each shard of a bucket; all of it in one, if it has less
+        than two shards' tokens. Of each document its place and length are held."""
+        size = sum(known.get("bucket_tokens", {}).get(str(bucket), 0) for known in self.known)
+        if size < 2 * shard_tokens:
+            return [ALL_PLACES]
+        places, lengths = [], []
+        for _, batch, rows in self._rows(bucket):
+            places.append(batch.column("place").to_numpy()[rows])
+            lengths.append(np.diff(batch.column("tokens").offsets.to_numpy())[rows])
+        found = np.concatenate(places)
+        order = np.argsort(found, kind="stable")
+        shards = np.cumsum(np.concatenate(lengths)[order]) // shard_tokens
+        begins = np.flatnonzero(np.diff(shards, prepend=-1))
+        firsts = [0, *found[order[begins[1:]]].tolist()]
+        return list(zip(firsts, [*(n - 1 for n in firsts[1:]), ALL_PLACES[1]], strict=True))
+
+    def write(
+        self, bucket: int, split: str, number: int, within: tuple[int, int] = ALL_PLACES
+    ) -> None:
+        """Write a shard of a bucket, the documents from one place to another, and what is known of
+        it."""
         tokens: list[np.ndarray] = []
         places, domains, sources, licenses = [], [], [], []
-        for piece, batch, rows in self._rows(bucket):
+        for piece, batch, rows in self._rows(bucket, within):
             offsets = batch.column("tokens").offsets.to_numpy()
             values = batch.column("tokens").values.to_numpy()
             tokens += [values[offsets[row] : offsets[row + 1]] for row in rows.tolist()]
@@ -95,8 +118,10 @@ class Shuffler:
         known = {"bytes": info.bytes, "sha256": info.sha256, "info": asdict(info)} | counts
         write_durably(self.folder / SHARDS / f"{split}-{number:05d}.json", json_text(known))
 
-    def _rows(self, bucket: int) -> Iterator[tuple[int, Any, np.ndarray]]:
-        """The documents of a bucket that stay: (piece, record batch, rows)."""
+    def _rows(
+        self, bucket: int, within: tuple[int, int] = ALL_PLACES
+    ) -> Iterator[tuple[int, Any, np.ndarray]]:
+        """The documents of a bucket that stay, at these places: (piece, record batch, rows)."""
         for piece, known in enumerate(self.known):
             if str(bucket) not in known["buckets"]:
                 continue
@@ -107,6 +132,9 @@ class Shuffler:
                 if self.dropped is not None and len(rows):
                     ordinals = batch.column("ordinal").to_numpy()[start:stop]
                     rows = rows[~self.dropped[self.placing.first[piece] + ordinals.astype(int)]]
+                if within != ALL_PLACES:
+                    found = batch.column("place").to_numpy()[rows]
+                    rows = rows[(found >= np.uint64(within[0])) & (found <= np.uint64(within[1]))]
                 if len(rows):
                     yield piece, batch, rows
 

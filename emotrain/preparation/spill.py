@@ -76,6 +76,7 @@ class SpillWriter:
         self.rows: list[tuple[int, int, int, Placed]] = []
         self.buffered = self.documents = self.tokens = self.text_bytes = 0
         self.buckets: Counter[int] = Counter()
+        self.bucket_tokens: Counter[int] = Counter()
         self.partial = self.stem.with_name(f"{self.stem.name}.{os.getpid()}.partial")
         self.file = HashingFile(self.partial)
         self.writer: Any = None
@@ -86,6 +87,7 @@ class SpillWriter:
         self.tokens += len(placed.tokens)
         self.text_bytes += placed.document.size
         self.buckets[bucket] += 1
+        self.bucket_tokens[bucket] += len(placed.tokens)
         self.buffered += placed.tokens.nbytes
         if self.buffered >= BUFFER_BYTES:
             self._flush()
@@ -108,6 +110,7 @@ class SpillWriter:
             "tokens": self.tokens,
             "text_bytes": self.text_bytes,
             "buckets": {str(bucket): count for bucket, count in sorted(self.buckets.items())},
+            "bucket_tokens": {str(b): count for b, count in sorted(self.bucket_tokens.items())},
         }
         write_durably(self.stem.with_suffix(".json"), json_text(counts | known))
 

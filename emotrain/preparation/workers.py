@@ -30,7 +30,8 @@ from emotrain.preparation.shuffle import Shuffler
 from emotrain.preparation.spill import Buckets, read_piece
 
 Job = dict[str, Any]
-"""`{"piece": 12, "parts": [...]}` or `{"bucket": 3, "split": "train", "shard": 2}`."""
+"""`{"piece": 12, "parts": [...]}` or `{"bucket": 3, "split": "train", "shard": 2,
+"places": [first, last]}`."""
 
 PROGRAM = "from emotrain.preparation.workers import serve; serve()"
 
@@ -69,7 +70,7 @@ class Hands:
                 if len(whole) < len(known):
                     raise RunError(f"{self.folder}: pieces vanished; give the same command again")
                 self._shuffler = Shuffler(self.folder, self.data, self.files, whole)
-            self._shuffler.write(job["bucket"], job["split"], job["shard"])
+            self._shuffler.write(job["bucket"], job["split"], job["shard"], tuple(job["places"]))
 
 
 def _unticked(_size: int, _tokens: int) -> None:
