@@ -83,7 +83,8 @@ def prepared(clone: Path, tiny_data: Path) -> Path:
 def test_inline_commands_are_known(prepared):
     for line in dict.fromkeys(re.findall(r"`(emotrain [^`]+)`", README)):
         if "..." not in line:
-            done = run_as_written(f"{line} --help" if line.count(" ") == 1 else line, prepared)
+            is_name = line.count(" ") == 1 or line == "emotrain data show"
+            done = run_as_written(f"{line} --help" if is_name else line, prepared)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
 
 
@@ -150,8 +151,9 @@ def test_examples_of_the_helps_work(line, prepared):
 def test_a_configuration_is_needed_and_settings_are_not(name):
     done = run_command("-m", "emotrain.cli", name)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("the following arguments are required: CONFIG")
-    assert "CONFIG [key=value ...]" in done.stderr
+    needed = "CONFIG|DATA" if name == "inspect" else "CONFIG"
+    assert done.stderr.splitlines()[-1].endswith(f"the following arguments are required: {needed}")
+    assert f"{needed} [key=value ...]" in done.stderr
 
 
 def test_the_script_for_launchers_is_the_command():

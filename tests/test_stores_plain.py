@@ -331,14 +331,6 @@ def test_a_loader_reads_every_window_once(tmp_path):
     assert sorted(found) == sorted(expected)
 
 
-def test_pools_across_windows_need_ids_that_stay(tmp_path, caplog):
-    write(tmp_path / "a.npy", documents(50))
-    open_loader(tmp_path, 16, seed=1, raw=RAW)
-    assert not caplog.text
-    open_loader(tmp_path, 16, seed=1, raw=RAW, span=2)
-    assert caplog.text.count("says nowhere where documents begin") == 1
-
-
 def test_training_reads_arrays_of_tokens(tmp_path, tiny_data, caplog):
     """With the tokenizer, whose copy a checkpoint gets, and without one, which is one line."""
     from emotrain.config import config_from_dict, save_config

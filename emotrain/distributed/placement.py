@@ -63,7 +63,8 @@ def place_experts(
     for (dispatcher, experts), order in zip(
         layers, orders or [tuple(range(d.num_experts)) for d, _ in layers], strict=True
     ):
-        if experts not in moved:
+        # Under DeepSpeed, which never moves experts, nobody knows the holders.
+        if experts not in moved and dispatcher.order != tuple(order):
             assert dispatcher.holders is not None
             move = _Move(dispatcher.holders, dispatcher.order, order)
             for parameter in experts.parameters():
