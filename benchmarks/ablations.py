@@ -2,7 +2,7 @@
 better modules.
 
     python benchmarks/ablations.py configs/ablations/pools.yaml [--data data/sample] [--json]
-    [--out runs/ablations] [--only ROW ...] [--table]
+    [--out runs/ablations] [--only ROW ...] [--seeds SEED ...] [--table]
 
 Each cell (a row and a seed) is one training run and one measurement. Every cell reads the same data
 in the order of its seed, and is measured on the same held-out documents. Interrupted, the same
@@ -30,7 +30,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", default="data/sample", help="prepared data (%(default)s)")
     parser.add_argument("--out", default="runs/ablations", help="folder (%(default)s)")
     parser.add_argument("--only", nargs="+", default=(), metavar="ROW", help="rows to train")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="of each row these alone"
+    )
     parser.add_argument("--documents", type=int, default=24, help="of a domain (%(default)s)")
     parser.add_argument("--table", action="store_true", help="train nothing, write the tables")
     add_json(parser)
@@ -150,6 +153,11 @@ def run(args: argparse.Namespace) -> int:
     plan, out = read_plan(args.plan), Path(args.out)
     if unknown := sorted(set(args.only) - {row.name for row in plan.rows}):
         raise UserError(f"--only {unknown[0]!r}: {args.plan} has no such row")
+    if args.seeds:
+        rows = [
+            replace(of, seeds=tuple(s for s in of.seeds if s in args.seeds)) for of in plan.rows
+        ]
+        plan = replace(plan, rows=tuple(of for of in rows if of.seeds))
     for row in plan.rows:
         for seed in row.seeds:
             if not args.table and (not args.only or row.name in args.only):

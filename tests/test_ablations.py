@@ -166,6 +166,9 @@ def test_rows_are_trained_measured_and_gone_on_with(
     assert ablations.main([*command, "--table"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert rows["pools"] == {"missing_seeds": [1]} and rows["tuned"] == {"missing_seeds": [0]}
+    assert ablations.main([*command, "--table", "--seeds", "0"]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert first["pools"]["seeds"] == [0] and first["tuned"] == {"missing_seeds": [0]}
     assert ablations.main(command) == 0
     assert trained == ["plain-0", "plain-1", "pools-0", "pools-1", "pools-1", "tuned-0"]
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]

@@ -77,7 +77,7 @@ def findings(found: Survey) -> list[tuple[bool, str]]:
 
 def headline(found: Survey) -> str:
     return (
-        f"{found.split}: {found.tokens:,} tokens in {found.shards:,} shards, vocabulary "
+        f"{found.split}: {found.tokens:,} tokens, {found.shards:,} shards, vocabulary "
         f"{found.vocab_size:,}, EOS {found.eos_id}; documents have {found.lengths.mean:,.0f} "
         f"tokens on average"
     )
@@ -141,6 +141,7 @@ def write_data_page(found: Survey, out: Path) -> Path:
     Raises:
         MissingPackageError: jinja2 or matplotlib is not installed.
     """
+    from emotrain.evaluation.figures import COLORS
     from emotrain.report.charts import bars, number, single
     from emotrain.report.page import data_uri, page_template
 
@@ -148,7 +149,7 @@ def write_data_page(found: Survey, out: Path) -> Path:
 
     def draw(axes: Axes) -> None:
         least, counts = zip(*lengths.histogram, strict=True)
-        axes.bar(range(len(least)), counts, width=0.9)
+        axes.bar(range(len(least)), counts, width=0.9, color=COLORS[0])
         axes.set_xticks(range(len(least)), [number(float(n)) for n in least], rotation=60)
         axes.set(xlabel="tokens of a document, from", ylabel="documents")
 
