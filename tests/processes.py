@@ -151,6 +151,10 @@ def _script(
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = [str(script), *arguments]
+    # OpenMP waits for ever in a fork of a process that has had several threads, where that asks
+    # for several again.
+    torch.set_num_threads(1)
+    torch.set_num_threads = lambda number: None
     code: Any = 0
     try:
         first()
