@@ -216,19 +216,29 @@ class Loader:
         world_size: int = 1,
     ) -> list[PackedBatch]:
         """The micro-batches of one rank for one optimizer step, in order; see `DataSource.step`."""
-        if micro_batch % self.source.span:
-            raise UserError(
-                f"micro_batch={micro_batch} is not a multiple of {self.source.span}, the sequences "
-                f"that belong together; make it one"
-            )
-        blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
+        span = self.source.span
+        blocks = self.micro_batches(step_index, global_batch, micro_batch, rank, world_size, span)
         return [self.batch(positions) for positions in blocks]
 
     @staticmethod
     def micro_batches(
-        step_index: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+        step_index: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        span: int = 1,
     ) -> list[range]:
-        """The positions of each micro-batch of a rank; see `step`."""
+        """The positions of each micro-batch of a rank; see `step`.
+
+        Args:
+            span: so many sequences belong into one micro-batch.
+        """
+        if micro_batch % span:
+            raise UserError(
+                f"micro_batch={micro_batch} is not a multiple of {span}, the sequences that belong "
+                f"together; make it one"
+            )
         if step_index < 0 or micro_batch < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise UserError(
                 f"step {step_index}, micro_batch={micro_batch}, rank {rank} of {world_size}: steps "

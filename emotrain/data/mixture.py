@@ -119,12 +119,8 @@ class Mixture:
         world_size: int = 1,
     ) -> list[PackedBatch]:
         """As `Loader.step`."""
-        if micro_batch % self.order.span:
-            raise UserError(
-                f"micro_batch={micro_batch} is not a multiple of {self.order.span}, the sequences "
-                f"that belong together; make it one"
-            )
-        blocks = Loader.micro_batches(step_index, global_batch, micro_batch, rank, world_size)
+        span = self.order.span
+        blocks = Loader.micro_batches(step_index, global_batch, micro_batch, rank, world_size, span)
         return self._batches([np.array(positions) for positions in blocks])
 
     def _batches(self, blocks: Sequence[np.ndarray]) -> list[PackedBatch]:

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from emotrain.data.survey import LESSON
+
 SAMPLE = 2**16
 """Documents that are looked at, about."""
 
@@ -25,8 +27,6 @@ SAME_LENGTH, SAME_LINE, MARKED, SHORT_TOKENS = 0.5, 0.5, 0.01, 8
 """Shares of documents, and a median length, from which boundaries look artificial."""
 LEAST_LENGTH = 64
 """Equal lengths below this say nothing, in tokens or characters."""
-
-LESSON = "EMO's method has nothing to learn from where boundaries mean nothing"
 
 
 @dataclass(frozen=True)
