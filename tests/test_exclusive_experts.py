@@ -55,7 +55,7 @@ def trained(added, tiny_data, tmp_path_factory) -> Path:
     """The run that trains these two alone."""
     folder = tmp_path_factory.mktemp("trained")
     experts = {"routed": 9, "shared": 1, "top_k": 2, "hidden": 8, "exclusive": {"kitchen": 2}}
-    settings = settings_of(tiny_data, folder, steps=30)
+    settings = settings_of(tiny_data, folder, steps=60)
     settings["model"]["experts"] = experts
     settings["data"]["domain"] = "kitchen"
     settings["finetune"] = {
@@ -207,9 +207,9 @@ def test_they_alone_are_trained_and_other_domains_notice_nothing(
         assert now[name]["loss_nats"] == others[name]["loss_nats"]
         half = [of[name]["subset_loss_nats"]["0.5"]["selected"] for of in (now, others)]
         assert half[0] == half[1]
-    assert now["kitchen"]["loss_nats"] < kitchen["loss_nats"] - 0.01
+    assert now["kitchen"]["loss_nats"] < kitchen["loss_nats"] - 0.03
     half = [of["subset_loss_nats"]["0.5"]["selected"] for of in (now["kitchen"], kitchen)]
-    assert half[0] < half[1] - 0.01
+    assert half[0] < half[1] - 0.03
 
 
 def test_answers_are_of_the_domain_too(run, added, tmp_path, capsys):
