@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from test_stores_columns import write_ids
+from test_stores_mds import arrays, simple
 from test_stores_megatron import made
 from test_stores_megatron import write as write_megatron
 from test_stores_plain import EOS, RAW, VOCAB, documents, write
@@ -55,6 +56,14 @@ def jsonl(folder: Path) -> None:
     write_ids(folder / "a.jsonl", ids_of(made(40)))
 
 
+def mds(folder: Path) -> None:
+    simple(folder, arrays(40), a_shard=100)
+
+
+def mds_index(folder: Path) -> None:
+    simple(folder, arrays(40))
+
+
 def mix(folder: Path) -> None:
     npy(folder)
     (folder / "mix.txt").write_text("# a mix\nwiki,a.npy\ncode,./a.npy\n")
@@ -76,6 +85,7 @@ def ids_of(documents) -> list[list[int]]:
 FORMATS: dict[Callable[[Path], None], str] = {
     npy: "a.npy", numpy_file: "a.npy", megatron: "a.idx", parquet: "a.parquet",
     arrow: "a.arrow", stream: "a.arrow", jsonl: "a.jsonl", mix: "mix.txt", index: "a.csv.gz",
+    mds: "shard.00000.mds", mds_index: "index.json",
 }  # fmt: skip
 """How files are made, and which of them is damaged."""
 
@@ -132,7 +142,7 @@ def attempt(make: Callable[[Path], None], whole: Path, folder: Path, seed: int) 
     path = folder / name
     content = damaged((whole / name).read_bytes(), np.random.default_rng(seed))
     path.write_bytes(content)
-    opened = folder / ("mix.txt" if make is mix else "a.npy" if make is index else name)
+    opened = folder / {index: "a.npy", mds: "index.json"}.get(make, name)
     try:
         found = read_all(opened)
     except UserError as error:

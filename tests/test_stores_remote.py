@@ -13,6 +13,8 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from test_stores_mds import arrays
+from test_stores_mds import simple as write_mds
 from test_stores_megatron import made
 from test_stores_megatron import write as write_megatron
 from test_stores_plain import RAW, documents, write
@@ -114,8 +116,11 @@ def test_arrays_and_indexed_data_of_a_web_server(server, tmp_path):
     for name in ("a.npy", "b.npy"):
         write(tmp_path / "plain" / name, documents(300, seed=ord(name[0])))
     write_megatron(tmp_path / "indexed/a", made(200))
+    write_mds(tmp_path / "mds", arrays(30))
     (tmp_path / "files.txt").write_text("plain/b.npy\nplain/a.npy\n")
-    for path in ("plain/a.npy", "plain/", "plain/*.npy", "files.txt", "indexed/a", "indexed/a.bin"):
+    for path in (
+        "plain/a.npy", "plain/", "plain/*.npy", "files.txt", "indexed/a", "indexed/a.bin", "mds/",
+    ):  # fmt: skip
         there = open_store(f"{server.address}/{path}", raw=RAW)
         same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
     loader = open_loader(f"{server.address}/plain/", 16, seed=1, raw=RAW)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from test_stores_columns import write_ids
+from test_stores_mds import simple
 from test_stores_megatron import write as write_megatron
 from test_stores_plain import write
 
@@ -32,6 +33,10 @@ def mixed(folder, documents):
 
 def megatron(folder, documents):
     return write_megatron(folder / "a", [[ids.tolist()] for ids in documents])
+
+
+def mds(folder, documents):
+    return simple(folder / "in", [ids.astype("i4") for ids in documents])
 
 
 def parquet(folder, documents):
@@ -61,7 +66,7 @@ def text_parquet(folder, _):
 @pytest.mark.long
 @pytest.mark.parametrize(
     "make",
-    [plain, mixed, megatron, parquet, arrow, jsonl, text, text_parquet],
+    [plain, mixed, megatron, mds, parquet, arrow, jsonl, text, text_parquet],
     ids=lambda make: make.__name__,
 )
 def test_training_on_every_format(make, tmp_path, tiny_data, capsys):

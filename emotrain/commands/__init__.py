@@ -7,7 +7,7 @@ torch.
 
 COMMANDS = {
     "prepare": "turn documents (JSONL, Parquet, text) into token shards",
-    "convert": "write tokens of other formats (Dolma, Megatron, Parquet) as token shards",
+    "convert": "write tokens of other formats (Dolma, Megatron, MDS, Parquet) as token shards",
     "data": "show what a mixture of data sets reads over a run",
     "train": "train EMO, a standard MoE or a dense model",
     "inspect": "count a configuration's parameters, memory and FLOPs without building it",

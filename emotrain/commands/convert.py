@@ -24,7 +24,7 @@ complete."""
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `emotrain convert`."""
     parser.description = (
-        "Write tokens of other formats (Dolma, Megatron, Parquet) as shards with checksums."
+        "Write tokens of other formats (Dolma, Megatron, MDS, Parquet) as shards with checksums."
     )
     parser.epilog = EPILOG
     option = parser.add_argument

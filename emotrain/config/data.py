@@ -32,12 +32,16 @@ class RawTokensConfig:
     themselves. Vocabulary and EOS are those of `data.tokenizer`, or else `vocab_size` and
     `eos_id`."""
 
-    format: Literal["auto", "dolma", "megatron", "columns"] = "auto"
-    """`dolma`: plain arrays of tokens (Dolma, OLMo); `megatron`: `.bin` with `.idx`; `columns`:
-    token ids or text in Parquet, Arrow or JSONL; `auto`: by the names of the files."""
-    dtype: Literal["auto", "uint8", "uint16", "uint32"] = "auto"
+    format: Literal["auto", "dolma", "megatron", "mds", "columns"] = "auto"
+    """`dolma`: plain arrays of tokens (Dolma, OLMo); `megatron`: `.bin` with `.idx`; `mds`:
+    MosaicML's shards with `index.json`; `columns`: token ids or text in Parquet, Arrow or JSONL;
+    `auto`: by the names of the files."""
+    dtype: Literal["auto", "uint8", "uint16", "uint32", "int32", "int64"] = "auto"
     """Type of the tokens in plain arrays; `auto`: the smallest that holds the vocabulary, as the
-    reference writes them (spec 4.1)."""
+    reference writes them (spec 4.1). Of MDS in columns of `bytes`; `auto`: int64."""
+    documents: Literal["auto", "rows", "eos"] = "auto"
+    """What a document of MDS is. `rows`: a sample; `eos`: what EOS ends, wherever samples end;
+    `auto`: `eos` where all samples have as many tokens, as llm-foundry's do, else `rows`."""
     vocab_size: NonNegativeInt = 0
     """One more than the largest token id; 0 means that of `data.tokenizer`."""
     eos_id: NonNegativeInt = 0

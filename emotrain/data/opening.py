@@ -14,8 +14,9 @@ from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import TokenStore
-from emotrain.data.stores import columns, megatron, plain, remote
+from emotrain.data.stores import columns, mds, megatron, plain, remote
 from emotrain.data.stores.listing import LIST, read_list
+from emotrain.data.stores.mds_shards import INDEX
 from emotrain.data.stores.vocabulary import vocabulary_of
 from emotrain.errors import UserError
 
@@ -23,6 +24,7 @@ ENDINGS = {
     ".npy": "dolma",
     ".idx": "megatron",
     ".bin": "megatron",
+    INDEX: "mds",
     **dict.fromkeys(columns.ENDINGS, "columns"),
 }
 """The format that the name of a file says."""
@@ -127,6 +129,8 @@ def open_store(
         return columns.open_columns(name, raw, vocabulary, domain)
     if kind == "megatron":
         return megatron.open_megatron(name, raw, vocabulary, domain)
+    if kind == "mds":
+        return mds.open_mds(name, raw, vocabulary, domain, verify_checksums)
     return plain.open_plain(name, raw, vocabulary, domain)
 
 

@@ -2,6 +2,7 @@
 
     plain      arrays of tokens that EOS separates, without a header: Dolma, OLMo
     megatron   `.bin` with its `.idx`: Megatron and what came of it
+    mds        MosaicML's shards of samples
     columns    token ids, or text, in Parquet, Arrow and JSONL
     listing    which files a path means: a file, a folder, a pattern, a list, a mix
     content    bytes of a file by place, and what is said where they are not there

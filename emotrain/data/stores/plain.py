@@ -102,11 +102,11 @@ class PlainStore:
 
     def window(self, shard: int, start: int, stop: int) -> Window:
         tokens = self._tokens(shard, start, stop)
-        edges = self._edges(tokens)
+        edges = eos_edges(tokens, self.eos_id)
         return Window(tokens, np.diff(edges), edges[:-1] + (self._firsts[shard] + start))
 
     def edges(self, shard: int, start: int, stop: int) -> np.ndarray:
-        return self._edges(self._tokens(shard, start, stop)) + start
+        return eos_edges(self._tokens(shard, start, stop), self.eos_id) + start
 
     def sources(self, shard: int) -> Iterator[tuple[int, int, str]]:
         """(start, stop, source) of every document by the index beside a file; nothing where there
@@ -140,10 +140,6 @@ class PlainStore:
     def name_of(self, shard: int) -> str:
         """The file of a shard."""
         return self._files[shard].content.name
-
-    def _edges(self, tokens: np.ndarray) -> np.ndarray:
-        ends = np.flatnonzero(tokens[:-1] == self.eos_id) + 1
-        return np.concatenate(([0], ends, [len(tokens)]))
 
     def _tokens(self, shard: int, start: int, stop: int) -> np.ndarray:
         file = self._files[shard]
@@ -195,6 +191,12 @@ class PlainStore:
         )
 
 
+def eos_edges(tokens: np.ndarray, eos_id: int) -> np.ndarray:
+    """int64, rising: 0, what comes after each EOS, and the number of tokens."""
+    ends = np.flatnonzero(tokens[:-1] == eos_id) + 1
+    return np.concatenate(([0], ends, [len(tokens)]))
+
+
 def open_plain(path: str, raw: RawTokensConfig, vocabulary: Vocabulary, domain: str) -> PlainStore:
     """The arrays that a path means, of one domain if it is not empty."""
     return PlainStore(path, list_files(path, ENDINGS, raw, domain), vocabulary, raw.dtype)
@@ -205,7 +207,7 @@ def _dtype_of(vocab_size: int, dtype: str) -> np.dtype:
         smallest = np.dtype(np.uint8) if vocab_size <= 2**8 else token_dtype(vocab_size)
         return smallest.newbyteorder("<")
     chosen = np.dtype(dtype).newbyteorder("<")
-    if vocab_size > 2 ** (8 * chosen.itemsize):
+    if vocab_size > np.iinfo(chosen).max + 1:
         raise UserError(
             f"data.raw.dtype={dtype} does not hold the ids of a vocabulary of {vocab_size}; give "
             f"the tokenizer that the files were written with, or data.raw.dtype=auto"
