@@ -7,6 +7,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import zlib
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
@@ -39,6 +41,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.faults = folder, []
         self.asked: list[tuple[str, str]] = []
+        self.etags, self.heads = False, 0
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -51,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
+        self.server.heads += 1
         self.answer(body=False)
 
     def do_GET(self):
@@ -85,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(code)
         self.send_header("Content-Type", kind)
         self.send_header("Accept-Ranges", "bytes")
+        if self.server.etags:
+            self.send_header("ETag", f'"{zlib.crc32(self.path.encode())}"')
         self.send_header("Content-Length", str(len(content) if length is None else length))
         self.end_headers()
         if body:
@@ -202,10 +208,16 @@ def test_a_server_that_is_gone_is_one_line(server, tmp_path):
         open_store(f"{server.address}/a.npy", raw=RAW)
 
 
-def test_the_sample_of_a_file_is_three_requests_at_most(server, tmp_path):
+def test_opening_a_file_takes_few_requests(server, tmp_path):
+    """Its size and its start; without an ETag its middle and its end are part of what it is."""
     write(tmp_path / "a.npy", many(2_000_000))
-    open_store(f"{server.address}/a.npy", raw=RAW)
-    assert 1 <= len(server.asked) <= 3 and SAMPLE_BYTES < remote.BLOCK_BYTES
+    write_megatron(tmp_path / "b", made(2000, longest=3))
+    for name, etags, most in (("a.npy", False, 3), ("a.npy", True, 1), ("b.idx", True, 1)):
+        server.etags, server.heads = etags, 0
+        server.asked.clear()
+        open_store(f"{server.address}/{name}", raw=RAW)
+        assert (server.heads, len(server.asked)) == (1 + (name == "b.idx"), most), name
+    assert SAMPLE_BYTES < remote.BLOCK_BYTES
 
 
 @pytest.mark.long
@@ -234,14 +246,28 @@ def test_an_object_store(tmp_path, monkeypatch):
         system = s3fs.S3FileSystem()
         system.mkdir("bucket")
         system.put(f"{tmp_path}/", "bucket/tokens/", recursive=True)
-        for path in ("plain/", "plain/*.npy", "indexed/a"):
+        calls, once = [], remote.RemoteFiles._once
+
+        def counted(files, name, *args, **options):
+            calls.append(name)
+            return once(files, name, *args, **options)
+
+        monkeypatch.setattr(remote.RemoteFiles, "_once", counted)
+        for path, asked in (
+            # A listing for all files, and the start of each; of an index all, of tokens nothing.
+            ("plain/", {"find": 1, "cat_file": 2}),
+            ("plain/*.npy", {"glob": 1, "cat_file": 1}),
+            ("indexed/a", {"info": 2, "cat_file": 1}),
+            ("indexed/", {"find": 1, "cat_file": 1}),
+        ):
+            calls.clear()
+            remote.files_of("s3://bucket")._blocks.clear()
             there = open_store(f"s3://bucket/tokens/{path}", raw=RAW)
+            assert dict(Counter(calls)) == asked, path
             same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
         first = open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint
         write(tmp_path / "plain/b.npy", many(200_000, seed=99))
         system.put(f"{tmp_path}/plain/b.npy", "bucket/tokens/plain/b.npy")
-        monkeypatch.setattr(remote, "_SYSTEMS", {})
-        s3fs.S3FileSystem.clear_instance_cache()
         assert open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint != first
         with pytest.raises(MissingFileError, match="gone.npy: is not there, or not for you"):
             open_store("s3://bucket/gone.npy", raw=RAW)

@@ -111,9 +111,11 @@ def open_store(
         FileNotFoundError: nothing there. UserError: anything that is not as it must be.
     """
     name, raw = str(path), raw or RawTokensConfig()
+    if "://" in name:
+        remote.files_of(name).forget()
     if raw.format == "auto" and _is_ours(name):
         return Dataset(path, verify_checksums).store(split)
-    if "://" in name and name.endswith("/") and remote.exists(f"{name}{MANIFEST}"):
+    if "://" in name and name.endswith("/") and remote.exists(name, MANIFEST):
         raise UserError(
             f"{path}: is a data set of `emotrain prepare`, which is read from this machine's disk; "
             f"copy it there, or mount it"

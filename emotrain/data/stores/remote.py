@@ -5,9 +5,11 @@
     https://host/a.npy        emotrain[http]
 
 Of a file only what a window needs is asked for, in blocks of BLOCK_BYTES, neighbours in one
-request; the blocks that were read last stay in memory. A request that fails, takes too long or
-gives other than as many bytes as were asked for is made again, ATTEMPTS times in all, and each
-failure is said. Then one line names address and place.
+request; the blocks that were read last stay in memory. Names, sizes and ETags of an object store's
+files come from one listing, which is asked for again when data are opened again.
+
+A request that fails, takes too long or gives other than as many bytes as were asked for is made
+again, ATTEMPTS times in all, and each failure is said. Then one line names address and place.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class RemoteFiles:
             ) from None
         self.system.retries = 1  # those of s3fs; they would multiply with ours
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._listings: dict[str, dict[str, dict[str, Any]]] = {}
         self._lock = threading.Lock()
 
     def call(self, address: str, what: str, name: str, *args: Any, **options: Any) -> Any:
@@ -70,6 +73,29 @@ class RemoteFiles:
             what: is asked for, for messages.
         """
         return self._often(address, what, lambda: self._once(name, *args, **options))
+
+    def listing(self, address: str) -> dict[str, dict[str, Any]]:
+        """What is known of the files that a pattern means, or that lie below a folder, by their
+        addresses."""
+        if address not in self._listings:
+            how = "glob" if any(letter in address for letter in "*[") else "find"
+            found = self.call(address, "what it means", how, address, detail=True)
+            whole = self.system.unstrip_protocol
+            names = {name if "://" in name else whole(name): found[name] for name in found}
+            self._listings[address] = names
+        return self._listings[address]
+
+    def info(self, address: str) -> dict[str, Any]:
+        """What is known of a file: from a listing, where one says its size."""
+        for names in list(self._listings.values()):
+            if (known := names.get(address, {})).get("size") is not None:
+                return known
+        return dict(self.call(address, "its size", "info", address))
+
+    def forget(self) -> None:
+        """Ask anew what lies there."""
+        self._listings.clear()
+        self.system.invalidate_cache()
 
     def block(self, key: tuple[str, int]) -> bytes | None:
         """A block that is in memory."""
@@ -132,6 +158,7 @@ class RemoteContent:
 
     def __init__(self, name: str, size: int, sign: str, files: RemoteFiles):
         self.name, self.size, self.sign, self._files = name, size, sign, files
+        self._key = f"{name} {sign}"  # a file that was written again has other blocks
 
     def read(self, start: int, stop: int) -> np.ndarray:
         if not 0 <= start <= stop <= self.size:
@@ -139,7 +166,7 @@ class RemoteContent:
                 f"{self.name}: has {self.size} bytes, {start} to {stop} are wanted; copy it again"
             )
         first, last = start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)
-        known = {number: self._files.block((self.name, number)) for number in range(first, last)}
+        known = {number: self._files.block((self._key, number)) for number in range(first, last)}
         missing = [number for number, block in known.items() if block is None]
         for low, high in _runs(missing):
             at = low * BLOCK_BYTES
@@ -147,7 +174,7 @@ class RemoteContent:
             for number in range(low, high):
                 offset = number * BLOCK_BYTES - at
                 known[number] = content[offset : offset + BLOCK_BYTES]
-                self._files.keep((self.name, number), known[number] or b"")
+                self._files.keep((self._key, number), known[number] or b"")
         whole = b"".join(block or b"" for block in known.values())
         offset = first * BLOCK_BYTES
         return np.frombuffer(whole, np.uint8)[start - offset : stop - offset]
@@ -180,13 +207,16 @@ def files_of(address: str) -> RemoteFiles:
 def look(address: str) -> Content:
     """A file by its address, with its size."""
     files = files_of(address)
-    return _content(address, files.call(address, "its size", "info", address), files)
+    return _content(address, files.info(address), files)
 
 
-def exists(address: str) -> bool:
-    """Whether a file is there."""
+def exists(folder: str, name: str) -> bool:
+    """Whether a file lies in a folder, which ends in `/`. Object stores list what they hold; a web
+    server may not, and is asked for the file."""
+    if not folder.startswith("http"):
+        return f"{folder}{name}" in files_of(folder).listing(folder)
     try:
-        look(address)
+        look(f"{folder}{name}")
     except MissingFileError:
         return False
     return True
@@ -195,12 +225,7 @@ def exists(address: str) -> bool:
 def names_at(address: str, endings: Sequence[str]) -> list[str]:
     """The addresses of files with these endings that a pattern means, or that lie below a folder,
     sorted; nothing where the address is neither."""
-    files = files_of(address)
-    if any(letter in address for letter in "*["):
-        found = files.call(address, "what it means", "glob", address)
-    else:
-        found = files.call(address, "what lies in it", "find", address)
-    names = [name if "://" in name else files.system.unstrip_protocol(name) for name in found]
+    names = files_of(address).listing(address)
     return sorted(name for name in names if name.endswith(tuple(endings)))
 
 
