@@ -105,7 +105,7 @@ def test_documents_by_domain_and_limit(folder):
 
 
 def test_arrays_outlive_the_mapping_limit(folder, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(formats.Dataset, "most_open", 1)
     dataset = Dataset(folder)
     views = [(tokens, tokens.copy()) for _, tokens, _ in dataset.documents("train")]
     list(dataset.documents("valid"))
@@ -118,7 +118,7 @@ def test_checksums_are_checked_once_a_shard(folder, monkeypatch):
     monkeypatch.setattr(
         checks, "sha256_of", lambda path: hashed.append(path.name) or sha256_of(path)
     )
-    monkeypatch.setattr(formats, "MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(formats.Dataset, "most_open", 1)
     dataset = Dataset(folder)
     assert hashed == []
     for _ in range(3):

@@ -170,9 +170,12 @@ def test_damaged_files_are_read_as_they_are_or_named(make, tries, tmp_path):
 @pytest.mark.parametrize(
     "tries", [FEW, pytest.param(MANY, marks=[pytest.mark.long, pytest.mark.timeout(3000)])]
 )
+@pytest.mark.parametrize("where", ["{}", "file://{}/"], ids=["here", "far away"])
 @pytest.mark.parametrize("name", ["train/shard-00000.arrow", "dataset.json"])
-def test_a_damaged_data_set_never_gives_other_tokens(name, tries, tmp_path, tiny_data):
+def test_a_damaged_data_set_never_gives_other_tokens(name, where, tries, tmp_path, tiny_data):
     folder = tmp_path / "data"
+    if "://" in where:
+        pytest.importorskip("fsspec")
     shutil.copytree(tiny_data, folder)
     expected = open_store(tiny_data)
     total = expected.shard_tokens[0]
@@ -182,10 +185,10 @@ def test_a_damaged_data_set_never_gives_other_tokens(name, tries, tmp_path, tiny
         content = damaged((tiny_data / name).read_bytes(), np.random.default_rng(seed))
         (folder / name).write_bytes(content)
         try:
-            store = open_store(folder, raw=RawTokensConfig())
+            store = open_store(where.format(folder), raw=RawTokensConfig())
             found = [store.window(0, at, at + 64) for at in range(0, total - 63, 64)]
         except UserError as error:
-            assert "\n" not in str(error)
+            assert "\n" not in str(error) and where.format(folder) in str(error)
             refused += 1
             continue
         for one, other in zip(found, windows, strict=True):

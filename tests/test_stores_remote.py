@@ -21,7 +21,9 @@ from test_stores_megatron import made
 from test_stores_megatron import write as write_megatron
 from test_stores_plain import RAW, documents, write
 
+from emotrain.data.manifest import write_manifest
 from emotrain.data.opening import open_loader, open_store
+from emotrain.data.shards import write_shard
 from emotrain.data.stores import remote
 from emotrain.data.stores.content import SAMPLE_BYTES
 from emotrain.errors import MissingFileError, RunError, UserError
@@ -98,6 +100,28 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = close
 
 
+def ours(folder: Path, documents: int = 300, length: int = 12) -> Path:
+    """A prepared data set of two shards."""
+    (folder / "train").mkdir(parents=True)
+    shards, rng = [], np.random.default_rng(0)
+    for number in range(2):
+        offsets = np.concatenate(([0], np.cumsum(rng.integers(1, 2 * length, documents))))
+        tokens = rng.integers(7, 1000, offsets[-1]).astype(np.uint16)
+        path = folder / f"train/shard-{number:05d}.arrow"
+        names = ["some/where"] * documents
+        shards.append(write_shard(path, tokens, offsets, names, names))
+    counts = {
+        "documents": 2 * documents, "tokens": sum(info.tokens for info in shards),
+    }  # fmt: skip
+    train = {"shards": shards, "domains": {"some/where": counts}}
+    splits = {"train": train, "valid": {"shards": [], "domains": {}}}
+    write_manifest(
+        folder, vocab_size=1000, eos_id=7, eos_token="", splits=splits, skipped_documents={},
+        settings={},
+    )  # fmt: skip
+    return folder
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     pytest.importorskip("aiohttp")
@@ -131,6 +155,43 @@ def test_arrays_and_indexed_data_of_a_web_server(server, tmp_path):
         same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
     loader = open_loader(f"{server.address}/plain/", 16, seed=1, raw=RAW)
     assert loader.batch(range(8)).tokens_BS.shape == (8, 16)
+
+
+def test_a_prepared_data_set(server, tmp_path):
+    """The same windows, ids and fingerprint as here; of a large shard only what windows need."""
+    for size in (300, 40_000):
+        here = open_store(ours(tmp_path / f"data-{size}", size))
+        there = open_store(f"{server.address}/data-{size}/")
+        server.asked.clear()
+        there.window(0, 100, 150)
+        assert len(server.asked) <= 6
+        same_windows(here, there)
+        assert there.fingerprint == here.fingerprint
+        assert there.vocab_size == 1000 and there.path == f"{server.address}/data-{size}/"
+    for packing in ("concat", "best_fit"):
+        one, other = (
+            open_loader(path, 16, seed=1, packing=packing)
+            for path in (tmp_path / "data-300", f"{server.address}/data-300/")
+        )
+        assert one.fingerprint == other.fingerprint
+        assert (one.batch(range(8)).tokens_BS == other.batch(range(8)).tokens_BS).all()
+    with pytest.raises(UserError, match="data-300/: is read by windows, .*; copy the data set"):
+        open_loader(f"{server.address}/data-300/", 16, seed=1, domain="some/where")
+
+
+def test_a_prepared_data_set_that_changed(server, tmp_path):
+    path = ours(tmp_path / "data") / "train/shard-00001.arrow"
+    whole, address = path.read_bytes(), f"{server.address}/data/"
+    store = open_store(address)
+    path.write_bytes(whole[:9000] + bytes([whole[9000] ^ 1]) + whole[9001:])
+    with pytest.raises(UserError, match=rf"^{address}train/shard-00001.arrow: tokens .* not those"):
+        store.window(1, 0, store.shard_tokens[1])
+    path.write_bytes(whole[:-1])
+    with pytest.raises(UserError, match=rf"^{address}train/.*1.arrow: has \d+ bytes, dataset.json"):
+        open_store(address)
+    path.unlink()
+    with pytest.raises(MissingFileError, match=rf"^{address}train/shard-00001.arrow: is not there"):
+        open_store(address)
 
 
 def test_only_the_blocks_of_a_window_are_asked_for_once(server, tmp_path):
@@ -193,7 +254,7 @@ def test_what_is_not_there(server, tmp_path):
         open_store("nothing://x/a.npy", raw=RAW)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours/dataset.json").write_text("{}")
-    with pytest.raises(UserError, match="ours/: is a data set of `emotrain prepare`, .* copy it"):
+    with pytest.raises(UserError, match='http://.*/ours/dataset.json: has no "format"'):
         open_store(f"{server.address}/ours/")
     (tmp_path / "a.jsonl").write_text('{"input_ids": [1]}\n')
     with pytest.raises(UserError, match="a.jsonl: columns are read from this machine"):
@@ -243,6 +304,7 @@ def test_an_object_store(tmp_path, monkeypatch):
         for name in ("deep/a.npy", "b.npy"):
             write(tmp_path / "plain" / name, many(200_000, seed=len(name)))
         write_megatron(tmp_path / "indexed/a", made(200))
+        ours(tmp_path / "ours")
         system = s3fs.S3FileSystem()
         system.mkdir("bucket")
         system.put(f"{tmp_path}/", "bucket/tokens/", recursive=True)
@@ -259,12 +321,15 @@ def test_an_object_store(tmp_path, monkeypatch):
             ("plain/*.npy", {"glob": 1, "cat_file": 1}),
             ("indexed/a", {"info": 2, "cat_file": 1}),
             ("indexed/", {"find": 1, "cat_file": 1}),
+            # Its manifest alone; no tokenizer lies there.
+            ("ours/", {"find": 1, "cat_file": 1}),
         ):
             calls.clear()
             remote.files_of("s3://bucket")._blocks.clear()
             there = open_store(f"s3://bucket/tokens/{path}", raw=RAW)
             assert dict(Counter(calls)) == asked, path
             same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
+            assert path != "ours/" or calls.count("cat_file") <= 3  # a block or two a shard
         first = open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint
         write(tmp_path / "plain/b.npy", many(200_000, seed=99))
         system.put(f"{tmp_path}/plain/b.npy", "bucket/tokens/plain/b.npy")

@@ -26,7 +26,7 @@ system each is a round trip."""
 UNORDERED = "has document offsets that do not rise from 0 to its number of tokens"
 
 
-def refuse(path: Path, fault: str) -> NoReturn:
+def refuse(path: Path | str, fault: str) -> NoReturn:
     raise UserError(f"{path}: {fault}; copy the shard again or run `emotrain prepare` again")
 
 

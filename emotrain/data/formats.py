@@ -130,6 +130,8 @@ class Dataset:
             not as it must be.
     """
 
+    most_open = MAX_OPEN_SHARDS
+
     def __init__(self, path: str | Path, verify_checksums: bool = True):
         self.path = Path(path)
         self.verify_checksums = verify_checksums
@@ -150,7 +152,7 @@ class Dataset:
                 f"{tokenizer}: its sha256 is not the one in {MANIFEST}; restore the tokenizer of "
                 f"this data set"
             )
-        check_sizes(self.path, [info for split in SPLITS for info in self.shards[split]])
+        self._check_sizes([info for split in SPLITS for info in self.shards[split]])
         self._open: OrderedDict[tuple[str, int], Shard] = OrderedDict()
         self._checked: set[tuple[str, int]] = set()
         self._lock = threading.Lock()
@@ -166,6 +168,10 @@ class Dataset:
             )
             first = ids[split][-1]
         return ids
+
+    def name_of(self, info: ShardInfo) -> Path | str:
+        """Where a shard lies."""
+        return self.path / info.file
 
     def num_documents(self, split: str = "train") -> int:
         return sum(info.documents for info in self._infos(split))
@@ -235,7 +241,7 @@ class Dataset:
         # The search found edges[0] <= start and stop <= edges[-1], in whatever order the others
         # are.
         if len(edges) < 2 or (np.diff(edges) < 1).any():
-            refuse(self.path / info.file, UNORDERED)
+            refuse(self.name_of(info), UNORDERED)
         edges[0], edges[-1] = start, stop
         return shard, first, edges
 
@@ -310,17 +316,23 @@ class Dataset:
             self._open.move_to_end(key)
             return self._open[key]
         info = self.shards[split][index]
-        shard = self._open[key] = _map_shard(self.path / info.file, info, self.dtype)
-        if len(self._open) > MAX_OPEN_SHARDS:
+        shard = self._open[key] = self._map(info)
+        if len(self._open) > self.most_open:
             self._open.popitem(last=False)
         return shard
+
+    def _check_sizes(self, infos: list[ShardInfo]) -> None:
+        check_sizes(self.path, infos)
+
+    def _map(self, info: ShardInfo) -> Shard:
+        return _map_shard(self.path / info.file, info, self.dtype)
 
     def _check_blocks(
         self, info: ShardInfo, shard: Shard, name: str, start: int, stop: int
     ) -> None:
         if self.verify_checksums and info.sums and not shard.is_intact(name, start, stop):
             refuse(
-                self.path / info.file,
+                self.name_of(info),
                 f"{name} {start} to {stop} are not those that were written, its bytes have changed",
             )
 
@@ -339,7 +351,7 @@ class Dataset:
     def _check_ids(self, info: ShardInfo, tokens: np.ndarray) -> None:
         if (largest := int(tokens.max(initial=0))) >= self.vocab_size:
             raise UserError(
-                f"{self.path / info.file}: holds token id {largest}, vocab_size is "
+                f"{self.name_of(info)}: holds token id {largest}, vocab_size is "
                 f"{self.vocab_size}; run `emotrain prepare` again"
             )
 
@@ -348,7 +360,8 @@ class SplitStore:
     """A split of a data set, as `emotrain.data.source.TokenStore`."""
 
     def __init__(self, dataset: Dataset, split: str):
-        self.dataset, self.split, self.path = dataset, split, dataset.path
+        self.dataset, self.split = dataset, split
+        self.path: Path | str = dataset.path
         self.vocab_size, self.eos_id = dataset.vocab_size, dataset.eos_id
         self.tokenizer_file = dataset.path / TOKENIZER
         self.fingerprint = dataset.fingerprint(split)

@@ -14,7 +14,7 @@ from emotrain.data.loader import Loader, StreamWindows
 from emotrain.data.manifest import MANIFEST
 from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import TokenStore
-from emotrain.data.stores import columns, mds, megatron, plain, remote
+from emotrain.data.stores import columns, mds, megatron, plain, prepared, remote
 from emotrain.data.stores.listing import LIST, read_list
 from emotrain.data.stores.mds_shards import INDEX
 from emotrain.data.stores.vocabulary import vocabulary_of
@@ -115,11 +115,9 @@ def open_store(
         remote.files_of(name).forget()
     if raw.format == "auto" and _is_ours(name):
         return Dataset(path, verify_checksums).store(split)
-    if "://" in name and name.endswith("/") and remote.exists(name, MANIFEST):
-        raise UserError(
-            f"{path}: is a data set of `emotrain prepare`, which is read from this machine's disk; "
-            f"copy it there, or mount it"
-        )
+    is_folder = "://" in name and name.endswith("/")
+    if raw.format == "auto" and is_folder and remote.exists(name, MANIFEST):
+        return prepared.FarDataset(name, verify_checksums).store(split)
     if split != "train":
         raise UserError(
             f"{path}: has no {split} split, only `emotrain prepare` and `emotrain convert` make "

@@ -7,6 +7,7 @@
     listing    which files a path means: a file, a folder, a pattern, a list, a mix
     content    bytes of a file by place, and what is said where they are not there
     remote     the same of object stores and web servers
+    prepared   our own data sets there
     vocabulary the tokens of files that do not say which they hold
 
 `convert` writes any of them as a data set (`shuffle`). `emotrain.data.opening` chooses among them.
