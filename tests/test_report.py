@@ -414,6 +414,42 @@ def test_a_dense_model_and_a_run_from_before_have_pages(tmp_path):
 MARKUP = '</script><img src=x onerror="alert(1)">\'" & #0072b2 $x$ {{ 7 * 7 }}'
 
 
+def test_pools_and_tasks_of_evaluations_are_curves(tmp_path):
+    """One plot for a quantity, with a line for each pool, task and share of experts; with several
+    runs a plot for each of them."""
+    line = {
+        "step": 1,
+        "cross_entropy": 3.0,
+        "evaluation/loss_nats": 2.0,
+        "evaluation/loss_nats/pool_32": 2.5,
+        "evaluation/domains/law/loss_nats": 2.0,
+        "evaluation/domains/law/loss_nats/pool_32": 2.5,
+        "evaluation/tasks/capitals/accuracy_raw": 0.5,
+        "evaluation/tasks/capitals/accuracy_raw/0.25": 0.25,
+        "evaluation/tasks/rivers/accuracy_raw": 0.75,
+    }
+    folders = [bare_run(tmp_path / name, line, {**line, "step": 2}) for name in ("one", "two")]
+
+    def columns(page):
+        found = (page.rows(name)[0] for name in page.pictures if name.startswith("evaluated"))
+        return [
+            tuple(name for name in row if name not in ("run", "step", "tokens")) for row in found
+        ]
+
+    page = page_of(folders[0])
+    assert columns(page) == [
+        ("loss_nats", "pools of 32 experts"),
+        ("law",),
+        ("law",),
+        ("capitals", "capitals, 0.25 kept", "rivers"),
+    ]
+    titles = ("Held-out loss, pools of 32 experts, by domain", "Tasks: right choices")
+    assert all(title in page.text for title in titles)
+    both = page_of(*folders)
+    assert len(columns(both)) == 5
+    assert "Tasks: right choices, capitals, 0.25 kept" in both.text
+
+
 def test_names_of_any_kind_are_text(tmp_path):
     names = [*NAMES, MARKUP, "=1+1", "a,b\nc"]
     result = result_of(names)

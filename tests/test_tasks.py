@@ -29,6 +29,7 @@ from emotrain.tasks.scoring import encode_texts
 from emotrain.tasks.settings import TaskSettings
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, WORDS, tiny_settings
+from tests.processes import run_ranks
 from tests.test_tasks_reading import write_lines
 
 
@@ -318,7 +319,8 @@ def test_questions_that_do_not_fit_are_counted_and_answers_that_do_not_refused(f
         ("--tasks kitchen.jsonl --cross-domain all", "--cross-domain says nothing with --tasks"),
         ("--tasks kitchen.jsonl --document-tokens 9", "--document-tokens says nothing"),
         ("--tasks kitchen.jsonl --random-seeds 2", "--random-seeds says nothing with --tasks with"),
-        ("parallel.ep=2 --tasks kitchen.jsonl", "parallel.ep=2 says nothing of questions"),
+        ("parallel.ep=2 --tasks kitchen.jsonl", "parallel.ep=2 does not divide shard=1"),
+        ("parallel.ep=2 --lm-eval a --include-path b", "parallel.ep=2 says nothing with --lm-eval"),
         ("--tasks kitchen.jsonl --lm-eval a", "give --tasks or --lm-eval"),
         ("--lm-eval a", "--lm-eval needs --include-path DIR"),
         ("--lm-eval a --include-path . --keep 0.5", "--keep says nothing with --lm-eval"),
@@ -338,12 +340,69 @@ def test_options_that_cannot_be_are_one_line(folder, monkeypatch, capsys, words,
     assert error.startswith("error: ") and line in error and error.count("\n") == 1
 
 
-def test_several_processes_are_refused(folder, monkeypatch, capsys):
+def words_and_numbers(result):
+    """What was chosen and generated, and every log probability."""
+    words, numbers = [], []
+    for one in result.answers:
+        words.append((one.task, one.experts, one.line, one.details.get("chosen"), one.scores))
+        words.append(one.details.get("answer"))
+        of_choices = ("logprobs_nats", "unconditional_logprobs_nats")
+        numbers += [one.gold_nats, *(n for name in of_choices for n in one.details.get(name, ()))]
+    return words, numbers
+
+
+def kept(result):
+    return {(s.task, s.experts): s.experts_kept_per_layer for s in result.scores}
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        {2: [["parallel.ep=2"]], 4: [["parallel.ep=2"]]},
+        pytest.param({2: [[]], 3: [[]], 4: [[], ["parallel.replicate=4"]]}, marks=pytest.mark.long),
+    ],
+    ids=["expert parallel", "others"],
+)
+def test_answers_are_those_of_one_process(folder, layouts):
+    """Of all kinds, also generated ones, with experts that tasks choose."""
+    files = [folder / f"{name}.jsonl" for name in ("kitchen", "words", "texts")]
+    settings = TaskSettings(
+        shots=1, limit=3, keep=(0.5,), calibration_documents=3, random_seeds=0, answer_tokens=9
+    )
+    alone = evaluate_tasks(folder / "run", files, settings)
+    words_alone, values_alone = words_and_numbers(alone)
+    assert len({one.details["answer"] for one in alone.answers if one.task == "words"}) > 1
+
+    def body(ranks):
+        return [
+            evaluate_tasks(folder / "run", files, settings, ranks=ranks, layout=layout)
+            for layout in layouts[ranks.world_size]
+        ]
+
+    for world_size in layouts:
+        for of_rank in run_ranks(body, world_size):
+            for found in of_rank:
+                assert kept(found) == kept(alone)
+                words, values = words_and_numbers(found)
+                assert words == words_alone
+                assert values == pytest.approx(values_alone, rel=1e-6, abs=1e-6)
+
+
+def test_a_mistake_ends_all_processes_in_one_line(folder):
+    def body(ranks):
+        with pytest.raises(UserError) as caught:
+            evaluate_tasks(folder / "run", ["nothing.jsonl"], TaskSettings(), ranks=ranks)
+        return str(caught.value)
+
+    assert {*run_ranks(body, 2)} == {"nothing.jsonl: no such file of questions; give a JSONL file"}
+
+
+def test_the_harness_on_several_processes_is_refused(folder, monkeypatch, capsys):
     launched = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    assert main(["evaluate", str(folder / "run"), "--tasks", str(folder / "kitchen.jsonl")]) == 2
-    assert "asked by one process, this is one of 2" in capsys.readouterr().err
+    assert main(["evaluate", str(folder / "run"), "--lm-eval", "a", "--include-path", "b"]) == 2
+    assert "asks in one process, this is one of 2" in capsys.readouterr().err
 
 
 # ---- the page

@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,23 +22,30 @@ import torch
 from test_training import _Always
 
 from emotrain.cli import main
-from emotrain.config import Config, config_from_dict, save_config
+from emotrain.config import Config, config_from_dict, load_config, save_config
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import evaluate
+from emotrain.evaluation.perplexity import pack, token_losses
+from emotrain.evaluation.reading import read_domains
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.while_training import TrainingEvaluation
+from emotrain.model.router import training_request
 from emotrain.planning.dry_run import follow_state
 from emotrain.planning.meter import Meter
 from emotrain.planning.parts import PARTS
+from emotrain.tasks.evaluation import evaluate_tasks
+from emotrain.tasks.settings import TaskSettings
+from emotrain.tasks.while_training import observer
 from emotrain.training import checkpoint
 from emotrain.training import metrics as metrics_module
 from emotrain.training import run as run_module
 from emotrain.training.data_source import build_loader
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
-from tests.conftest import ROOT, tiny_settings
+from tests.conftest import ROOT, WORDS, tiny_settings
 from tests.processes import run_ranks
+from tests.test_tasks_reading import write_lines
 
 EVERY_TWO = {
     "every": 2,
@@ -53,7 +61,35 @@ AS_EVERY_TWO = EvaluationSettings(
     calibration_documents=2,
     random_seeds=0,
 )
+POOL = 4
+"""Of seven routed experts; a token uses two."""
 TIMES = ("tokens_per_second", "memory_gib", "evaluation/seconds")
+
+
+def with_more(folder: Path) -> dict[str, Any]:
+    """Evaluations that measure everything: also pools of one size, and a task of each kind."""
+    rng = random.Random(0)
+    splits = ("test",) * 3 + ("train",) * 2
+
+    def some(domain: str, count: int) -> str:
+        return " ".join(rng.choice(WORDS[domain]) for _ in range(count))
+
+    kinds = {
+        "choices": lambda split: {
+            "question": some("kitchen", 2),
+            "choices": [some("kitchen", 1), some("garden", 2)],
+            "answer": 0,
+            "split": split,
+        },
+        "words": lambda split: {
+            "question": some("garden", 2), "answers": [some("garden", 1)], "split": split
+        },
+        "texts": lambda split: {"text": some("garden", 4), "split": split},
+    }  # fmt: skip
+    for kind, line in kinds.items():
+        write_lines(folder / f"{kind}.jsonl", *(line(split) for split in splits))
+    files = [str(folder / f"{kind}.jsonl") for kind in kinds]
+    return EVERY_TWO | {"pool_size": POOL, "tasks": files, "task_keep": [0.5], "answer_tokens": 5}
 
 
 def settings(data: Path, run_dir: Path, evaluation: dict | None = None, **training: Any) -> dict:
@@ -68,7 +104,7 @@ def train(values: dict, ranks: Ranks | None = None) -> dict[str, Any]:
     """As `emotrain train`."""
     config = config_from_dict(values)
     ranks = ranks or Ranks()
-    options = {"observe": TrainingEvaluation(config, ranks)} if config.evaluation.every else {}
+    options = {"observe": observer(config, ranks)} if config.evaluation.every else {}
     return run_module.train(config, ranks, **options)
 
 
@@ -127,7 +163,48 @@ def assert_as_evaluated(run_dir: Path, data: Path, rel: float, steps: Sequence[i
             for arm in ("selected", "cross_domain"):
                 increase = getattr(losses.increase_nats["0.5"], arm)
                 named[f"evaluation/{place}increase_nats/0.5/{arm}"] = increase
+        named |= of_tasks(run_dir, step) | of_pools(run_dir, step, data)
         assert values == pytest.approx(named, rel=rel, abs=rel)
+
+
+def of_tasks(run_dir: Path, step: int) -> dict[str, float]:
+    """As `emotrain evaluate --tasks` finds it."""
+    setup = load_config(run_dir / "config.yaml").evaluation
+    if not setup.tasks:
+        return {}
+    asked = TaskSettings(
+        keep=setup.task_keep, calibration_documents=2, random_seeds=0, answer_tokens=5
+    )
+    found = evaluate_tasks(run_dir / f"checkpoints/step-{step:08d}", setup.tasks, asked)
+    ends = {"all experts": "", "keep 0.5, own choice": "/0.5"}
+    return {
+        f"evaluation/tasks/{score.task}/{metric}{ends[score.experts]}": number.value
+        for score in found.scores
+        for metric, number in score.metrics.items()
+    }
+
+
+@torch.no_grad()
+def of_pools(run_dir: Path, step: int, data: Path) -> dict[str, float]:
+    """By the model's own forward pass, a document at a time."""
+    if not load_config(run_dir / "config.yaml").evaluation.pool_size:
+        return {}
+    folder = run_dir / f"checkpoints/step-{step:08d}"
+    config, model = checkpoint.load_model(folder)
+    pool = replace(config.model.router.pool, kind="fixed", size=POOL)
+    fixed = replace(config.model, router=replace(config.model.router, pool=pool))
+    losses = {}
+    for name, documents in read_domains(data, config, folder, AS_EVERY_TWO).items():
+        batches = [b for d in documents.held_out for b in pack([d], config.data.sequence_length, 1)]
+        outputs = [(b, model(b, training_request(fixed, b, 5, 7))) for b in batches]
+        loss = [
+            token_losses(output.hidden_TD, model.head.weight, batch.targets_BS.flatten()).sum()
+            for batch, output in outputs
+        ]
+        targets = sum(int((batch.targets_BS >= 0).sum()) for batch in batches)
+        losses[f"domains/{name}/"] = float(sum(loss)) / targets
+    losses[""] = sum(losses.values()) / len(losses)
+    return {f"evaluation/{place}loss_nats/pool_{POOL}": loss for place, loss in losses.items()}
 
 
 def states_of_generators() -> list[Any]:
@@ -137,7 +214,7 @@ def states_of_generators() -> list[Any]:
 def test_training_is_the_same_to_the_bit(tiny_data: Path, tmp_path: Path) -> None:
     """The run that evaluates is stopped in a step that it does so after."""
     states = []
-    for name, evaluation in (("off", {}), ("on", EVERY_TWO)):
+    for name, evaluation in (("off", {}), ("on", with_more(tmp_path))):
         torch.manual_seed(0), np.random.seed(0), random.seed(0)
         values = settings(tiny_data, tmp_path / name, evaluation)
         if evaluation:
@@ -146,7 +223,7 @@ def test_training_is_the_same_to_the_bit(tiny_data: Path, tmp_path: Path) -> Non
         states.append(states_of_generators())
     assert states[0] == states[1]
     assert_same_run(tmp_path / "on", tmp_path / "off")
-    assert_as_evaluated(tmp_path / "on", tiny_data, 0, steps=[2, 4, 5])
+    assert_as_evaluated(tmp_path / "on", tiny_data, 1e-6, steps=[2, 4, 5])
     assert not of_evaluation(tmp_path / "off")
 
 
@@ -182,8 +259,10 @@ def test_two_processes_train_the_same_and_evaluate_as_one(
     """With two micro-batches each; `stop` is the step in which the run that evaluates is
     interrupted."""
 
+    everything = with_more(tmp_path)
+
     def body(ranks: Ranks) -> None:
-        for name, evaluation in (("off", {}), ("on", EVERY_TWO)):
+        for name, evaluation in (("off", {}), ("on", everything)):
             values = settings(tiny_data, tmp_path / name, evaluation, micro_batch=1)
             values["parallel"] = parallel
             values["training"]["steps"] = steps[-1]
@@ -223,7 +302,7 @@ def test_nothing_is_compiled_for_it(
 
 def peaks(ranks: Ranks, config: Config) -> tuple[int, int]:
     """Bytes of tensors at the peak of a step, and of a step, an evaluation and another step."""
-    observe = TrainingEvaluation(config, ranks)
+    observe = observer(config, ranks)
     engine = NativeEngine.build(config, ranks, fresh=True)
     setup, where = config.training, (ranks.rank, ranks.world_size)
     batches = build_loader(config).step(0, setup.global_batch, setup.micro_batch, *where)
@@ -259,7 +338,7 @@ def assert_as_before_a_step(engine: NativeEngine) -> None:
 
 @pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_memory_is_that_of_a_step(world_size: int, tiny_data: Path, tmp_path: Path) -> None:
-    values = settings(tiny_data, tmp_path, micro_batch=2)
+    values = settings(tiny_data, tmp_path, with_more(tmp_path), micro_batch=2)
     values["data"]["sequence_length"] = 64
     values["parallel"] = {"ep": world_size}
     config = config_from_dict(values)
@@ -310,6 +389,11 @@ REFUSED = {
     "evaluation.data=ANSWERS": "holds prompts and answers; name a folder",
     "evaluation.domains=[desert]": "no held-out documents of domain 'desert'",
     "evaluation.calibration_documents=1000": "train documents, 1000 are needed",
+    "evaluation.pool_size=1": "cannot be a pool; give 2 (model.experts.top_k) to 7",
+    "evaluation.pool_size=9": "cannot be a pool; give 2 (model.experts.top_k) to 7",
+    "evaluation.tasks=[nothing.jsonl]": "evaluation.tasks: nothing.jsonl: no such file",
+    "evaluation.tasks=[TASK]": "evaluation.tasks: evaluation.answer_tokens 50 leaves no room",
+    "evaluation.shots=2": "evaluation.shots=2 says how tasks are asked, and none is given",
 }
 
 
@@ -318,14 +402,15 @@ def test_a_mistake_is_found_before_training(
     override: str, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     (tmp_path / "ANSWERS").write_text('{"prompt": "a", "answer": "b"}\n')
+    write_lines(tmp_path / "TASK", {"question": "a", "answers": ["b"]})
     values = settings(tiny_data, tmp_path / "run", {"every": 2})
     save_config(config_from_dict(values), tmp_path / "config.yaml")
-    key, _, name = override.partition("=")
-    if key == "evaluation.data":
-        override = f"{key}={tmp_path / name}"
+    said = REFUSED[override]
+    for name in ("NOTHING", "ANSWERS", "TASK"):
+        override = override.replace(name, str(tmp_path / name))
     assert main(["train", str(tmp_path / "config.yaml"), override]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and REFUSED[f"{key}={name}"] in error
+    assert error.startswith("error: ") and said in error
     assert not (tmp_path / "run").exists()
 
 

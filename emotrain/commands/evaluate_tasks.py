@@ -82,13 +82,13 @@ def refuse_what_says_nothing(args: argparse.Namespace) -> None:
     Raises:
         UserError: names the option.
     """
-    if (processes := Launch.read().world_size) > 1 and (args.tasks or args.lm_eval):
+    if (processes := Launch.read().world_size) > 1 and args.lm_eval:
         raise UserError(
-            f"questions are asked by one process, this is one of {processes}; start it without a "
-            f"launcher"
+            f"--lm-eval asks in one process, this is one of {processes}; start it without a "
+            f"launcher, or ask the same questions with --tasks"
         )
-    if args.settings and (args.tasks or args.lm_eval):
-        raise UserError(f"{args.settings[0]} says nothing of questions; leave it out")
+    if args.settings and args.lm_eval:
+        raise UserError(f"{args.settings[0]} says nothing with --lm-eval; leave it out")
     if args.tasks and args.lm_eval:
         raise UserError("give --tasks or --lm-eval: each writes results of its own")
     others: tuple[str, ...]
@@ -112,6 +112,8 @@ def refuse_what_says_nothing(args: argparse.Namespace) -> None:
 
 def run_tasks(args: argparse.Namespace) -> int:
     """`emotrain evaluate CHECKPOINT --tasks FILE…`"""
+    from emotrain.distributed.joining import join
+    from emotrain.evaluation.measure import choose_device
     from emotrain.tasks.evaluation import evaluate_tasks
     from emotrain.tasks.settings import TaskSettings
     from emotrain.tasks.tables import tables, write_results
@@ -122,16 +124,20 @@ def run_tasks(args: argparse.Namespace) -> int:
     given["keep"] = tuple(given.get("keep", ()))
     settings = TaskSettings(subsets=tuple(args.subset or ()), **given)
     folder = _folder(args)
-    with ProgressBar("batches") as bar:
+    choose_device(args.device)
+    with join(args.device) as ranks, ProgressBar("batches", shown=ranks.is_first) as bar:
         result = evaluate_tasks(
             args.checkpoint,
             args.tasks,
             settings,
-            device=args.device,
             micro_batch=args.micro_batch,
             track=bar.track,
             out=folder,
+            ranks=ranks,
+            layout=args.settings,
         )
+    if not ranks.is_first:
+        return 0
     finish(args, result.to_json(), "\n\n".join(table.text() for table in tables(result)))
     return _written(args, write_results(result, folder))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from emotrain.commands.common import add_checkpoint, add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from emotrain.distributed.launcher import Launch
     from emotrain.files import make_writable
     from emotrain.subsets.tuning import TuneSettings, tuning_config
+    from emotrain.tasks.while_training import observer
     from emotrain.training.run import train
 
     settings = TuneSettings(
@@ -119,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
         finish(args, {"config": str(file), "steps": config.num_steps}, f"wrote {file}")
         return 0
     with join(config.training.device, config.training.collective_timeout_s) as ranks:
-        summary = train(config, ranks)
+        options: dict[str, Any] = {}
+        if config.evaluation.every:
+            options["observe"] = observer(config, ranks)
+        summary = train(config, ranks, **options)
     if ranks.is_first:
         last = summary["metrics"].get("loss")
         finish(

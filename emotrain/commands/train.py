@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from emotrain.config import load_config, warnings_of
     from emotrain.distributed.joining import join
-    from emotrain.evaluation.while_training import TrainingEvaluation
+    from emotrain.tasks.while_training import observer
     from emotrain.training.run import train
 
     options: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         for line in warnings_of(config) if ranks.is_first else ():
             logging.getLogger(__name__).warning("warning: %s", line)
         if config.evaluation.every:
-            options["observe"] = TrainingEvaluation(config, ranks)
+            options["observe"] = observer(config, ranks)
         summary = train(config, ranks, **options)
     if ranks.is_first:
         last = summary["metrics"].get("loss")

@@ -12,5 +12,7 @@ PathText = Annotated[str, PATH]
 Counts = tuple[tuple[str, int], ...]
 """Numbers by name, in order; a file writes `{name: 2}`."""
 Names = tuple[str, ...]
+Paths = Annotated[Names, PATH]
+"""`~` is the home folder in each of them."""
 Shares = tuple[float, ...]
 """Each above 0 and up to 1."""

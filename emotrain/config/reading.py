@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from emotrain.config.kinds import PATH, Counts, Names, Shares
+from emotrain.config.kinds import PATH, Counts, Names, PathText, Shares
 from emotrain.config.old_names import translate, warn_of_old_names
 from emotrain.config.rules import check, pool_fault
 from emotrain.config.schema import Config, flatten, setting_types
@@ -294,7 +294,8 @@ def _coerce(key: str, value: Any, kind: Any) -> Any:
     if is_list and all(type(count) is int and count >= 0 for count in value):
         return tuple(value)
     if plain in (Names, Shares) and isinstance(value, (list, tuple)):
-        return tuple(_coerce(key, item, typing.get_args(plain)[0]) for item in value)
+        of_item = PathText if PATH in typing.get_args(kind) else typing.get_args(plain)[0]
+        return tuple(_coerce(key, item, of_item) for item in value)
     if plain == Counts and (counts := _counts(value)) is not None:
         return counts
     if isinstance(value, dict) and plain != Counts:

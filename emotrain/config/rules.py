@@ -315,11 +315,20 @@ def _check_finetune(config: Config) -> None:
 
 def _check_evaluation(config: Config) -> None:
     setup = config.evaluation
-    for share in setup.keep:
+    for name, keep in (("keep", setup.keep), ("task_keep", setup.task_keep)):
+        for share in keep:
+            _require(
+                0 < share <= 1,
+                f"evaluation.{name}={list(keep)}: {share:g} is not a share of the experts; give "
+                f"numbers above 0 and up to 1, for example 0.25",
+            )
+    for name in ("shots", "questions", "task_keep"):
+        value = getattr(setup, name)
+        shown = list(value) if isinstance(value, tuple) else value
         _require(
-            0 < share <= 1,
-            f"evaluation.keep={list(setup.keep)}: {share:g} is not a share of the experts; give "
-            f"numbers above 0 and up to 1, for example 0.25",
+            bool(setup.tasks) or not value,
+            f"evaluation.{name}={shown} says how tasks are asked, and none is given; name their "
+            f"files: evaluation.tasks=[FILE]",
         )
     _require(
         setup.documents >= 2,

@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emotrain.batch import IGNORE, PackedBatch
-from emotrain.config import ModelConfig
+from emotrain.config import ModelConfig, PoolConfig
 from emotrain.data.packing import pack_documents
 from emotrain.distributed.gathering import gathered_for
 from emotrain.distributed.ranks import Ranks
 from emotrain.distributed.shares import ALONE, share
 from emotrain.model.attention import TokenView
-from emotrain.model.router import RoutingRequest
+from emotrain.model.router import RoutingRequest, training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.select import Subsets, group_of_documents
 from emotrain.progress import Track, untracked
@@ -142,9 +142,10 @@ def losses_of_arms(
     precision: torch.dtype | None = None,
     rows_per_pass: int = 0,
     ranks: Ranks = ALONE,
+    pool: PoolConfig | None = None,
 ) -> list[DocumentLosses]:
     """Loss of every document with the subsets of every arm, without a document pool, as at
-    inference (spec 2.5); and the routing with those of the first arm.
+    inference (spec 2.5), unless there is a `pool`; and the routing with those of the first arm.
 
     Up to the first experts all arms compute the same: it is computed once. From there on a document
     is in the batch once for each arm, every time with another mask.
@@ -157,8 +158,8 @@ def losses_of_arms(
         precision: run under autocast in this dtype; None means in the model's own.
         rows_per_pass: most rows that go through the experts at once, if a batch has no more; 0 for
             those of all arms.
-        ranks: those that have the model between them. Each runs a share of the batches; all get
-            the losses of all documents.
+        ranks: those that have the model between them; all get the losses of all documents.
+        pool: the rule by which each document gets its pool, as in training.
     Returns:
         for each arm its losses; `routing` is empty but for the first.
     """
@@ -194,7 +195,7 @@ def losses_of_arms(
                         mask_XJN[first : arm_X.stop, group_G].flatten(0, 1) for mask_XJN in masks
                     ]
                 hidden_TD, scores = _after_first_attention(
-                    model, copies, h_BSD.repeat(len(arm_X), 1, 1), kept
+                    model, copies, h_BSD.repeat(len(arm_X), 1, 1), kept, pool
                 )
                 targets_T = copies.targets_BS.reshape(-1)
                 loss_T = model.head(hidden_TD, partial(token_losses, targets_T=targets_T))
@@ -226,11 +227,19 @@ def _masks_of_arms(
 
 
 def _after_first_attention(
-    model: Transformer, batch: PackedBatch, h_BSD: Tensor, kept: Sequence[Tensor] | None
+    model: Transformer,
+    batch: PackedBatch,
+    h_BSD: Tensor,
+    kept: Sequence[Tensor] | None,
+    pool: PoolConfig | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """The rest of a forward pass -> normed final hidden states [T, D], and for each layer with
     routed experts [G, N], the routing probabilities summed over each document."""
-    request, scores = RoutingRequest(kept=kept, details=True), []
+    asked_for, scores = RoutingRequest(), []
+    if pool is not None:
+        router = replace(model.config.router, pool=pool)
+        asked_for = training_request(replace(model.config, router=router), batch, seed=0, step=0)
+    request = replace(asked_for, kept=kept, details=True)
     view = TokenView.of(batch, model.head_dim, model.config)
     x_BSD = h_BSD
     for index, block in enumerate(model.blocks):

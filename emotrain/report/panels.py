@@ -112,13 +112,29 @@ POOLS = Chart(
 POOL_KEYS = ("pool_size_mean", "pool_size_min", "pool_size_max")
 EVALUATED = "evaluation/"
 """What the names of metrics begin with that are measured on held-out documents."""
-OF_DOMAIN = re.compile(f"{EVALUATED}domains/(.+)/(loss_nats|increase_nats/.+)", re.DOTALL)
+OF_DOMAIN = re.compile(
+    f"{EVALUATED}domains/(.+)/(loss_nats(?:/pool_[0-9]+)?|increase_nats/.+)", re.DOTALL
+)
+OF_TASK = re.compile(f"{EVALUATED}tasks/([^/]+)/([^/]+)(?:/(.+))?")
+OF_POOL = re.compile("pool_([0-9]+)")
 BY_DOMAIN = ", by domain"
 QUANTITIES = {
     "loss_nats": ("Held-out loss", "nats/token"),
     "increase_nats": ("Loss increase with fewer experts", "nats/token"),
     "domain_cosine": ("Likeness of the domains' routing", "cosine, mean over pairs"),
     "effective_experts": ("Experts a held-out document uses", "effective experts"),
+    "tasks/accuracy_raw": ("Tasks: right choices", "share of the questions"),
+    "tasks/accuracy_per_char": (
+        "Tasks: right choices, by probability a character",
+        "share of the questions",
+    ),
+    "tasks/accuracy_unconditional": (
+        "Tasks: right choices, over their probability alone",
+        "share of the questions",
+    ),
+    "tasks/exact_match": ("Tasks: exact answers", "share of the questions"),
+    "tasks/f1": ("Tasks: F1 of the words of answers", "0 to 1"),
+    "tasks/bits_per_byte": ("Tasks: bits of the right answer", "bits/byte"),
     "seconds": ("Time of an evaluation", "s"),
 }
 """Title and unit of what evaluation during training measures."""
@@ -192,19 +208,8 @@ class Panels:
         share of experts or domain. With several runs a plot for each share, and none of domains."""
         groups: dict[str, list[tuple[str, str]]] = {}
         for key in self.keys:
-            if not key.startswith(EVALUATED):
-                continue
-            domain = OF_DOMAIN.fullmatch(key)
-            if domain and self.several:
-                continue
-            quantity, _, rest = key.removeprefix(EVALUATED).partition("/")
-            if domain:
-                group, line = f"{domain[2]}{BY_DOMAIN}", domain[1]
-            elif self.several or quantity not in QUANTITIES:
-                group, line = key.removeprefix(EVALUATED), key
-            else:
-                group, line = quantity, _kept(rest) or quantity
-            groups.setdefault(group, []).append((key, line))
+            if key.startswith(EVALUATED) and (place := self._place(key)):
+                groups.setdefault(place[0], []).append((key, place[1]))
         known = list(QUANTITIES)
         order = sorted(
             groups,
@@ -217,6 +222,20 @@ class Panels:
             self._joined(_evaluated_chart(number, group), groups[group])
             for number, group in enumerate(order)
         ]
+
+    def _place(self, key: str) -> tuple[str, str] | None:
+        """The plot of a key of `evaluation/`, and the name of its line; None where it has none."""
+        domain, name = OF_DOMAIN.fullmatch(key), key.removeprefix(EVALUATED)
+        if domain:
+            return None if self.several else (f"{domain[2]}{BY_DOMAIN}", domain[1])
+        if task := OF_TASK.fullmatch(key):
+            line = f"{task[1]}, {task[3]} kept" if task[3] else task[1]
+            quantity = f"tasks/{task[2]}"
+            return (f"{quantity}, {line}" if self.several else quantity), line
+        quantity, _, rest = name.partition("/")
+        if self.several or quantity not in QUANTITIES:
+            return name, key
+        return quantity, _kept(rest) or quantity
 
     def others(self) -> tuple[list[Plot], list[str]]:
         """Plots of the keys that no section knows, and the keys that are left out."""
@@ -285,7 +304,10 @@ class Panels:
 
 
 def _kept(name: str) -> str:
-    """`0.25/cross_domain` as a reader calls it: 0.25 kept, another domain's."""
+    """`0.25/cross_domain` as a reader calls it: 0.25 kept, another domain's; `pool_32`: pools of
+    32."""
+    if pool := OF_POOL.match(name):
+        return f"pools of {pool[1]} experts{name[pool.end() :]}"
     share, _, arm = name.partition("/")
     for key, words in ARM_NAMES.items():
         if arm.removesuffix(BY_DOMAIN) == key:
@@ -296,6 +318,8 @@ def _kept(name: str) -> str:
 def _evaluated_chart(number: int, group: str) -> Chart:
     """How a quantity of `evaluation/` is called, by the first part of its name."""
     quantity, _, rest = group.partition("/")
+    if quantity == "tasks":
+        quantity, rest = group, ""
     title, unit = QUANTITIES.get(quantity.partition(",")[0], (quantity, "as the run gave it"))
     ending = _kept(rest) if rest else group.removeprefix(quantity.partition(",")[0])
     title += f", {ending.removeprefix(', ')}" if ending else ""

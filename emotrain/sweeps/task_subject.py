@@ -33,7 +33,7 @@ class TaskSubject(Subject):
 
     def run(self, subsets: Sequence[Subsets | None]) -> list[tuple[str, list[float], list[float]]]:
         task, session, settings = self._task, self._session, settings_of(self.plan)
-        questions = questions_of(task, 0, session, settings)
+        questions = questions_of(task, 0, session.tokenizer, session.most_tokens, settings)
         metric = headline(task.kind, settings)
         results = []
         for kept in subsets:

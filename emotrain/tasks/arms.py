@@ -14,6 +14,8 @@ import torch
 
 from emotrain.config import Config
 from emotrain.data.tokenizer import TextTokenizer
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import group_of_each
 from emotrain.evaluation.perplexity import autocast, pack
@@ -81,12 +83,14 @@ def chosen_arms(
     rows_per_batch: int,
     precision: torch.dtype | None,
     track: Track[Any] = untracked,
+    ranks: Ranks = ALONE,
 ) -> list[Arm]:
     """At each share of `settings.keep` that leaves experts out, those that each task chooses, and
     as many at random.
 
     Args:
         texts: that choose, of each task.
+        ranks: those that have the model between them.
     """
     config = model.config
     sizes = {keep: experts_kept(config, keep) for keep in sorted(set(settings.keep), reverse=True)}
@@ -97,7 +101,10 @@ def chosen_arms(
     group_U = group_of_each([text.choose for text in texts])
     batches = pack(documents, row_length, rows_per_batch, config.attention.document_mask)
     with autocast(model.head.weight.device, precision):
-        found = greedy_rankings(model, batches, group_U, len(texts), list(sizes.values()), track)
+        counts_of_each = list(sizes.values())
+        found = greedy_rankings(
+            model, batches, group_U, len(texts), counts_of_each, track, ranks=ranks
+        )
     arms: list[Arm] = []
     for (keep, counts), (chosen, _) in zip(sizes.items(), found, strict=True):
         masks = tuple(mask_JN.cpu() for mask_JN in chosen)

@@ -13,8 +13,12 @@ import torch
 from emotrain.config import Config
 from emotrain.data.answers import spaced
 from emotrain.data.tokenizer import TextTokenizer
+from emotrain.distributed.agreement import of_first_rank
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE
 from emotrain.errors import UserError
-from emotrain.evaluation.measure import precision_on, rows_of
+from emotrain.evaluation.measure import choose_device, precision_on, rows_of
+from emotrain.evaluation.reading import tokenizer_of
 from emotrain.files import make_writable
 from emotrain.generation.loading import load_weights, open_generator
 from emotrain.generation.sampling import Sampling
@@ -24,7 +28,7 @@ from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import CalibrationText
 from emotrain.subsets.selection import provenance, tokenizer_fingerprint
 from emotrain.tasks.arms import Arm, calibration_of, chosen_arms, fixed_arms
-from emotrain.tasks.generating import generate
+from emotrain.tasks.generating import generate, generate_together
 from emotrain.tasks.items import Item
 from emotrain.tasks.metrics import choose, exact_match, f1
 from emotrain.tasks.prompts import Task, read_tasks
@@ -40,6 +44,7 @@ from emotrain.tasks.scoring import Pair, encode_pairs, encode_texts, fit, log_pr
 from emotrain.tasks.settings import TaskSettings, headline
 from emotrain.training.checkpoint import load_state
 from emotrain.training.checkpoint_folders import identity
+from emotrain.training.spread_model import layout_of, load_to_predict
 
 log = logging.getLogger("emotrain")
 
@@ -74,11 +79,83 @@ class Session:
     """Of one forward pass."""
     precision: torch.dtype | None
     track: Track[Any] = field(default=untracked)
+    ranks: Ranks = field(default=ALONE)
+    """Those that have the model between them."""
 
     @property
     def most_tokens(self) -> int:
         """That the model reads at once: as in training."""
         return self.config.data.sequence_length
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Files, as a model is asked their questions."""
+
+    settings: TaskSettings
+    tasks: tuple[Task, ...]
+    questions: tuple[_Question, ...]
+    """Of all tasks."""
+    texts: tuple[CalibrationText, ...]
+    """That choose the experts of each task; none where none are chosen."""
+
+    @classmethod
+    def read(
+        cls,
+        files: Sequence[str | Path],
+        settings: TaskSettings,
+        tokenizer: TextTokenizer,
+        config: Config,
+    ) -> Asked:
+        """
+        Raises:
+            UserError: files or settings that the model of `config` cannot be asked with.
+        """
+        tasks = read_tasks(files, settings)
+        for keep in settings.keep:
+            experts_kept(config.model, keep)  # refuses what cannot be kept
+        most = config.data.sequence_length
+        questions = [
+            question
+            for j, task in enumerate(tasks)
+            for question in questions_of(task, j, tokenizer, most, settings)
+        ]
+        texts: list[CalibrationText] = []
+        if settings.keep:
+            texts = calibration_of(tasks, tokenizer, settings.calibration_documents)
+        return cls(settings, tuple(tasks), tuple(questions), tuple(texts))
+
+    def answers(self, session: Session, arms: Sequence[Arm]) -> tuple[list[Arm], list[Answer]]:
+        """The answers with the experts of these arms, and with those that the tasks choose."""
+        arms = list(arms)
+        if self.texts:
+            arms += chosen_arms(
+                session.model,
+                self.texts,
+                self.settings,
+                session.most_tokens,
+                session.rows,
+                session.precision,
+                session.track,
+                session.ranks,
+            )
+        return arms, [
+            answer
+            for arm in arms
+            for answer in ask(session, self.tasks, self.questions, arm, self.settings)
+        ]
+
+    def scores(self, arms: Sequence[Arm], answers: Sequence[Answer], shared: int) -> list[Score]:
+        """Of each task with each of the arms.
+
+        Args:
+            shared: experts of a layer.
+        """
+        return [
+            _score(task, arm, arm.kept(j, shared), answers)
+            for j, task in enumerate(self.tasks)
+            for arm in arms
+        ]
 
 
 def open_session(
@@ -111,6 +188,8 @@ def evaluate_tasks(
     micro_batch: int = 0,
     track: Track[Any] = untracked,
     out: Path | None = None,
+    ranks: Ranks | None = None,
+    layout: Sequence[str] = (),
 ) -> TaskEvaluation:
     """Ask a checkpoint the questions of some files.
 
@@ -119,77 +198,77 @@ def evaluate_tasks(
         files: see `emotrain.tasks.items`.
         micro_batch: rows of one forward pass; 0 means as in training.
         out: where results will be written, found out to be writable before the work.
+        ranks: processes that evaluate together, each with a part of the model and some of the
+            questions; by default this one alone, on `device`. All get the same result.
+        layout: `parallel.*` settings that say how those share the model (`layout_of`).
     Raises:
-        UserError: files, settings or a checkpoint that cannot be used.
+        UserError: files, settings or a checkpoint that cannot be used. On all ranks.
     """
-    tasks = read_tasks(files, settings)
-    folder, session = open_session(checkpoint, device, micro_batch, track)
-    for keep in settings.keep:
-        experts_kept(session.config.model, keep)  # refuses what cannot be kept
-    arms = fixed_arms(settings.subsets, folder, session.config, len(tasks))
-    questions = [
-        q for j, task in enumerate(tasks) for q in questions_of(task, j, session, settings)
-    ]
-    texts: list[CalibrationText] = []
-    if settings.keep:
-        texts = calibration_of(tasks, session.tokenizer, settings.calibration_documents)
-    if out is not None:
-        make_writable(out)
-    if texts:
-        arms += chosen_arms(
-            session.model,
-            texts,
-            settings,
-            session.most_tokens,
-            session.rows,
-            session.precision,
-            track,
-        )
-    answers: list[Answer] = []
-    for arm in arms:
-        answers += ask(session, tasks, questions, arm, settings)
-    state = load_state(folder)
-    shared = session.config.model.experts.shared
+    rows_of(micro_batch, 1)
+    ranks = ranks or Ranks(device=choose_device(device))
+
+    def read() -> tuple[Path, Config, list[Arm], Asked]:
+        folder, config, tokenizer = open_generator(checkpoint)
+        config = layout_of(config, layout)
+        asked = Asked.read(files, settings, tokenizer, config)
+        arms = fixed_arms(settings.subsets, folder, config, len(asked.tasks))
+        if out is not None:
+            make_writable(out)
+        return folder, config, arms, asked
+
+    folder, config, fixed, asked = of_first_rank(read, ranks)
+    session = Session(
+        load_to_predict(folder, config, ranks),
+        tokenizer_of(folder, config),
+        config,
+        rows_of(micro_batch, config.training.micro_batch),
+        precision_on(config, ranks.device),
+        track,
+        ranks,
+    )
+    arms, answers = asked.answers(session, fixed)
     result = TaskEvaluation(
         checkpoint=str(folder),
         checkpoint_fingerprint=identity(folder),
-        step=state.step,
+        step=load_state(folder).step,
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
         sequence_length=session.most_tokens,
         settings=settings,
         tasks=tuple(
-            _info(task, [q for q in questions if q.task == j], settings, texts[j : j + 1])
-            for j, task in enumerate(tasks)
+            _info(
+                task,
+                [q for q in asked.questions if q.task == j],
+                settings,
+                asked.texts[j : j + 1],
+            )
+            for j, task in enumerate(asked.tasks)
         ),
-        arms=tuple(arm_info(arm, session.config) for arm in arms),
-        scores=tuple(
-            _score(task, arm, arm.kept(j, shared), answers)
-            for j, task in enumerate(tasks)
-            for arm in arms
-        ),
+        arms=tuple(arm_info(arm, config) for arm in arms),
+        scores=tuple(asked.scores(arms, answers, config.model.experts.shared)),
         answers=tuple(answers),
     )
-    if len(tasks) > 1:
+    if len(asked.tasks) > 1 and ranks.is_first:
         for reason in result.incomplete:
             log.warning("no mean over tasks: %s", reason)
     return result
 
 
 def questions_of(
-    task: Task, number: int, session: Session, settings: TaskSettings
+    task: Task, number: int, tokenizer: TextTokenizer, most: int, settings: TaskSettings
 ) -> list[_Question]:
     """The questions of a task as pairs of tokens.
 
+    Args:
+        most: tokens that the model reads at once.
     Raises:
         UserError: one that the model cannot read, with its line.
     """
     prompts = [task.prompt(item) for item in task.questions]
-    most = session.most_tokens
     if task.kind == "text":
-        ids = encode_texts(session.tokenizer, [item.answer for item in task.questions])
-        pairs = [windows(one, session.tokenizer.eos_id, most) for one in ids]
+        ids = encode_texts(tokenizer, [item.answer for item in task.questions])
+        pairs = [windows(one, tokenizer.eos_id, most) for one in ids]
     else:
-        pairs = _encoded(task, prompts, session.tokenizer)
+        pairs = _encoded(task, prompts, tokenizer)
     if task.kind == "generation" and settings.answer_tokens >= most:
         raise UserError(
             f"--answer-tokens {settings.answer_tokens} leaves no room for a question in the "
@@ -251,25 +330,11 @@ def ask(
         session.track,
         arm.name,
         session.precision,
+        session.ranks,
     )
     logprobs = iter(logprob_U.tolist())
     asked = [question for question in questions if tasks[question.task].kind == "generation"]
-    subsets = [
-        None if arm.masks is None else [mask_JN[question.task] for mask_JN in arm.masks]
-        for question in asked
-    ]
-    texts = iter(
-        generate(
-            session.model,
-            session.tokenizer,
-            [question.prompt for question in asked],
-            [Sampling(max_tokens=settings.answer_tokens, stop=STOP)] * len(asked),
-            subsets,
-            session.most_tokens,
-            session.track,
-            f"{arm.name}: generating",
-        )
-    )
+    texts = iter(_generated(session, asked, arm, settings))
     found = []
     for question in questions:
         own = [next(logprobs) for _ in question.pairs]
@@ -309,6 +374,37 @@ def ask(
             )
         )
     return found
+
+
+def _generated(
+    session: Session, asked: Sequence[_Question], arm: Arm, settings: TaskSettings
+) -> list[str]:
+    """Answers in words."""
+    prompts, groups = [one.prompt for one in asked], [one.task for one in asked]
+    if session.ranks.world_size > 1:
+        return generate_together(
+            session.model,
+            session.tokenizer,
+            prompts,
+            settings.answer_tokens,
+            STOP,
+            session.most_tokens,
+            session.rows,
+            arm.masks,
+            groups,
+            session.precision,
+            session.ranks,
+        )
+    return generate(
+        session.model,
+        session.tokenizer,
+        prompts,
+        [Sampling(max_tokens=settings.answer_tokens, stop=STOP)] * len(asked),
+        [None if arm.masks is None else [mask_JN[j] for mask_JN in arm.masks] for j in groups],
+        session.most_tokens,
+        session.track,
+        f"{arm.name}: generating",
+    )
 
 
 def _score(

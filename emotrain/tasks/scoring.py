@@ -12,8 +12,9 @@ padding. The rules are those of EleutherAI's harness, so that numbers can be com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from torch.nn import functional as F
 
 from emotrain.batch import IGNORE, PackedBatch
 from emotrain.data.tokenizer import TextTokenizer
+from emotrain.distributed.ranks import Ranks
+from emotrain.distributed.shares import ALONE, share
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import autocast, logit_blocks, pack
 from emotrain.model.router import RoutingRequest
@@ -96,7 +99,6 @@ def fit(pair: Pair, most_tokens: int) -> Pair:
     return Pair(pair.context[-room:], pair.continuation)
 
 
-@torch.inference_mode()
 def log_probabilities(
     model: Transformer,
     pairs: Sequence[Pair],
@@ -107,6 +109,7 @@ def log_probabilities(
     track: Track[PackedBatch] = untracked,
     description: str = "scoring",
     precision: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """Log probability of each continuation in nats, float64 [U], and whether each of its tokens is
     the most probable one, bool [U]; U counts the pairs.
@@ -119,6 +122,8 @@ def log_probabilities(
         group_of_pair: the group of each pair; all are of group 0 by default.
         track, description: show progress.
         precision: run under autocast in this dtype; None means in the model's own.
+        ranks: those that have the model between them. Each runs a share of the batches; all get
+            the numbers of all pairs.
     Raises:
         UserError: see `fit`.
     """
@@ -128,14 +133,56 @@ def log_probabilities(
         numbers.setdefault((fit(pair, most_tokens), group), len(numbers))
         for pair, group in zip(pairs, groups, strict=True)
     ]
-    device = model.head.weight.device
-    group_U = torch.tensor([group for _, group in numbers], device=device)
-    subsets = None if subsets is None else tuple(mask_JN.to(device) for mask_JN in subsets)
-    logprob_U = torch.zeros(len(numbers), dtype=torch.float64, device=device)
-    others_U = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    # Log probabilities, and tokens that are not the most probable ones.
+    sums_U2 = torch.zeros(len(numbers), 2, dtype=torch.float64, device=model.head.weight.device)
+    if numbers:
+        of, group_of = [pair for pair, _ in numbers], [group for _, group in numbers]
+        batches = pack_pairs(of, most_tokens, rows_per_batch, model.config.attention.document_mask)
+        batches = list(track(share(batches, ranks), description))
+        for pair_t, found_t2 in _run(model, batches, subsets, group_of, precision, _scores):
+            sums_U2.index_add_(0, pair_t, found_t2)
+    sums_U2 = ranks.sum(sums_U2).cpu()[number_of_pair]
+    return sums_U2[:, 0], sums_U2[:, 1] == 0
+
+
+def next_tokens(
+    model: Transformer,
+    contexts: Sequence[tuple[int, ...]],
+    most_tokens: int,
+    rows_per_batch: int,
+    subsets: Subsets | None,
+    group_of_context: Sequence[int],
+    num_tokens: int,
+    precision: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
+) -> list[int]:
+    """The most probable of the first `num_tokens` tokens after each context, which has at least
+    one token and at most `most_tokens`; see `log_probabilities`."""
+    found_U = torch.zeros(len(contexts), dtype=torch.int64, device=model.head.weight.device)
+    pairs = [Pair(context, (0,)) for context in contexts]
     mask = model.config.attention.document_mask
-    batches = pack_pairs([pair for pair, _ in numbers], most_tokens, rows_per_batch, mask)
-    for batch in track(batches, description):
+    batches = share(pack_pairs(pairs, most_tokens, rows_per_batch, mask), ranks)
+    use = partial(_likeliest, num_tokens=num_tokens)
+    for pair_t, token_t in _run(model, batches, subsets, group_of_context, precision, use):
+        found_U[pair_t] = token_t
+    return ranks.sum(found_U).tolist()
+
+
+@torch.no_grad()
+def _run(
+    model: Transformer,
+    batches: Sequence[PackedBatch],
+    subsets: Subsets | None,
+    group_of_pair: Sequence[int],
+    precision: torch.dtype | None,
+    use: Callable[..., Tensor],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of `pack_pairs` through the model -> of each the pair of each target, int64 [t], and
+    what `use(hidden_tD, head_VD, target_t=target_t)` makes of them."""
+    device = model.head.weight.device
+    group_U = torch.tensor(group_of_pair, device=device)
+    subsets = None if subsets is None else tuple(mask_JN.to(device) for mask_JN in subsets)
+    for batch in batches:
         # Found on the host, so that a GPU is not waited for.
         position_t = (batch.targets_BS.reshape(-1) != IGNORE).nonzero()[:, 0]
         batch, position_t = batch.to(device), position_t.to(device, non_blocking=True)
@@ -143,18 +190,27 @@ def log_probabilities(
         if subsets is not None:
             group_G = group_of_documents(batch, group_U)
             kept = [mask_JN[group_G] for mask_JN in subsets]
-        document_t = batch.document_ids_G[batch.document_T[position_t]]
+        pair_t = batch.document_ids_G[batch.document_T[position_t]]
         target_t = batch.targets_BS.reshape(-1)[position_t]
         with autocast(device, precision):
             hidden_tD = model(batch, RoutingRequest(kept=kept)).hidden_TD[position_t]
-            found = [
-                (F.cross_entropy(logits_tV, block_t, reduction="none"), logits_tV.argmax(1))
-                for logits_tV, block_t in logit_blocks(hidden_tD, model.head.weight, target_t)
-            ]
-        losses, likeliest = zip(*found, strict=True)
-        logprob_U.index_add_(0, document_t, -torch.cat(losses).double())
-        others_U.index_add_(0, document_t, (torch.cat(likeliest) != target_t).long())
-    return logprob_U.cpu()[number_of_pair], (others_U == 0).cpu()[number_of_pair]
+            yield pair_t, model.head(hidden_tD, partial(use, target_t=target_t))
+
+
+def _scores(hidden_tD: Tensor, head_VD: Tensor, target_t: Tensor) -> Tensor:
+    """Log probability of each target, and 1 where another token is likelier, float64 [t, 2]."""
+    found = [hidden_tD.new_zeros(0, 2, dtype=torch.float64)]  # a share may have no target
+    for logits_tV, block_t in logit_blocks(hidden_tD, head_VD, target_t):
+        logprob_t = -F.cross_entropy(logits_tV, block_t, reduction="none")
+        missed_t = logits_tV.argmax(1) != block_t
+        found.append(torch.stack([logprob_t.double(), missed_t.double()], 1))
+    return torch.cat(found)
+
+
+def _likeliest(hidden_tD: Tensor, head_VD: Tensor, target_t: Tensor, num_tokens: int) -> Tensor:
+    """The most probable of the first tokens at each position, int64 [t]."""
+    blocks = logit_blocks(hidden_tD, head_VD[:num_tokens], target_t)
+    return torch.cat([target_t[:0], *(logits_tV.argmax(1) for logits_tV, _ in blocks)])
 
 
 def pack_pairs(
