@@ -292,8 +292,20 @@ def tuned(small, tiny_data, tmp_path_factory) -> Path:
     """The subset, all of it tuned."""
     folder = tmp_path_factory.mktemp("tuned")
     words = ["finetune", small, "--data", tiny_data, "--steps", 2, "--out", folder, *SMALL]
-    assert main([*map(str, words), "optimizer.lr=1e-2"]) == 0
+    measured = [
+        "evaluation.every=2",
+        "evaluation.documents=2",
+        "evaluation.calibration_documents=1",
+    ]
+    assert main([*map(str, words), "optimizer.lr=1e-2", *measured]) == 0
     return find(folder)
+
+
+def test_tuning_is_evaluated_as_training_is(tuned, tiny_data):
+    lines = (tuned.parent.parent / "metrics.jsonl").read_text().splitlines()
+    measured = [json.loads(line).get("evaluation/loss_nats") for line in lines]
+    wanted = evaluate(tuned, tiny_data, EvaluationSettings(documents=2, calibration_documents=1))
+    assert measured == [wanted.mean.loss_nats]
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.generation.sampling import Sampling
 from emotrain.tasks.arms import fixed_arms
-from emotrain.tasks.evaluation import evaluate_tasks, open_session
+from emotrain.tasks.evaluation import evaluate_tasks
 from emotrain.tasks.harness import harness_model, sampling_of
 from emotrain.tasks.prompts import read_tasks
 from emotrain.tasks.scoring import encode_pairs, log_probabilities
+from emotrain.tasks.session import open_session
 from emotrain.tasks.settings import TaskSettings
 from emotrain.training import run as run_module
 from tests.conftest import ROOT, WORDS, tiny_settings

@@ -13,10 +13,11 @@ from emotrain.modular.select import Subsets
 from emotrain.sweeps.plan import Plan
 from emotrain.sweeps.subjects import Subject, Text
 from emotrain.tasks.arms import Arm
-from emotrain.tasks.evaluation import Session, ask, questions_of
+from emotrain.tasks.evaluation import ask, questions_of
 from emotrain.tasks.prompts import Task, read_tasks
 from emotrain.tasks.results import Answer
 from emotrain.tasks.scoring import encode_texts
+from emotrain.tasks.session import Session
 from emotrain.tasks.settings import TaskSettings, headline
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from emotrain.config import Config
 from emotrain.data.answers import spaced
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.distributed.agreement import of_first_rank
 from emotrain.distributed.ranks import Ranks
-from emotrain.distributed.shares import ALONE
 from emotrain.errors import UserError
 from emotrain.evaluation.measure import choose_device, precision_on, rows_of
 from emotrain.evaluation.reading import tokenizer_of
 from emotrain.files import make_writable
-from emotrain.generation.loading import load_weights, open_generator
+from emotrain.generation.loading import open_generator
 from emotrain.generation.sampling import Sampling
-from emotrain.model.transformer import Transformer
 from emotrain.modular.counts import experts_kept
 from emotrain.progress import Track, untracked
 from emotrain.subsets.calibration import CalibrationText
@@ -41,6 +37,7 @@ from emotrain.tasks.results import (
     numbers_of,
 )
 from emotrain.tasks.scoring import Pair, encode_pairs, encode_texts, fit, log_probabilities, windows
+from emotrain.tasks.session import Session
 from emotrain.tasks.settings import TaskSettings, headline
 from emotrain.training.checkpoint import load_state
 from emotrain.training.checkpoint_folders import identity
@@ -66,26 +63,6 @@ class _Question:
     windows of a text."""
     gold_bytes: int
     cut: bool
-
-
-@dataclass
-class Session:
-    """A model, and what every pass of it needs."""
-
-    model: Transformer
-    tokenizer: TextTokenizer
-    config: Config
-    rows: int
-    """Of one forward pass."""
-    precision: torch.dtype | None
-    track: Track[Any] = field(default=untracked)
-    ranks: Ranks = field(default=ALONE)
-    """Those that have the model between them."""
-
-    @property
-    def most_tokens(self) -> int:
-        """That the model reads at once: as in training."""
-        return self.config.data.sequence_length
 
 
 @dataclass(frozen=True)
@@ -156,27 +133,6 @@ class Asked:
             for j, task in enumerate(self.tasks)
             for arm in arms
         ]
-
-
-def open_session(
-    checkpoint: str | Path,
-    device: str = "auto",
-    micro_batch: int = 0,
-    track: Track[Any] = untracked,
-) -> tuple[Path, Session]:
-    """Load a checkpoint with its tokenizer -> its folder and what runs it.
-
-    Args:
-        micro_batch: rows of one forward pass; 0 means as in training.
-    Raises:
-        UserError: see `open_generator`, `load_weights`, `rows_of`.
-    """
-    rows_of(micro_batch, 1)
-    folder, config, tokenizer = open_generator(checkpoint)
-    rows = rows_of(micro_batch, config.training.micro_batch)
-    model = load_weights(folder, device)
-    precision = precision_on(config, model.head.weight.device)
-    return folder, Session(model, tokenizer, config, rows, precision, track)
 
 
 def evaluate_tasks(

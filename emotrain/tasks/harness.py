@@ -26,10 +26,11 @@ from emotrain.progress import Track, untracked
 from emotrain.subsets.selection import tokenizer_fingerprint
 from emotrain.tables import Table
 from emotrain.tasks.arms import Arm, fixed_arms
-from emotrain.tasks.evaluation import Session, arm_info, open_session
+from emotrain.tasks.evaluation import arm_info
 from emotrain.tasks.generating import generate
 from emotrain.tasks.results import FORMAT, ArmInfo
 from emotrain.tasks.scoring import Pair, encode_texts, log_probabilities, windows
+from emotrain.tasks.session import Session, open_session
 from emotrain.training.checkpoint import load_state
 from emotrain.training.checkpoint_folders import identity
 

@@ -13,8 +13,9 @@ from emotrain.evaluation.measure import precision_on
 from emotrain.evaluation.while_training import TrainingEvaluation, tokenizer_of_training
 from emotrain.model.transformer import Transformer
 from emotrain.tasks.arms import ALL, Arm
-from emotrain.tasks.evaluation import Asked, Session
+from emotrain.tasks.evaluation import Asked
 from emotrain.tasks.results import METRICS
+from emotrain.tasks.session import Session
 from emotrain.tasks.settings import TaskSettings
 
 
