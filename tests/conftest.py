@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -61,6 +62,10 @@ WORDS = {
     ],
 }
 
+
+# No test depends on a clock.
+hypothesis.settings.register_profile("emotrain", deadline=None)
+hypothesis.settings.load_profile("emotrain")
 
 # Forked ranks must not collect the garbage of the process that forked them: a process group in it
 # would wait for threads that did not come along, and the rank would hang for ever.
