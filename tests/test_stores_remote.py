@@ -281,31 +281,56 @@ def test_opening_a_file_takes_few_requests(server, tmp_path):
     assert SAMPLE_BYTES < remote.BLOCK_BYTES
 
 
-@pytest.mark.long
-def test_an_object_store(tmp_path, monkeypatch):
-    """A server that speaks S3, started here."""
+def s3(monkeypatch):
+    """A server that speaks S3, started here: its scheme, file system and end."""
     pytest.importorskip("s3fs")
-    server_of = pytest.importorskip("moto.server")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+    ):
+        monkeypatch.setenv(name, value)
     import s3fs
 
-    server = server_of.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    return "s3", s3fs.S3FileSystem(), server.stop
+
+
+def gs(monkeypatch):
+    """The same of Google's."""
+    for name, value in (
+        ("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"),  # asks for credentials for each request
+        ("NO_GCE_CHECK", "true"),
+    ):
+        monkeypatch.setenv(name, value)
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    server = emulator.create_server("127.0.0.1", 0, in_memory=True)
     server.start()
+    port = server._api._httpd.server_address[1]
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    import gcsfs
+
+    return "gs", gcsfs.GCSFileSystem(), server.stop
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("start", [s3, gs], ids=lambda start: start.__name__)
+def test_an_object_store(start, tmp_path, monkeypatch):
+    """That data there are those here; what is asked for to open them; and its end."""
+    scheme, system, stop = start(monkeypatch)
+    monkeypatch.setattr(remote, "_SYSTEMS", {})
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    bucket = f"{scheme}://bucket"
     try:
-        host, port = server.get_host_and_port()
-        for name, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "key"),
-            ("AWS_SECRET_ACCESS_KEY", "secret"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(remote, "_SYSTEMS", {})
-        monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
         for name in ("deep/a.npy", "b.npy"):
             write(tmp_path / "plain" / name, many(200_000, seed=len(name)))
         write_megatron(tmp_path / "indexed/a", made(200))
+        write_mds(tmp_path / "mds", arrays(30))
         ours(tmp_path / "ours")
-        system = s3fs.S3FileSystem()
         system.mkdir("bucket")
         system.put(f"{tmp_path}/", "bucket/tokens/", recursive=True)
         calls, once = [], remote.RemoteFiles._once
@@ -321,23 +346,23 @@ def test_an_object_store(tmp_path, monkeypatch):
             ("plain/*.npy", {"glob": 1, "cat_file": 1}),
             ("indexed/a", {"info": 2, "cat_file": 1}),
             ("indexed/", {"find": 1, "cat_file": 1}),
+            ("mds/", {"find": 1, "cat_file": 4}),
             # Its manifest alone; no tokenizer lies there.
             ("ours/", {"find": 1, "cat_file": 1}),
         ):
             calls.clear()
-            remote.files_of("s3://bucket")._blocks.clear()
-            there = open_store(f"s3://bucket/tokens/{path}", raw=RAW)
+            remote.files_of(bucket)._blocks.clear()
+            there = open_store(f"{bucket}/tokens/{path}", raw=RAW)
             assert dict(Counter(calls)) == asked, path
             same_windows(open_store(f"{tmp_path}/{path}", raw=RAW), there)
             assert path != "ours/" or calls.count("cat_file") <= 3  # a block or two a shard
-        first = open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint
+        first = open_store(f"{bucket}/tokens/plain/", raw=RAW).fingerprint
         write(tmp_path / "plain/b.npy", many(200_000, seed=99))
         system.put(f"{tmp_path}/plain/b.npy", "bucket/tokens/plain/b.npy")
-        assert open_store("s3://bucket/tokens/plain/", raw=RAW).fingerprint != first
+        assert open_store(f"{bucket}/tokens/plain/", raw=RAW).fingerprint != first
         with pytest.raises(MissingFileError, match="gone.npy: is not there, or not for you"):
-            open_store("s3://bucket/gone.npy", raw=RAW)
+            open_store(f"{bucket}/gone.npy", raw=RAW)
     finally:
-        server.stop()
-    with pytest.raises(RunError, match="s3://bucket/tokens/plain/b.npy: .* after 4 attempts"):
-        there = open_store("s3://bucket/tokens/plain/b.npy", raw=RAW)
-        there.window(0, 100_000, 100_100)
+        stop()
+    with pytest.raises(RunError, match=f"{bucket}/tokens/plain/b.npy: .* after 4 attempts"):
+        open_store(f"{bucket}/tokens/plain/b.npy", raw=RAW).window(0, 100_000, 100_100)

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ class RemoteFiles:
             raise UserError(
                 f"{address}: {error}; give s3://, gs://, https:// or a file of this machine"
             ) from None
-        self.system.retries = 1  # those of s3fs; they would multiply with ours
+        # Attempts of s3fs and of gcsfs would multiply with ours; gcsfs makes its in a decorator.
+        self.system.retries = 1
+        if once := getattr(getattr(type(self.system), "_request", None), "__wrapped__", None):
+            self.system._request = MethodType(once, self.system)
         self._blocks: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._listings: dict[str, dict[str, dict[str, Any]]] = {}
         self._lock = threading.Lock()
