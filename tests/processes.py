@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -147,9 +147,25 @@ def forked(
 def _script(
     script: Path | str, arguments: list[str], out: Path, err: Path, first: Callable[[], object]
 ) -> None:
-    for number, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    files = [0, *(os.open(path, os.O_WRONLY | os.O_CREAT) for path in (out, err))]
+    run_as_python(script, arguments, files, first)
+
+
+def run_as_python(
+    script: Path | str | Callable[[], object],
+    arguments: list[str],
+    files: list[int],
+    first: Callable[[], object] = lambda: None,
+) -> NoReturn:
+    """Make this process, a fork, that of a script (a path), of a module by its name, or of a call.
+
+    Args:
+        files: descriptors of its standard input, output and errors.
+        first: what it does before.
+    """
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     sys.argv = [str(script), *arguments]
     # OpenMP waits for ever in a fork of a process that has had several threads, where that asks
     # for several again.
@@ -160,9 +176,11 @@ def _script(
         first()
         if isinstance(script, str):
             runpy.run_module(script, run_name="__main__", alter_sys=True)
-        else:
+        elif isinstance(script, Path):
             sys.path.insert(0, str(script.parent))
             runpy.run_path(str(script), run_name="__main__")
+        else:
+            script()
     except SystemExit as end:
         code = end.code
         if isinstance(code, str):

@@ -46,6 +46,7 @@ from emotrain.training.step import train_step
 from tests import test_layout as layout
 from tests.conftest import ROOT, tiny_settings
 from tests.processes import run_script
+from tests.python_of_forks import python_of_forks
 from tests.test_evaluation_run import write_data
 
 # Before it is first imported: it would take a GPU that is there.
@@ -531,22 +532,26 @@ def free_port() -> int:
 
 
 def launch(settings: dict, folder: Path, *arguments: object) -> dict:
-    """A run of two processes by the real launcher, and its summary."""
+    """A run of two processes by the real launcher, and its summary. What it starts are forks, in
+    which torch and DeepSpeed are loaded."""
     save_config(config_from_dict(settings), folder / "config.yaml")
 
     def alone() -> None:
+        sys.executable = str(python)
         for key in list(os.environ):
             if re.match(r"RANK$|LOCAL_|WORLD_SIZE|MASTER_", key):
                 del os.environ[key]
         os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
         os.chdir(ROOT)
 
-    done = run_script(
-        Path(sys.executable).with_name("deepspeed"),
-        *("--num_gpus", 2, "--master_port", free_port(), "launch/pretrain.py"),
-        *(folder / "config.yaml", *arguments, "--json"),
-        first=alone,
-    )
+    (folder / "python").mkdir()
+    with python_of_forks(folder / "python") as python:
+        done = run_script(
+            Path(sys.executable).with_name("deepspeed"),
+            *("--num_gpus", 2, "--master_port", free_port(), "launch/pretrain.py"),
+            *(folder / "config.yaml", *arguments, "--json"),
+            first=alone,
+        )
     assert done.returncode == 0, done.stderr
     return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
 

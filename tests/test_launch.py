@@ -1,5 +1,5 @@
 """The launch files start what they say: real processes on one node and on two, Slurm by stand-ins
-for its commands.
+for its commands. Their Python is that of `python_of_forks`; the long test takes the real one.
 
 Proves that processes find each other and train, that a stop ends with 75 and a checkpoint, that
 Slurm's job queues itself again after 75 and after nothing else, and that every variable a script
@@ -16,13 +16,18 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+# Not used, but each process that is started would load them for itself.
+import emotrain.commands.train
+import emotrain.evaluation.while_training  # noqa: F401
 from emotrain.config import config_from_dict, save_config
 from emotrain.training import checkpoint
 from tests.conftest import ROOT, tiny_settings
+from tests.python_of_forks import python_of_forks
 from tests.test_training import losses, train
 
 LAUNCH = ROOT / "launch"
@@ -51,9 +56,17 @@ STAND_INS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def python(tmp_path_factory) -> Iterator[None]:
+    """Scripts that are started find it in PYTHON."""
+    with python_of_forks(tmp_path_factory.mktemp("python")) as program:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHON", str(program))
+            yield
+
+
 def environment(**variables: str) -> dict[str, str]:
-    """This process' environment with a Python for the scripts and nothing of a launcher that
-    runs the tests themselves."""
+    """This process' environment with nothing of a launcher that runs the tests themselves."""
     kept = {
         key: value
         for key, value in os.environ.items()
@@ -61,7 +74,6 @@ def environment(**variables: str) -> dict[str, str]:
     }
     return {
         **kept,
-        "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "PROCESSES_PER_NODE": "2",
         **variables,
@@ -272,6 +284,7 @@ def test_two_nodes_go_on_after_a_process_of_one_of_them_died(tiny_data, tmp_path
         "RENDEZVOUS": endpoint,
         "PROCESSES_PER_NODE": "1",
         "MAX_RESTARTS": "1",
+        "PYTHON": sys.executable,
     }
     nodes = [start(SCRIPTS[0], config, "--json", **variables) for _ in range(2)]
     metrics_file, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 90
