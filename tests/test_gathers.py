@@ -19,7 +19,8 @@ from emotrain.distributed.parallelize import build_model, reduction_groups
 from emotrain.distributed.ranks import Ranks
 from emotrain.training.engine import NativeEngine
 from emotrain.training.step import train_step
-from tests.layouts import Case, build, config, micro_batches, one_process, train_on
+from tests import layouts
+from tests.layouts import Case, Step, build, config, micro_batches, one_process
 from tests.processes import run_ranks
 from tests.test_layout import assert_same
 
@@ -166,32 +167,34 @@ def test_gathers_and_reductions_have_groups_of_their_own() -> None:
             assert gathered and not gathered & reduced
 
 
-def _reductions(ranks: Ranks, settings: Config, dtype: torch.dtype) -> set[torch.dtype]:
-    """What gradients are summed in."""
-    summed = set()
+def _reductions(ranks: Ranks, parallel: dict[str, Any]) -> dict[str, tuple[set, Step]]:
+    """By `reduce_dtype`, what the gradients of a step are summed in, and the step."""
+    summed: set[torch.dtype] = set()
 
     def reduce(*args: Any, real=_fsdp_param_group.foreach_reduce, **kwargs: Any) -> Any:
         (reduce_dtype,) = {p.reduce_dtype or p.orig_dtype for p in args[0]}
         summed.add(reduce_dtype)
         return real(*args, **kwargs)
 
-    model = build(settings, ranks, dtype)
+    found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fsdp_param_group, "foreach_reduce", reduce)
-        batches = micro_batches(1, 2, ranks.rank, ranks.world_size)
-        train_step(NativeEngine(model), batches, settings, 1, ranks)
-    return summed
+        for reduce_dtype in ("fp32", "bf16"):
+            settings = config({**parallel, "reduce_dtype": reduce_dtype})
+            (step,) = layouts.train(settings, 2, ranks, 1, torch.float32)
+            found[reduce_dtype] = (set(summed), step)
+            summed.clear()
+    return found
 
 
 @pytest.mark.parametrize("parallel", [{}, {"ep": 2}, {"replicate": 2}])
 def test_gradients_are_summed_in_bf16_on_request_alone(parallel) -> None:
     """A sum of two rounds each of them, and the result: gradients are off by that and no more."""
     exact = one_process("published", "mixed", 8, 1, torch.float32)[0].gradients
-    for reduce_dtype, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        settings = config({**parallel, "reduce_dtype": reduce_dtype})
-        for summed in run_ranks(_reductions, 2, settings, torch.float32):
+    for found in run_ranks(_reductions, 2, parallel):
+        for reduce_dtype, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            summed, step = found[reduce_dtype]
             assert summed == {dtype}
-        for (step,) in train_on(2, settings, 2, steps=1, dtype=torch.float32):
             off = max(
                 float((step.gradients[name] - one).norm() / one.norm())
                 for name, one in exact.items()

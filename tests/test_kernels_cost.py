@@ -24,7 +24,7 @@ from emotrain.kernels.tuning import GEMM_KERNELS, TileConfig
 
 assert triton_interpreter.triton.knobs.runtime.interpret
 
-SMALL = {name: TileConfig(32, 32, 32, warps=4, stages=1, group=2) for name in GEMM_KERNELS}
+SMALL = {name: TileConfig(64, 64, 64, warps=4, stages=1, group=2) for name in GEMM_KERNELS}
 TOKENS, EXPERTS, CHOSEN, WIDTH, HIDDEN = 80, 5, 2, 40, 24
 ROWWISE_KERNELS = {
     "norm", "norm_backward", "rotate", "rotate_back", "swiglu", "swiglu_backward",
@@ -127,7 +127,7 @@ def sorting(slots: SortedSlots) -> None:
     experts_R[slots.slot_R[: slots.ends_N[-1]]] = torch.repeat_interleave(
         torch.arange(EXPERTS), slots.ends_N.diff(prepend=torch.zeros(1, dtype=torch.int64))
     )
-    experts(sort_slots(experts_R.view(TOKENS, CHOSEN), EXPERTS, backend="triton"))
+    sort_slots(experts_R.view(TOKENS, CHOSEN), EXPERTS, backend="triton")
 
 
 def travel(_: SortedSlots) -> None:
@@ -192,7 +192,7 @@ def head(_: SortedSlots) -> None:
     [
         (head, {"cross_entropy"}),
         (experts, {"plan", "combine", *GEMM_KERNELS}),
-        (sorting, {"count", "place", "plan", "combine", *GEMM_KERNELS}),
+        (sorting, {"count", "place"}),
         (travel, {"destination", "pack", "combine", "pick_weights"}),
         (rows, {"plan", "gather", "combine"}),
         (routing, {"score", "pool", "route", "route_backward"}),
