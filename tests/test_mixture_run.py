@@ -49,6 +49,7 @@ def staged(*stages: str) -> str:
 
 def settings_of(data: Path, run_dir: Path, tail: str = "", **training: Any) -> dict[str, Any]:
     settings = tiny_settings(mix_file(run_dir, data, tail), run_dir)
+    settings["data"]["on_bad_data"] = "replace"
     settings["training"] |= {"steps": STEPS, "global_batch": 8, **training}
     return settings
 
@@ -97,6 +98,7 @@ def test_the_loss_of_each_source_adds_up_to_that_of_the_step(
             count * 32 for count in mixture.order.counts(read)
         ]
     last = lines_of(one_process)[-1]
+    assert last["data/replaced_sequences"] == 0
     assert sum(last[f"data/{name}/tokens"] for name in SOURCES) == last["tokens"] == 8 * 32 * STEPS
     start = json.loads((one_process / "environment.json").read_text())["starts"][0]
     assert start["data"]["sources"]["garden"]["weights"] == [0.25]
@@ -108,6 +110,7 @@ def test_the_report_has_the_sources(one_process: Path) -> None:
     for title in ("Training loss of each source", "Passes over each source"):
         header = titles[title].csv.splitlines()[0]
         assert header == "run,step,tokens,garden,harbour,kitchen"
+    assert "Replaced sequences" in titles
     assert Panels([run]).others() == ([], [])
     tables, _ = data_tables(run)
     assert [row[0] for row in tables[-1].rows] == list(SOURCES)

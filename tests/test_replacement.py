@@ -1,6 +1,7 @@
 """Proves that sequences in place of bad ones are good, a pure function of seed and position, and
 bounded in number, and that nothing else changes."""
 
+import json
 import logging
 
 import numpy as np
@@ -8,10 +9,13 @@ import pytest
 import torch
 from test_data_formats import edit, make_dataset
 
-from emotrain.config import RepetitionFilterConfig
+from emotrain.config import RepetitionFilterConfig, config_from_dict
 from emotrain.data import replacement
 from emotrain.data.filters import is_repetitive
 from emotrain.data.opening import open_loader
+from emotrain.training.data_source import build_loader
+from emotrain.training.run import train
+from tests.conftest import tiny_settings
 
 SEQUENCE = 16
 FILTER = RepetitionFilterConfig(enabled=True, max_period=2, max_count=1, action="replace")
@@ -133,3 +137,24 @@ def edit_sizes(folder):
             shard["bytes"] = (folder / shard["file"]).stat().st_size
 
     edit(folder, change)
+
+
+def test_a_step_says_how_many_were_replaced_also_after_a_resume(tiny_data, tmp_path):
+    """In the metrics, by ranks and steps alike: a function of the step."""
+    filters = {"enabled": True, "max_period": 9, "max_count": 1, "action": "replace"}
+    lines = []
+    for folder, ends in (("whole", [4]), ("resumed", [2, 4])):
+        for steps in ends:
+            settings = tiny_settings(tiny_data, tmp_path / folder, steps=steps)
+            settings["data"]["repetition_filter"] = filters
+            train(config_from_dict(settings))
+        text = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        lines.append([json.loads(line)["data/replaced_sequences"] for line in text])
+    assert lines[0] == lines[1] and len(lines[0]) == 4 and sum(lines[0]) > 0
+    config = config_from_dict(settings)
+    loader, batch = build_loader(config), config.training.global_batch
+    for step, replaced in enumerate(lines[0]):
+        shares = [loader.step(step, batch, 1, rank, 4) for rank in range(4)]
+        assert len(shares) == 4
+        positions = np.arange(step * batch, (step + 1) * batch).reshape(4, -1)
+        assert sum(map(loader.replaced_among, positions)) == replaced

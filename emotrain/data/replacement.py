@@ -58,6 +58,8 @@ class ReplacingLoader(Loader):
         self.examined = self.rejected = self.replaced = 0
         """Spans looked at, those of them that were not good, and sequences that were replaced, by
         this loader so far."""
+        self._replaced: set[int] = set()
+        """First positions of spans that were replaced, of those that nobody asked for yet."""
         self._logged: set[int] = set()
         self._lock = threading.Lock()
 
@@ -101,6 +103,8 @@ class ReplacingLoader(Loader):
             if rows:
                 if attempt:
                     self._count(replaced=span)
+                    with self._lock:
+                        self._replaced.add(which * span)
                 if errors:
                     self._log(which * span, errors[0])
                 return rows
@@ -110,6 +114,15 @@ class ReplacingLoader(Loader):
             f"{f' (the last one: {errors[-1]})' if errors else ''}; repair the data, or relax "
             f"data.repetition_filter"
         )
+
+    def replaced_among(self, positions: np.ndarray) -> int:
+        """How many of these positions, which were read, got another sequence. What lies before
+        them is forgotten."""
+        span = self.source.span
+        inside = set((np.asarray(positions) // span * span).tolist())
+        with self._lock:
+            self._replaced -= {at for at in self._replaced if at < min(inside, default=0)}
+            return span * len(self._replaced & inside)
 
     def _good(self, numbers: np.ndarray, errors: list[Exception] | None = None) -> Rows | None:
         """The sequences of these numbers if all of them are good. What could not be read is put

@@ -56,6 +56,11 @@ SOURCES = (
         "Above one its tokens repeat.", from_zero=True,
     ),
 )  # fmt: skip
+REPLACED = Chart(
+    "replaced-sequences", "Replaced sequences", "sequences of the step",
+    "Read in the place of those that repeat themselves or cannot be read.", from_zero=True,
+)  # fmt: skip
+REPLACED_KEY = "data/replaced_sequences"
 OF_SOURCE = re.compile("data/([^/]+)/(?:loss_nats|tokens|epochs)")
 """Metrics of the sources of a mixture."""
 EXPERTS = (
@@ -155,7 +160,7 @@ class Panels:
         return [*self._known(TRAINING), *self.sources()]
 
     def sources(self) -> list[Plot]:
-        """Of a mixture a line for each source; with several runs none."""
+        """Of a mixture a line for each source, with several runs none; and what was replaced."""
         plots = []
         for chart in () if self.several else SOURCES:
             found = [(key, match[1]) for key in self.keys if (match := OF_SOURCE.fullmatch(key))]
@@ -163,7 +168,7 @@ class Panels:
             lines = [(key, name) for key, name in found if key.endswith(f"/{quantity}")]
             if lines:
                 plots.append(self._joined(chart, lines))
-        return plots
+        return [*plots, *self._plot(REPLACED, REPLACED_KEY)]
 
     def experts(self) -> list[Plot]:
         """Statistics of the routing, and the loads of every expert."""
@@ -240,7 +245,7 @@ class Panels:
     def others(self) -> tuple[list[Plot], list[str]]:
         """Plots of the keys that no section knows, and the keys that are left out."""
         known = {chart.name for chart in (*TRAINING, *EXPERTS, *SPEED)} | set(POOL_KEYS)
-        known |= {"tokens", "placement_rows_before", "placement_load_before"}
+        known |= {REPLACED_KEY, "tokens", "placement_rows_before", "placement_load_before"}
         keys = [
             key
             for key in self.keys

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from emotrain.config import Config
 from emotrain.data.mixture import Mixture
+from emotrain.data.replacement import ReplacingLoader
 from emotrain.data.source import DataSource
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import WriteError
@@ -128,6 +130,29 @@ def source_metrics(
             if targets:
                 metrics[f"data/{name}/loss_nats"] = loss / targets
     return metrics
+
+
+def replaced_sequences(data: DataSource, step: int, config: Config, ranks: Ranks) -> dict[str, int]:
+    """`data/replaced_sequences`: how many sequences of a step were read in the place of others;
+    nothing where none ever is.
+
+    Args:
+        step: of these data, from 0.
+    """
+    share = config.training.global_batch // ranks.world_size
+    first = step * config.training.global_batch + ranks.rank * share
+    positions = np.arange(first, first + share)
+    parts: list[tuple[DataSource, np.ndarray]]
+    if isinstance(data, Mixture):
+        source_B, place_B = data.order.locate(positions)
+        parts = [(s.loader, place_B[source_B == i]) for i, s in enumerate(data.sources)]
+    else:
+        parts = [(data, positions)]
+    found = [d.replaced_among(p) for d, p in parts if isinstance(d, ReplacingLoader)]
+    if not found:
+        return {}
+    total = ranks.sum(torch.tensor([float(sum(found))], device=ranks.device))
+    return {"data/replaced_sequences": int(total.item())}
 
 
 def flops_per_token(config: Config) -> float:
@@ -329,8 +354,10 @@ class RunLog:
             "skipped_steps": state.skipped_steps,
             **routing,
         }
+        steps = state.step - state.data_start_step
+        if self.data is not None:
+            self.metrics |= replaced_sequences(self.data, steps - 1, self.config, self.ranks)
         if isinstance(self.data, Mixture):
-            steps = state.step - state.data_start_step
             self.metrics |= source_metrics(self.data, steps, self.config, result, self.ranks)
         if self.peak is not None:
             rate = self.tokens_per_second * self.flops
