@@ -312,7 +312,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         (["union", "a"], "1 subset is too few; give 2 or more"),
         (["union", "a", "nowhere"], "nowhere: no such subset; write one with emotrain select"),
         (["union", "a", "broken"], "broken.json: is not a usable subset"),
-        (["union", "a", "weights"], "weights.json: is of a model with another weights than"),
+        (["union", "a", "weights"], "weights.json: is of a model with other weights than"),
         (["union", "a", "tokenizer"], "tokenizer.json: is of a model with another tokenizer than"),
         (["overlap", "a", "shape"], "shape.json: is of a model with another number of experts"),
         (["intersection", "a", "b"], "layer 2 would keep no routed expert, and every layer needs"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from emotrain.data.formats import Dataset
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
 from emotrain.evaluation.perplexity import pack
+from emotrain.interop.export_folder import export_checkpoint
 from emotrain.modular.artefact import read_subset
 from emotrain.modular.select import greedy_select
 from emotrain.subsets.extraction import extract
@@ -206,6 +208,34 @@ def test_what_is_extracted_is_the_masked_model_to_the_bit(run, subset_file, tmp_
     assert result["full_parameters"] == sum(p.numel() for p in full.parameters())
 
 
+@pytest.mark.parametrize("chosen", [(), ("--layout", "published", "--dtype", "bf16")])
+def test_a_hugging_face_folder_is_the_export_of_the_checkpoint(
+    run, subset_file, tmp_path, capsys, chosen
+):
+    words = ("extract", run, subset_file, "--out", tmp_path / "hf", "--format", "huggingface")
+    result = asked(capsys, *words, *chosen, "--check")
+    layout, dtype = (chosen or (0, "clean", 0, "fp32"))[1::2]
+    assert (result["format"], result["layout"], result["dtype"]) == ("huggingface", layout, dtype)
+    assert result["max_difference"] == 0.0 and result["out"] == str(tmp_path / "hf")
+    small = extract(run, subset_file, tmp_path / "small").path
+    export_checkpoint(small, tmp_path / "exported", layout, dtype)
+    folders = (tmp_path / "hf", tmp_path / "exported")
+    one, other = ({file.name: file.read_bytes() for file in sorted(of.iterdir())} for of in folders)
+    assert one == other and "config.json" in one
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_that_cannot_be_written_leaves_nothing(run, subset_file, tmp_path, capsys):
+    words = ["extract", str(run), str(subset_file), "--out", str(tmp_path / "hf")]
+    assert main([*words, "--layout", "clean"]) == 2
+    assert "add --format huggingface" in capsys.readouterr().err
+    other = replace(read_subset(subset_file), checkpoint_fingerprint="0" * 64)
+    words[2] = str(other.save(tmp_path / "other.json"))
+    assert main([*words, "--format", "huggingface"]) == 2
+    assert "has other weights than" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"it.json", "other.json"}
+
+
 def test_a_wrong_expert_is_found_by_the_check(run, subset_file, tmp_path, capsys, monkeypatch):
     from emotrain.subsets import extraction
 
@@ -307,7 +337,7 @@ def other_tokenizer(folder: Path) -> None:
     [
         (damaged, "contents differ from the checksum"),
         (other_weights, "has other weights than the checkpoint that the subset was selected"),
-        (other_tokenizer, "has other tokenizer than"),
+        (other_tokenizer, "has another tokenizer than"),
     ],
 )
 def test_another_or_a_damaged_checkpoint_is_refused(harm, fault, run, subset_file, tmp_path):

@@ -67,14 +67,14 @@ def read_operands(files: Sequence[str | Path], least: int = 2) -> list[Operand]:
     first = operands[0]
     for other in operands[1:]:
         for what, value in (
-            ("weights", "checkpoint_fingerprint"),
-            ("tokenizer", "tokenizer_fingerprint"),
-            ("number of experts", "experts_per_layer"),
-            ("number of shared experts", "num_shared_experts"),
+            ("other weights", "checkpoint_fingerprint"),
+            ("another tokenizer", "tokenizer_fingerprint"),
+            ("another number of experts", "experts_per_layer"),
+            ("another number of shared experts", "num_shared_experts"),
         ):
             if getattr(first.subset, value) != getattr(other.subset, value):
                 raise UserError(
-                    f"{other.file}: is of a model with another {what} than {first.file} "
+                    f"{other.file}: is of a model with {what} than {first.file} "
                     f"({other.subset.checkpoint}, {first.subset.checkpoint}); give subsets of one "
                     f"checkpoint"
                 )

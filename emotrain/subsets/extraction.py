@@ -1,4 +1,4 @@
-"""A checkpoint with some of its experts only: `emotrain extract`."""
+"""A checkpoint with some of its experts only, or a Hugging Face folder: `emotrain extract`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import Tensor
 from emotrain.batch import PackedBatch
 from emotrain.config import Config, PoolConfig, load_config
 from emotrain.errors import ExistingFileError
+from emotrain.folders import remove
+from emotrain.interop.export_folder import export_checkpoint
 from emotrain.interop.folder_tensors import BLOCK_BYTES
+from emotrain.interop.layouts import Layout
 from emotrain.model.counts import parameter_counts
 from emotrain.model.parts import CHOICE_BIAS, layer_of, stored_tensors
 from emotrain.model.router import RoutingRequest
@@ -92,6 +95,37 @@ def extract(
         tuple(len(kept) for kept in subset.experts_kept_per_layer),
         max_difference(folder, subset, out) if check else None,
     )
+
+
+def extract_folder(
+    checkpoint: str | Path,
+    subset_file: str | Path,
+    out: str | Path,
+    layout: Layout,
+    dtype: str = "fp32",
+    *,
+    check: bool = False,
+    track: Track[str] = untracked,
+) -> Extracted:
+    """`extract` as a Hugging Face folder (`export_checkpoint`, also for `layout` and `dtype`). The
+    checkpoint of the subset lies in a hidden folder beside `out` meanwhile. `check` compares that
+    checkpoint, in fp32.
+
+    Raises:
+        UserError: as `extract`; or a model that the format cannot hold.
+    """
+    out = Path(out)
+    with Staging(out, check_replaceable=_refuse) as staging:
+        small = staging.folder / "checkpoint"
+        done = extract(checkpoint, subset_file, small, check=check, track=track)
+        folder = staging.folder / "folder"
+        export_checkpoint(small, folder, layout, dtype)
+        remove(small)
+        for file in folder.iterdir():
+            file.rename(staging.folder / file.name)
+        folder.rmdir()
+        staging.commit()
+    return replace(done, path=out)
 
 
 @torch.no_grad()

@@ -226,13 +226,13 @@ def require_same_model(subset: Subset, folder: Path, config: Config) -> None:
             f"{subset.checkpoint}"
         )
     for what, own, selected in (
-        ("weights", identity(folder), subset.checkpoint_fingerprint),
-        ("a tokenizer", tokenizer_fingerprint(folder), subset.tokenizer_fingerprint),
+        ("other weights", identity(folder), subset.checkpoint_fingerprint),
+        ("another tokenizer", tokenizer_fingerprint(folder), subset.tokenizer_fingerprint),
     ):
         if own != selected:
             raise UserError(
-                f"{folder}: has other {what.removeprefix('a ')} than the checkpoint that the "
-                f"subset was selected from, {subset.checkpoint}; give that one"
+                f"{folder}: has {what} than the checkpoint that the subset was selected from, "
+                f"{subset.checkpoint}; give that one"
             )
 
 
