@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import pools_of, tiny_batch, tiny_model
+from helpers import pools_of, tiny_batch, tiny_config, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emotrain.batch import IGNORE
+from emotrain.distributed.ranks import Ranks
 from emotrain.kernels import HeadGradient, linear_cross_entropy
 from emotrain.kernels.linear_cross_entropy import add_product
 from emotrain.model.losses import language_model_sums, load_balance_loss, router_loss
 from emotrain.model.router import draw_pool_sizes
+from emotrain.model.transformer import Transformer
 from emotrain.planning.meter import Meter
+from emotrain.training.engine import NativeEngine
+from emotrain.training.optimizer import build_optimizer
+from emotrain.training.step import train_step
 
 WIDTH, VOCAB = 7, 33
 
@@ -281,6 +286,27 @@ def test_router_loss_is_the_mean_over_layers_and_parts_of_a_step_add_up() -> Non
         part_report = model(part, pools_of(sizes_LG[:, documents])).routing
         totals += torch.stack(router_loss(part_report, counts, report.num_tokens)).detach()
     torch.testing.assert_close(totals, torch.stack([balance, z]).detach())
+
+
+@pytest.mark.parametrize("trained", ["", "router"])
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("expert", [0, 7])
+def test_a_router_with_a_nan_is_never_trained_on(trained: str, layer: int, expert: int) -> None:
+    """Also where a pool leaves out the expert that has it, so that all choices look sound, and
+    where no gradient of an input passes it: the first layer, with the trunk frozen."""
+    config = tiny_config(
+        model__router__pool__kind="fixed", model__router__pool__size=4, losses__router_z=0.0
+    )
+    model = Transformer(config.model).initialize(0)
+    optimizer = build_optimizer(model, config.optimizer)
+    with torch.no_grad():
+        model.blocks[layer].moe.router.weight_ED[expert, 3] = torch.nan
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    done = train_step(NativeEngine(model, optimizer), [tiny_batch()], config, 1, Ranks())
+    assert not done.applied and done.loss != done.loss
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_dense_model_has_no_router_loss() -> None:

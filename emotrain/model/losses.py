@@ -91,6 +91,9 @@ def router_loss(
     if not report.layers:
         return zero, zero
     z = torch.stack([layer.z_sum for layer in report.layers]).mean() / num_tokens
+    # A router with a NaN scores every expert NaN. If its pool leaves out the expert that has it,
+    # all that is computed inside the pool is finite: the NaN is carried to the loss from here.
+    z = z + 0 * torch.cat([layer.effective_experts_G for layer in report.layers]).sum().to(z.dtype)
     if counts is None:
         return zero, z
     sums, last = [layer.probability_sum_N for layer in report.layers], sum(n for _, n in exclusive)
