@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -395,7 +396,24 @@ def test_mistakes_are_one_line_and_nothing_is_written(
         ((*back, "--data", "nowhere"), "nowhere"),
     ):
         assert fault in refused(capsys, *words), words
-        assert not (out / "checkpoints").exists() and not (out / "manifest.json").exists()
+        assert not out.exists(), words
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"title": "no text"}\n')
+    assert main([*map(str, tune), str(empty)]) == 2
+    assert "no train documents in 1 files" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_model_without_a_tokenizer_is_tuned_on_tokens_alone(
+    small, tiny_data, answers, tmp_path, capsys
+):
+    bare = shutil.copytree(small, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    manifest = json.loads((bare / "manifest.json").read_text())
+    del manifest["files"]["tokenizer.json"]
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    words = ("finetune", bare, "--steps", 1, "--out", tmp_path / "tuned", *SMALL, "--data")
+    assert "has no tokenizer.json" in refused(capsys, *words, answers)
+    assert asked(capsys, *words, tiny_data)["step"] == 1
 
 
 def test_a_plan_refuses_what_it_cannot_count(run, capsys):

@@ -246,6 +246,7 @@ def test_bad_settings_are_one_line(run_dir, tiny_data, tmp_path, capsys, words, 
     assert main([*arguments, *words]) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_dense_model_and_pins_of_unequal_layers_are_refused(tiny_data, tmp_path, capsys):

@@ -102,7 +102,6 @@ def run(args: argparse.Namespace) -> int:
     )
     from emotrain.evaluation.locality_tables import locality_json, locality_tables, write_locality
     from emotrain.evaluation.measure import default_folder
-    from emotrain.files import make_writable
     from emotrain.training.checkpoint import find
 
     settings = LocalitySettings(
@@ -118,7 +117,6 @@ def run(args: argparse.Namespace) -> int:
     found = [find(checkpoint) for checkpoint in checkpoints]
     check_models(found, pins=bool(args.export_pins))
     folder = Path(args.out) if args.out else default_folder(found[0], "locality")
-    make_writable(folder)
     pins = output_file(args.export_pins, "pins.json") if args.export_pins else None
     results = []
     with ProgressBar("batches") as bar:
@@ -131,6 +129,7 @@ def run(args: argparse.Namespace) -> int:
                     device=args.device,
                     micro_batch=args.micro_batch,
                     track=bar.track,
+                    out=folder,
                 )
             )
     models = list(zip(short_names(checkpoints), results, strict=True))

@@ -31,6 +31,7 @@ from emotrain.evaluation.measure import choose_device, precision_on, rows_of
 from emotrain.evaluation.perplexity import autocast, pack
 from emotrain.evaluation.reading import DomainDocuments, read_domains
 from emotrain.evaluation.settings import EvaluationSettings
+from emotrain.files import make_writable
 from emotrain.model.router import RoutingRequest, training_request
 from emotrain.model.transformer import Transformer
 from emotrain.modular.locality import count_slots
@@ -134,6 +135,7 @@ def measure_locality(
     device: str = "auto",
     micro_batch: int = 0,
     track: Track[Any] = untracked,
+    out: Path | None = None,
 ) -> LocalityResult:
     """Measure how local the choices of a checkpoint are on held-out documents.
 
@@ -142,15 +144,18 @@ def measure_locality(
             `check_models` takes.
         data: a folder written by `emotrain prepare`.
         micro_batch: rows of one forward pass; 0 means as in training.
+        out: where results will be written, found out to be writable before the work.
     Raises:
         UserError: settings, a checkpoint or data that cannot be used.
     """
     rows_of(micro_batch, 1)
     folder, target = find(checkpoint), choose_device(device)
+    domains = read_domains(data, read_config(folder), folder, settings.reading())
+    if out is not None:
+        make_writable(out)
     config, model = load_model(folder, target)
     layers = [i for i in range(config.model.num_layers) if config.model.routed_in_layer(i)]
     step = load_state(folder).step
-    domains = read_domains(data, config, folder, settings.reading())
 
     def route(documents: Sequence[np.ndarray]) -> RoutedDocuments:
         rows = rows_of(micro_batch, config.training.micro_batch)

@@ -20,7 +20,7 @@ from emotrain.progress import ProgressBar
 from emotrain.subsets.selection import require_same_model, tokenizer_fingerprint
 from emotrain.training.checkpoint_folders import find, read_config
 from emotrain.training.data_source import build_loader
-from emotrain.training.rows import is_file
+from emotrain.training.rows import is_file, trained_experts
 
 RECIPE: dict[str, Any] = {
     "losses": {"balance": 0.01, "router_z": 0.0, "z": 0.0},
@@ -101,6 +101,8 @@ def tuning_config(
     base = with_settings(Config(model=origin.model), _of_data(origin))
     recipe = read_settings(settings.recipe) if settings.recipe else RECIPE
     tuned = with_settings(with_settings(base, recipe), chosen, overrides)
+    if tuned.finetune.experts:
+        trained_experts(tuned.finetune.experts, tuned.model)  # refused before a folder is made
     if settings.steps:
         return tuned
     sequences = settings.epochs * build_loader(tuned).num_sequences
@@ -150,14 +152,15 @@ def _data(
             f"{data}: no such data; give a folder of emotrain prepare, or a JSONL file of "
             f"documents or of prompts and answers"
         )
-    tokenizer, mixed = tokenizer_file(folder), is_mixture(path)
+    mixed = is_mixture(path)
     store = Path(first_path(path)) if mixed else path
     if (store / MANIFEST).is_file():
         from emotrain.data.formats import Dataset
 
         dataset = Dataset(store, verify_checksums=False)
         check_vocabulary(store, dataset.vocab_size, origin, folder)
-        return path, str(tokenizer) if mixed else ""
+        return path, str(tokenizer_file(folder)) if mixed else ""
+    tokenizer = tokenizer_file(folder)
     if is_answers(path) or mixed:
         return path, str(tokenizer)
     prepared = run_dir / "data"
@@ -168,6 +171,12 @@ def _data(
                 f"--only-config first, without a launcher, or give a folder of emotrain prepare"
             )
         find_files([path], prepared)  # says what is wrong with the input before a folder is made
-        with ProgressBar("documents") as bar:
-            prepare([path], prepared, tokenizer=tokenizer, valid_fraction=0.0, bar=bar)
+        made = not run_dir.exists()
+        try:
+            with ProgressBar("documents") as bar:
+                prepare([path], prepared, tokenizer=tokenizer, valid_fraction=0.0, bar=bar)
+        except UserError:
+            if made and run_dir.is_dir() and not any(run_dir.iterdir()):
+                run_dir.rmdir()
+            raise
     return prepared, ""
