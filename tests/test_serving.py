@@ -339,6 +339,17 @@ def test_bad_json_is_no_defect(server, content):
     assert found.status_code == 400 and found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_of_another_type_is_refused_by_its_type(server, kind):
+    content, headers = json.dumps(BODY).encode(), {"Content-Type": kind} if kind else {}
+    found = httpx.post(f"{server[0]}/v1/completions", content=content, headers=headers)
+    error = found.json()["error"]
+    assert found.status_code == 415 and error["param"] == "content-type", error
+    assert (
+        error["message"] == f"content-type: {kind or 'none'} is not read; send application/json"
+    )
+
+
 def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):
     monkeypatch.setattr("emotrain.serving.gate.BODY_S", 0.3)
     host, port = server[0].removeprefix("http://").split(":")

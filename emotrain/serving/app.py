@@ -258,8 +258,12 @@ def _add_errors(app: FastAPI) -> None:
         return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first, kind = error.errors()[0], request.headers.get("content-type", "")
+        if first["loc"] == ("body",) and isinstance(first.get("input"), bytes):
+            # The framework leaves the body of any other type as bytes.
+            message = f"content-type: {kind or 'none'} is not read; send application/json"
+            return JSONResponse(error_body(message, 415, "content-type"), 415)
         where = ".".join(str(part) for part in first["loc"][1:])
         message = f"{where}: {first['msg']}" if where else str(first["msg"])
         return JSONResponse(error_body(message, 400, where or None), 400)
