@@ -3,20 +3,13 @@
 torchrun --nproc-per-node 8 launch/pretrain.py CONFIG [key=value ...]
 """
 
-import os
 import sys
-import tempfile
-
-# Before torch is imported, which reads it then. Expert parallelism asks for buffers of another size
-# in every layer and step: in segments that cannot grow, the memory between them is lost.
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-# On the node's own disk: processes of many nodes that compile into one shared home wait for it.
-os.environ.setdefault(
-    "TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"triton-{os.getuid()}")
-)
 
 from emotrain.cli import main
+from emotrain.gpu_settings import compile_on_own_disk, let_memory_grow
 
 if __name__ == "__main__":
+    let_memory_grow()
+    # Of one process too: a launcher starts it, perhaps beside those of other nodes.
+    compile_on_own_disk()
     sys.exit(main(["train", *sys.argv[1:]]))

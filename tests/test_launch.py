@@ -24,6 +24,7 @@ import pytest
 # Not used, but each process that is started would load them for itself.
 import emotrain.commands.train
 import emotrain.evaluation.while_training  # noqa: F401
+from emotrain.cli import main
 from emotrain.config import config_from_dict, save_config
 from emotrain.training import checkpoint
 from tests.conftest import ROOT, tiny_settings
@@ -211,6 +212,26 @@ def test_memory_grows_in_place_and_kernels_compile_on_the_nodes_disk(
         command = ["bash", script, "CONFIG"]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == expected, done.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+@pytest.mark.parametrize(("world_size", "compiles"), [("1", None), ("2", "/disk/triton-{uid}")])
+def test_commands_set_what_the_launch_files_set(command, world_size, compiles, monkeypatch):
+    for name in (*SETTINGS, "WORLD_SIZE"):
+        monkeypatch.setenv(name, world_size)
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/disk")
+    more = ["--data", "nowhere", "--out", "nowhere"] if command == "finetune" else []
+    assert main([command, "nowhere", *more]) == 2
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ.get("TRITON_CACHE_DIR") == (compiles and compiles.format(uid=os.getuid()))
+
+
+def test_commands_set_it_before_torch_is_there():
+    program = "import sys; import emotrain.commands.train, emotrain.commands.finetune as it"
+    done = subprocess.run([sys.executable, "-c", f"{program}; sys.exit('torch' in sys.modules)"])
+    assert done.returncode == 0
 
 
 # ---- torchrun

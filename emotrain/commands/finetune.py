@@ -7,6 +7,7 @@ from typing import Any
 
 from emotrain.commands.common import add_checkpoint, add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
+from emotrain.gpu_settings import set_up
 
 DESCRIPTION = """\
 Tune a checkpoint: an extracted subset or a whole model, all of it or the parts that --train names.
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    set_up()  # before torch is imported
     from pathlib import Path
 
     from emotrain.config import save_config

@@ -9,6 +9,7 @@ from typing import Any
 
 from emotrain.commands.common import add_config, add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
+from emotrain.gpu_settings import set_up
 
 EPILOG = """examples:
   emotrain train configs/quickstart.yaml
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    set_up()  # before torch is imported
     from emotrain.config import load_config, warnings_of
     from emotrain.distributed.joining import join
     from emotrain.tasks.while_training import observer
