@@ -397,6 +397,10 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     ):
         assert fault in refused(capsys, *words), words
         assert not out.exists(), words
+    before = {path.name: path.read_bytes() for path in small.iterdir()}
+    line = refused(capsys, "finetune", small, "--data", tiny_data, "--steps", 1, "--out", small)
+    assert "is a checkpoint, which a run would spoil" in line
+    assert before == {path.name: path.read_bytes() for path in small.iterdir()}
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"title": "no text"}\n')
     assert main([*map(str, tune), str(empty)]) == 2

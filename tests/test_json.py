@@ -68,7 +68,8 @@ KEYS = {
     "import": "checkpoint folder layout tensors parameters bytes files dtypes vocab_size "
     "dropped_vocab_rows padded_vocab_rows unused_settings",
     "select": "out checkpoint method experts_kept_per_layer experts_per_layer fidelity",
-    "extract": "out format layout dtype parameters full_parameters experts_per_layer max_difference",
+    "extract": "out format layout dtype parameters full_parameters experts_per_layer "
+    "max_difference",
     "generate": "generations seconds tokens_per_second",
     "finetune": "run_dir step last_step tokens metrics interrupted checkpoint_step start train",
     "reinsert": "out parts blend tensors changed_tensors changed_tensor_names changed_parameters "

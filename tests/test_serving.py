@@ -345,9 +345,7 @@ def test_a_body_of_another_type_is_refused_by_its_type(server, kind):
     found = httpx.post(f"{server[0]}/v1/completions", content=content, headers=headers)
     error = found.json()["error"]
     assert found.status_code == 415 and error["param"] == "content-type", error
-    assert (
-        error["message"] == f"content-type: {kind or 'none'} is not read; send application/json"
-    )
+    assert error["message"] == f"content-type: {kind or 'none'} is not read; send application/json"
 
 
 def test_a_body_that_does_not_come_is_given_up(server, monkeypatch):

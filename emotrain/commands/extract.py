@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from emotrain.commands.common import add_checkpoint, add_json, finish
 from emotrain.errors import UserError
@@ -33,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     add_checkpoint(parser, "the one the subset was selected from: ")
     parser.add_argument("subset", metavar="SUBSET", help="file written by `emotrain select`")
-    parser.add_argument(
-        "--out", required=True, metavar="FOLDER", help="folder to write, a new one"
-    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder to write, a new one")
     parser.add_argument(
         "--format",
         choices=("checkpoint", "huggingface"),
@@ -63,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from emotrain.subsets.extraction import extract, extract_folder
 
-    layout, dtype = args.layout or "clean", args.dtype or "fp32"
+    layout: Any = args.layout or "clean"
+    dtype = args.dtype or "fp32"
     folder = args.format == "huggingface"
     if not folder and (args.layout or args.dtype):
         raise UserError(

@@ -20,7 +20,7 @@ from emotrain.distributed.mesh import Layout, experts_of_rank
 from emotrain.distributed.placement import place_experts
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.folders import exclusive_lock
+from emotrain.folders import MANIFEST, exclusive_lock
 from emotrain.modular.placement import check_orders, read_fitting
 from emotrain.training.checkpoint_folders import (
     TrainingState,
@@ -122,11 +122,13 @@ def locked(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     ends with its process, however that ends.
 
     Raises:
-        UserError: another run holds it. On all ranks.
+        UserError: another run holds it, or it is a checkpoint. On all ranks.
     """
     problem = None
     with ExitStack() as stack:
-        if ranks.is_first:
+        if ranks.is_first and (run_dir / MANIFEST).is_file():
+            problem = f"{run_dir}: is a checkpoint, which a run would spoil; choose another folder"
+        elif ranks.is_first:
             run_dir.mkdir(parents=True, exist_ok=True)
             if not stack.enter_context(exclusive_lock(run_dir / LOCK)):
                 problem = (
