@@ -4,6 +4,7 @@ of a document comes out of what a text spells, and everything that is not specia
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -20,9 +22,11 @@ from tokenizers import (
 )
 
 from emotrain.cli import main
+from emotrain.data import long_texts
 from emotrain.data.formats import Dataset
 from emotrain.data.tokenizer import TextTokenizer, train_tokenizer
 from emotrain.errors import UserError
+from emotrain.preparation import encoding
 
 TEXTS = ["the experts of a pool route a token", "documents end here and there"] * 20
 SPECIAL = ["[PAD]", "[UNK]", "[SEP]", "[CLS]"]
@@ -176,3 +180,104 @@ def test_the_command_lets_texts_spell_special_tokens(tmp_path, capsys):
     for name, wanted in (("text", 0), ("special", 1)):
         ((_, tokens, _),) = Dataset(tmp_path / name).documents("train")
         assert (tokens == im_start).sum() == wanted and (tokens == 0).sum() == 1
+
+
+# ---- long texts in pieces
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+WORDS = [
+    *"abcXZ09 \n\t.,'!<>éß中—\u0301\u00a0\u1e9b", "  ", "\n\n", "the", " pool", "'ll", "'S",
+    "<0x41>", "<|endoftext|>", "\r\n", "K\u0345", "ﬁ",
+]  # fmt: skip
+
+
+def split_by(pattern: str, behavior: str = "isolated") -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def piecewise(words=None, normalizer=None, tokens=()) -> TextTokenizer:
+    backend = train_tokenizer([*TEXTS, "the pool's 'll a\n b\n\n c  d"] * 3, 320).backend
+    if words is not None:
+        backend.pre_tokenizer = words
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.add_tokens(list(tokens))
+    return TextTokenizer(backend)
+
+
+CUTTABLE = {
+    "ours": piecewise(),
+    "cl100k": piecewise(split_by(CL100K), normalizers.NFC()),
+    "Qwen 2": piecewise(split_by(CL100K.replace("{1,3}", "")), normalizers.NFKD()),
+    "digits": piecewise(
+        pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+        ["  ", "\n\n", " a", "the"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CUTTABLE)
+@given(text=st.lists(st.sampled_from(WORDS), max_size=60).map("".join), size=st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_long_texts_in_pieces_have_the_same_tokens(kind, text, size):
+    tokenizer = CUTTABLE[kind]
+    assert tokenizer.can_be_cut
+    with pytest.MonkeyPatch.context() as patch:
+        (whole,) = tokenizer.encode_batch([text])
+        patch.setattr(long_texts, "LONG", size)
+        assert "".join(long_texts.pieces_of(text)) == text
+        assert np.array_equal(tokenizer.encode_batch([text])[0], whole)
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        TextTokenizer(unigram(), "</s>"),
+        TextTokenizer(word_piece(), "[SEP]"),
+        piecewise(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        piecewise(split_by(CL100K + r"|\p{L}+ \p{L}+")),
+        piecewise(split_by(CL100K, "merged_with_next")),
+        piecewise(split_by(r"\s+")),
+        piecewise(None, normalizers.Prepend("x")),
+        piecewise(tokens=["the pool"]),
+        piecewise(tokens=[AddedToken("pool", single_word=True)]),
+        piecewise(tokens=[AddedToken("pool", rstrip=True)]),
+    ],
+    ids=str,
+)
+def test_what_may_depend_on_more_is_not_cut(tokenizer):
+    assert not tokenizer.can_be_cut
+
+
+def test_a_long_text_is_never_encoded_as_one(monkeypatch):
+    """Pieces are bounded; so is what the library takes for each."""
+    tokenizer, text = CUTTABLE["ours"], "the experts of a pool\n" * 60_000
+    sizes, encoded = [], TextTokenizer._encoded
+    monkeypatch.setattr(
+        TextTokenizer,
+        "_encoded",
+        lambda self, texts: sizes.extend(map(len, texts)) or encoded(self, texts),
+    )
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+    assert len(sizes) == 2 and max(sizes) < long_texts.LONG + 10 and sum(sizes) == len(text)
+
+
+def test_a_long_text_that_is_encoded_as_one_is_named_with_its_memory(monkeypatch, caplog):
+    monkeypatch.setattr(encoding, "MANY_CHARACTERS", 10)
+    long = SimpleNamespace(text="the the the the", source="a.txt", size=3 * 10**9)
+    for tokenizer in (CUTTABLE["ours"], TextTokenizer(unigram(), "</s>")):
+        encoding._encode_batch([long], tokenizer)
+    assert [r.getMessage().partition(": this")[0] for r in caplog.records] == [
+        "a.txt: its 0 million characters are encoded as one, in some 399 GB of memory"
+    ]

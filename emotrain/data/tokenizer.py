@@ -7,12 +7,14 @@ import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from emotrain.data import long_texts
 from emotrain.errors import MissingFileError, UserError
 
 if TYPE_CHECKING:
@@ -96,11 +98,26 @@ class TextTokenizer:
         self._forbidden[[eos_id, *_special_ids(backend, allow_special)]] = True
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text followed by EOS, as uint32 arrays [length + 1].
+        """Token ids of each text followed by EOS, as uint32 arrays [length + 1]. A long text is
+        encoded in pieces, where the tokenizer gives the same tokens then.
 
         Raises:
             UserError: a text that the tokenizer cannot encode, or cannot without its EOS token.
         """
+        if max(map(len, texts), default=0) > long_texts.LONG and self.can_be_cut:
+            return [self._in_pieces(text) for text in texts]
+        return self._encoded(texts)
+
+    def _in_pieces(self, text: str) -> np.ndarray:
+        pieces = [self._encoded([piece])[0][:-1] for piece in long_texts.pieces_of(text)]
+        return np.concatenate([*pieces, np.array([self.eos_id], np.uint32)])
+
+    @cached_property
+    def can_be_cut(self) -> bool:
+        """Whether long texts are encoded in pieces, and so in bounded memory."""
+        return long_texts.can_be_cut(self.backend)
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
         try:
             encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ from emotrain.preparation.pieces import Part, Piece
 from emotrain.preparation.recipe import Recipe
 from emotrain.preparation.spill import Buckets, Placed, SpillWriter
 
+log = logging.getLogger("emotrain")
+
+MANY_CHARACTERS = 2**24
+"""Of a document that is encoded as one: from here on it is named, with the memory it takes."""
 BATCH_BYTES = 2**20
 """Bytes of text that are encoded at a time."""
 
@@ -135,6 +140,14 @@ class PieceEncoder:
 
 
 def _encode_batch(documents: list[Document], encoder: TextTokenizer) -> list[np.ndarray]:
+    for document in documents:
+        if len(document.text) > MANY_CHARACTERS and not encoder.can_be_cut:
+            log.warning(
+                "%s: its %.0f million characters are encoded as one, in some %.0f GB of memory: "
+                "this tokenizer may give other tokens in pieces; give it boundaries with "
+                "--boundary, or skip it with --max-document-mb",
+                document.source, len(document.text) / 1e6, 133e-9 * document.size,
+            )  # fmt: skip
     try:
         return encoder.encode_batch([document.text for document in documents])
     except UserError:
