@@ -18,6 +18,7 @@ from emotrain.data.loader import keyed
 from emotrain.data.mixture_file import open_mixture
 from emotrain.data.opening import open_loader
 from emotrain.data.packing_shares import packing_shares
+from emotrain.data.survey import cuts_of
 from emotrain.training.data_source import build_loader
 
 SEQUENCE = 16
@@ -215,6 +216,14 @@ def test_shares_against_a_count_of_documents(folder):
                     seen += 1
         assert shares["documents"] == seen and shares["one_pool"] == whole / seen
         assert shares["utilisation"] == 1 and shares["cut"] == 1 - whole / seen
+        if packing == "concat":  # what `inspect` counts by the edges of documents alone
+            edges = [
+                offsets[offsets <= info.tokens // SEQUENCE * SEQUENCE]
+                for shard, info in enumerate(dataset.shards["train"])
+                if len(offsets := dataset.shard("train", shard).offsets)
+            ]
+            cuts = cuts_of([of for of in edges if len(of) > 1], SEQUENCE)
+            assert cuts.cut == pytest.approx(shares["cut"])
     assert whole / seen > 0.9
     part = packing_shares(dataset.store(), SEQUENCE, "best_fit", most_tokens=500)
     assert part["sequences"] == 500 // SEQUENCE and 0.8 < part["one_pool"] < 1
