@@ -85,6 +85,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The checked contents of `dataset.json`, with a ShardInfo for each shard; see `Dataset` for
     errors."""
     path = folder / MANIFEST
+    if ":/" in str(folder) and not folder.exists():
+        raise UserError(
+            f"{folder}: is no folder of this machine; in object stores and on web servers data are "
+            f"read by windows, to train on: copy the data set here"
+        )
     if not folder.is_dir():
         raise MissingFileError(
             f"{folder}: no such folder; make a data set with `emotrain prepare INPUT --out "

@@ -130,10 +130,13 @@ class MdsStore:
 
     def _ended(self) -> bool:
         """Whether the first shard has an EOS; nearly always its first tokens do."""
-        total = self.shard_tokens[0]
-        pieces = range(0, total, PIECE // 8)
-        windows = (self.window(0, at, min(at + PIECE // 8, total)) for at in pieces)
-        return any((window.tokens == self.eos_id).any() for window in windows)
+        total, start, size = self.shard_tokens[0], 0, 2**12
+        while start < total:
+            stop = min(start + size, total)
+            if (self.window(0, start, stop).tokens == self.eos_id).any():
+                return True
+            start, size = stop, min(4 * size, PIECE // 8)
+        return False
 
     def _places_of(self, shard: int) -> Places:
         """The places of a shard, whose bytes are checked the first time."""

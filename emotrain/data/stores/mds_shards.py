@@ -34,6 +34,7 @@ NAMES = ("tokens", "input_ids")
 """Columns that are looked for, the first that is there."""
 CODES = {8: "u1", 9: "i1", 16: "<u2", 17: "<i2", 32: "<u4", 33: "<i4", 64: "<u8", 65: "<i8"}
 """The types of `ndarray` that are whole numbers."""
+TYPES = {np.dtype(code).name: np.dtype(code) for code in CODES.values()}
 BYTES_TYPE = "<i8"
 """Of a column of `bytes`, as llm-foundry wrote and reads it."""
 PIECE = 2**23
@@ -146,7 +147,10 @@ class Part(NamedTuple):
         dtype = layout.dtype
         if dtype is None:  # that of the first sample; others with another one are refused when read
             dtype = self.tokens(offsets[:2], [None], 0)[0].dtype
-        counts = layout.counts(sizes, dtype)
+        if (sizes == sizes[0]).all():  # as llm-foundry writes them
+            counts = np.repeat(layout.counts(sizes[:1], dtype), self.samples)
+        else:
+            counts = layout.counts(sizes, dtype)
         if (wrong := np.flatnonzero(counts < 0)).size:
             raise self.refuse(f"sample {wrong[0]} has no whole number of {dtype.name} tokens")
         return Places(offsets, np.concatenate(([0], np.cumsum(counts))))
@@ -291,8 +295,7 @@ def _layout(
         )
     kind, *rest = kinds[column].split(":")
     static, length = sizes[column] or 0, 0
-    types = {np.dtype(code).name: np.dtype(code) for code in CODES.values()}
-    dtype = types.get(rest[0]) if rest else None
+    dtype = TYPES.get(rest[0]) if rest else None
     if kind == "bytes":
         dtype = np.dtype(BYTES_TYPE if raw.dtype == "auto" else raw.dtype).newbyteorder("<")
     shape = rest[1] if len(rest) == 2 else ""
