@@ -21,6 +21,7 @@ from test_stores_megatron import made
 from test_stores_megatron import write as write_megatron
 from test_stores_plain import RAW, documents, write
 
+from emotrain.cli import main
 from emotrain.data.manifest import write_manifest
 from emotrain.data.opening import open_loader, open_store
 from emotrain.data.shards import write_shard
@@ -157,7 +158,7 @@ def test_arrays_and_indexed_data_of_a_web_server(server, tmp_path):
     assert loader.batch(range(8)).tokens_BS.shape == (8, 16)
 
 
-def test_a_prepared_data_set(server, tmp_path):
+def test_a_prepared_data_set(server, tmp_path, capsys):
     """The same windows, ids and fingerprint as here; of a large shard only what windows need."""
     for size in (300, 40_000):
         here = open_store(ours(tmp_path / f"data-{size}", size))
@@ -175,6 +176,8 @@ def test_a_prepared_data_set(server, tmp_path):
         )
         assert one.fingerprint == other.fingerprint
         assert (one.batch(range(8)).tokens_BS == other.batch(range(8)).tokens_BS).all()
+    assert main(["inspect", f"{server.address}/data-300/", "--window", "16"]) == 0
+    assert "some/where" in capsys.readouterr().out
     with pytest.raises(UserError, match="data-300/: is read by windows, .*; copy the data set"):
         open_loader(f"{server.address}/data-300/", 16, seed=1, domain="some/where")
 

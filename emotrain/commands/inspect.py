@@ -130,4 +130,6 @@ def _domains(store: SplitStore) -> dict[str, Any]:
         shard = dataset.shard(split, index)
         return shard.domains[shard.domain_of[row]]
 
-    return {"domains": dataset.domains[store.split], "domain_of": domain_of}
+    known: dict[str, Any] = {"domains": dataset.domains[store.split]}
+    # Far away, all of a shard would be fetched for the domain of a document.
+    return known if isinstance(store.path, str) else known | {"domain_of": domain_of}
