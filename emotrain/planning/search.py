@@ -266,9 +266,9 @@ def _best_of_family(
     """The best of each micro-batch that fits, until one recomputes nothing: a smaller one does the
     same arithmetic in smaller pieces, and gathers and reduces for each of them. All it can win is
     memory."""
-    found = []
+    found, gathers = [], _Gathers(config, cluster, routing)
     for settings in family:
-        best = _best_choice(config, cluster, routing, settings)
+        best = _best_choice(config, cluster, gathers, settings)
         if best is not None:
             found.append(best)
             if dict(best.settings)["parallel.recompute"] == "none":
@@ -277,11 +277,10 @@ def _best_of_family(
 
 
 def _best_choice(
-    config: Config, cluster: Cluster, routing: Routing, family: list[tuple[str, Any]]
+    config: Config, cluster: Cluster, gathers: _Gathers, family: list[tuple[str, Any]]
 ) -> Change | None:
     """The fastest choice of the rest that fits. Recomputing more never makes a step faster, so that
-    of each schedule the first that fits is its best; keeping parameters gathered is tried where
-    there is room for them."""
+    of each schedule the first that fits is its best."""
     changed = with_settings(config, family)
     several = config.training.global_batch > changed.training.micro_batch * cluster.world_size
     schedules = (
@@ -292,30 +291,17 @@ def _best_choice(
     best = None
     for schedule in schedules:
         for recompute in ("none", "selective", "full"):
-            settings = [
-                *family,
-                ("losses.balance_schedule", schedule),
-                ("parallel.recompute", recompute),
-            ]
-            change = _compiled_or_not(
-                config, cluster, routing, [*settings, ("parallel.reshard_after_forward", True)]
+            change = gathers.best(
+                [
+                    *family,
+                    ("losses.balance_schedule", schedule),
+                    ("parallel.recompute", recompute),
+                ]
             )
             if not change.fits:
                 continue
-            if change.spare_gib > _gathered_gib(changed):
-                kept = _compiled_or_not(
-                    config, cluster, routing, [*settings, ("parallel.reshard_after_forward", False)]
-                )
-                change = (
-                    kept
-                    if kept.fits and kept.tokens_per_second > 1.001 * change.tokens_per_second
-                    else change
-                )
-            best = (
-                change
-                if best is None or change.tokens_per_second > 1.001 * best.tokens_per_second
-                else best
-            )
+            if best is None or change.tokens_per_second > 1.001 * best.tokens_per_second:
+                best = change
             break
         if best is not None and dict(best.settings)["parallel.recompute"] == "none":
             # The exact schedule needs no recomputation: the approximate one has nothing to win.
@@ -323,13 +309,35 @@ def _best_choice(
     return best
 
 
-def _gathered_gib(config: Config) -> float:
-    """Memory of a rank's blocks, gathered whole in bfloat16."""
-    counts = parameter_counts(config.model)
-    dense = (
-        counts["attention_parameters"] + counts["norms_parameters"] + counts["routers_parameters"]
-    )
-    return 2 * (dense + counts["experts_parameters"] / config.parallel.ep) / 2**30
+@dataclass
+class _Gathers:
+    """Whether parameters are gathered again in backward. That they stay gathered never makes a step
+    slower, and takes memory: in one family of layouts about as much each time."""
+
+    config: Config
+    cluster: Cluster
+    routing: Routing
+    kept_gib: float | None = None
+    """How much memory, once it was seen not to fit."""
+
+    def best(self, settings: Sequence[tuple[str, Any]]) -> Change:
+        """The faster one of those that fit, or one that does not."""
+        if self.kept_gib is None:
+            kept = self._change(settings, False)
+            if kept.fits:
+                return kept
+            again = self._change(settings, True)
+            self.kept_gib = kept.peak_gib - again.peak_gib
+            return again
+        again = self._change(settings, True)
+        if again.fits and again.spare_gib > 0.9 * self.kept_gib:
+            kept = self._change(settings, False)
+            return kept if kept.fits else again
+        return again
+
+    def _change(self, settings: Sequence[tuple[str, Any]], again: bool) -> Change:
+        whole = [*settings, ("parallel.reshard_after_forward", again)]
+        return _compiled_or_not(self.config, self.cluster, self.routing, whole)
 
 
 def _change(
