@@ -379,6 +379,12 @@ def _data(run: PhaseRun) -> str:
     """A data set of made-up documents of three domains."""
     from emotrain.preparation.prepare import prepare
 
+    try:
+        import pyarrow  # noqa: F401 - prepare reads and writes by it
+    except ImportError:
+        raise Skipped(
+            "pyarrow, which prepares data, is not installed: pip install pyarrow"
+        ) from None
     rng = random.Random(0)
     words = {d: [f"{d}{i}" for i in range(12)] for d in ("kitchen", "harbour", "garden")}
     source, folder = run.path.with_name("train-documents.jsonl"), run.path.with_name("train-data")

@@ -73,6 +73,12 @@ def use_wheels(folder: Path = WHEELS) -> None:
         sys.path.append(str(unpacked))
 
 
+def use_memory_as_launchers_do() -> None:
+    """What launch/pretrain.py sets before torch reads it."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
 def phases_of() -> dict[str, list[Callable[[Any], None]]]:
     """What each phase runs. Imported late: whether a kernel is interpreted or compiled is decided
     when it is defined."""
@@ -176,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
     use_wheels()
     if args.device == "cpu" and "triton" not in sys.modules:
         os.environ["TRITON_INTERPRET"] = "1"
+    if args.device == "cuda":
+        use_memory_as_launchers_do()
     from _gpu_run import log, read_phase
 
     settings = settings_of(args)

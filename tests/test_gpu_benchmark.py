@@ -339,6 +339,56 @@ def test_what_cannot_be_is_refused_in_a_line(gpu, capsys, monkeypatch):
         assert error.value.code == code and text in capsys.readouterr().err
 
 
+def test_a_machine_without_pyarrow_leaves_training_out(tmp_path, gpu, monkeypatch, capsys):
+    """Its wheel alone is as large as all that gpu_wheels.sh may bring."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert gpu.main([*TINY, "--out", str(tmp_path), "--phases", "train"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "pip install pyarrow" in result["skipped"]["train"]["data"] and not result["failed"]
+    assert result["items"]["train"] == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, ("expandable_segments:True", None)), ({"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, (None, "a:1"))],
+)
+def test_memory_grows_in_place_as_under_a_launcher(gpu, monkeypatch, given, expected):
+    """Set before torch looks for a GPU, and in all processes that phases are run in."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # is put back at the end
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+
+    def look() -> bool:
+        seen.append(tuple(map(os.environ.get, names)))
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", look)
+    with pytest.raises(SystemExit, match="no GPU was found"):
+        gpu.main([])
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize(("left_s", "most_s"), [(-20, 60), (100, 160), (1000, 300)])
+def test_the_sanitizer_ends_before_its_phase_is_ended(tmp_path, gpu, monkeypatch, left_s, most_s):
+    """That it took too long is no failure."""
+    import _gpu_kernels
+
+    def hangs(command, timeout, **options):
+        assert most_s - 5 < timeout <= most_s < left_s + gpu.GRACE_S
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(_gpu_kernels.shutil, "which", lambda name: f"/{name}")
+    monkeypatch.setattr(_gpu_kernels.subprocess, "run", hangs)
+    deadline = _gpu_kernels.time.monotonic() + left_s
+    run = SimpleNamespace(is_cuda=True, deadline=deadline, path=tmp_path / "correct.json")
+    with pytest.raises(_gpu_kernels.Skipped, match="not done within"):
+        _gpu_kernels._sanitized(run, "memcheck")
+
+
 @pytest.mark.parametrize(("size", "code"), [(1000, 0), (46_000_000, 1)])
 def test_wheels_that_are_too_large_are_refused(tmp_path, size, code):
     """pip is replaced: no network is used."""
