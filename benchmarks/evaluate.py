@@ -12,7 +12,9 @@ initial ones, which the counts do not depend on. Nothing is timed.
 The terms say what is left to save. From the first experts on, the hidden states of a document
 differ from subset to subset, so that no other layer and no head of an arm can be shared with
 another: `least_forward_equivalents` is what remains when arms and shares find all outputs of the
-first layer's experts computed.
+first layer's experts computed. `half_controls_forward_equivalents` and `quarter_controls_…` measure
+the random and the other domain's experts on so many of the documents (`--control-documents`), the
+selected ones on all: another evaluation, with larger errors of the controls.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     with Meter(model) as meter:
         together = measure(model, domains, settings, length, rows, None, meter.track)
     now = meter.work
+    fewer = {}
+    for name, part in (("half", 2), ("quarter", 4)):
+        some = replace(settings, control_documents=max(2, settings.documents // part))
+        with Meter(model) as meter:
+            measure(model, domains, some, length, rows, None, meter.track)
+        fewer[f"{name}_controls_forward_equivalents"] = flops(meter.work) / flops(full)
     one, last = flops(full), config.model.num_layers
     later, experts = tuple(range(1, last)), ("moe.experts", "moe.shared", "moe.router")
 
@@ -195,6 +204,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "terms_forward_equivalents": terms,
         "before_selection_forward_equivalents": flops(before, "selection") / one,
         "least_forward_equivalents": flops(now) / one - sum(terms[name] for name in shareable),
+        **fewer,
         "forward_gflops": one / 1e9,
         "forward_share_by_part": {part: flops(full, "", (part,)) / one for part in PARTS},
         "held_out_tokens": tokens,
@@ -231,6 +241,8 @@ def main() -> None:
         ),
         ("before", f"{result['before_forward_equivalents']:.2f}"),
         ("at least", f"{result['least_forward_equivalents']:.2f}"),
+        ("controls on half", f"{result['half_controls_forward_equivalents']:.2f}"),
+        ("controls on a quarter", f"{result['quarter_controls_forward_equivalents']:.2f}"),
     ]
     print(Table("Work in forward passes of the full model", ("", "passes"), tuple(rows)).text())
 

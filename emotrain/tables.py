@@ -1,5 +1,5 @@
 """The one table: for a terminal, for a plain stream, for Markdown. (For HTML: the template of
-`emotrain.report`.) And the one CSV."""
+`emotrain.report`.) And the one CSV, and short names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -102,9 +103,41 @@ def _on_one_line(cell: str) -> str:
 
 
 def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Comma-separated values with a header; None is an empty cell."""
+    """Comma-separated values with a header; None is an empty cell. Text that a spreadsheet would
+    take for a formula has an apostrophe before it; numbers stay as they are."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
+    writer.writerows([_no_formula(cell) for cell in row] for row in (header, *rows))
     return stream.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """OWASP, "CSV Injection": names of domains and tasks are anybody's."""
+    if not isinstance(cell, str):
+        return cell
+    # A carriage return alone is not quoted by the csv module, and ends a line for its reader.
+    plain = cell.replace("\r", "\n")
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return plain
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{plain}"
+    return cell
+
+
+def short_names(paths: Sequence[str | Path]) -> list[str]:
+    """What tables call paths: the last parts of each, as few as tell it from the others; of JSON
+    without the ending, where that leaves them apart."""
+    resolved = [Path(path).resolve() for path in paths]
+    labels = []
+    for path in resolved:
+        others = [other for other in resolved if other != path]
+        length = 1
+        while length < len(path.parts) and any(
+            other.parts[-length:] == path.parts[-length:] for other in others
+        ):
+            length += 1
+        labels.append("/".join(path.parts[-length:]))
+    shorter = [label.removesuffix(".json") for label in labels]
+    return shorter if len(set(shorter)) == len(set(labels)) else labels

@@ -245,10 +245,14 @@ def domain_loss(model, documents, kept=None):
     return sum(loss for loss, _ in sums) / sum(targets for _, targets in sums)
 
 
-def test_the_evaluation_is_what_its_words_say():
-    """Every number of an evaluation, from one domain at a time."""
+@pytest.mark.parametrize("controls", [0, 2])
+def test_the_evaluation_is_what_its_words_say(controls):
+    """Every number of an evaluation, from one domain at a time; its controls on all held-out
+    documents or on some."""
     model, domains = tiny_model(), domains_of(3)
-    settings = EvaluationSettings(keep=(1.0, 0.5), random_seeds=2, seed=5, cross_domain="all")
+    settings = EvaluationSettings(
+        keep=(1.0, 0.5), random_seeds=2, seed=5, cross_domain="all", control_documents=controls
+    )
     result = measure(model, domains, settings, ROW, 2)
     names, counts = sorted(domains), experts_kept(model.config, 0.5)
     chosen = {
@@ -267,20 +271,22 @@ def test_the_evaluation_is_what_its_words_say():
     random = [random_select(model.config, 3, counts, seed) for seed in (5, 6)]
     for j, name in enumerate(names):
         held_out, found = domains[name].held_out, result.domains[name]
-        full = domain_loss(model, held_out)
+        full, fewer = domain_loss(model, held_out), held_out[: controls or None]
+        full_of_controls = domain_loss(model, fewer)
+        assert not controls or len(fewer) < len(held_out)
         expected = {
             "selected": domain_loss(model, held_out, chosen[name]) - full,
             "random": np.mean(
                 [
-                    domain_loss(model, held_out, [mask_JN[j] for mask_JN in subsets])
+                    domain_loss(model, fewer, [mask_JN[j] for mask_JN in subsets])
                     for subsets in random
                 ]
             )
-            - full,
+            - full_of_controls,
             "cross_domain": np.mean(
-                [domain_loss(model, held_out, chosen[other]) for other in names if other != name]
+                [domain_loss(model, fewer, chosen[other]) for other in names if other != name]
             )
-            - full,
+            - full_of_controls,
         }
         assert found.loss_nats == pytest.approx(full, rel=1e-5)
         assert found.increase_nats["1.0"] == ByArm(0.0, 0.0, 0.0)
@@ -366,6 +372,7 @@ def test_one_domain_has_no_cross_domain_control():
     [
         ({"keep": ()}, "keep is empty"),
         ({"calibration_documents": 0}, "calibration_documents=0"),
+        ({"control_documents": 1}, "control_documents=1 gives no standard error; give at least 2"),
         ({"documents": 1}, "documents=1 gives no standard error"),
         ({"random_seeds": -1}, "random_seeds=-1"),
         ({"cross_domain": "none"}, "cross_domain=none is not known"),

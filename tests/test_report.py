@@ -468,10 +468,11 @@ def test_names_of_any_kind_are_text(tmp_path):
     check_whole(page)
     assert "{{ 7 * 7 }}" in page.text and "49 }" not in page.text
     assert "#0072b2 $x$" in page.figure("subsets-domains").partition("</svg>")[0]
-    assert {row["domain"] for row in page.rows("subsets-domains")} == {"", *names}
+    in_csv = {"'=1+1" if name == "=1+1" else name for name in names}
+    assert {row["domain"] for row in page.rows("subsets-domains")} == {"", *in_csv}
     [domains] = [n for n in page.pictures if n.startswith("evaluated") and "a,b\nc" in
                  page.rows(n)[0]]  # fmt: skip
-    assert set(page.rows(domains)[0]) == {"run", "step", "tokens", *names}
+    assert set(page.rows(domains)[0]) == {"run", "step", "tokens", *in_csv}
 
 
 @pytest.mark.parametrize(

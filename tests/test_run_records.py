@@ -19,7 +19,8 @@ from emotrain.config import config_from_dict
 from emotrain.distributed.ranks import Ranks
 from emotrain.report.findings import Finding, findings
 from emotrain.report.history import read_history, read_loads, thin
-from emotrain.report.runs import labels_of, read_runs
+from emotrain.report.runs import read_runs
+from emotrain.tables import short_names
 from emotrain.training import environment, expert_loads
 from emotrain.training.expert_loads import MOST_RECORDS, ExpertLoads
 from emotrain.training.run import train
@@ -284,7 +285,7 @@ def test_a_thinned_curve_keeps_what_can_be_seen(values, most):
 
 def test_runs_are_called_by_what_tells_them_apart():
     paths = [Path(p) for p in ("/a/x/run", "/a/y/run", "/a/y/other")]
-    assert labels_of(paths) == ["x/run", "y/run", "other"]
+    assert short_names(paths) == ["x/run", "y/run", "other"]
 
 
 # ---- findings

@@ -38,7 +38,7 @@ from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.folders import exclusive_lock
 from emotrain.modular.counts import experts_kept
 from emotrain.modular.scores import collect_scores
-from emotrain.modular.select import select_pool
+from emotrain.modular.select import greedy_select, select_pool
 from emotrain.sweeps import figures, measuring, subjects, workers
 from emotrain.sweeps.cells import prepared
 from emotrain.sweeps.plan import FULL, Cell, Plan, cells_of, read_plan
@@ -167,6 +167,36 @@ def test_a_seed_draws_other_documents_and_a_criterion_chooses_by_them(run, tiny_
     assert found.amounts == pytest.approx(losses.loss_U.tolist(), rel=1e-6)
     assert found.sizes == tuple(len(document) - 1 for document in held_out)
     assert found.experts_kept_per_layer == counts
+
+
+def test_all_documents_choose_in_one_draw(run, tiny_data, tmp_path):
+    """By hand; tables, numbers and pictures call it `all`, the largest number."""
+    changes = {"calibration_documents": "[1, all]", "domains": "[harbour]", "keep": "[0.5]"}
+    out = tmp_path / "out"
+    assert sweep(write_plan(tmp_path / "plan.yaml", run, tiny_data, **changes), out) == 0
+    [cell] = [c for c in lines_of(out, "cells.csv") if c["calibration_documents"] == "all"]
+    config, model = load_model(find(run))
+    dataset = Dataset(tiny_data)
+    text = documents_of(dataset, "train", "harbour", 10**6, 24)
+    assert len(text) == dataset.domains["train"]["harbour"]["documents"]
+    zeros, counts = torch.zeros(len(text)).long(), experts_kept(config.model, 0.5)
+    subsets = greedy_select(model, pack(text, 32, 16), zeros, 1, counts)
+    held_out = pack(documents_of(dataset, "valid", "harbour", 4, 24), 32, 16)
+    losses = document_losses(model, held_out, torch.zeros(4).long(), subsets)
+    wanted = float(losses.loss_U.sum() / losses.targets_U.sum())
+    assert float(cell["value"]) == pytest.approx(wanted, rel=1e-6)
+    result = json.loads((out / "sweep.json").read_text())
+    assert result["plan"]["calibration_documents"] == [1, "all"]
+    [row] = [row for row in result["means"] if row["calibration_documents"] == "all"]
+    assert row["seeds"] == 1 and row["change_spread"] is None
+    table = (out / "sweep.md").read_text()
+    assert "by all documents" in table and "| all | 1 |" in table
+    rows = lines_of(out, "figures/calibration.csv")
+    assert [row["calibration_documents"] for row in rows] == ["1", "all"]
+    summary = Summary.of(prepared(read_plan(tmp_path / "plan.yaml"), out, "cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "png", plots.png)
+        assert figures.figures(summary)["calibration"][1]().startswith(PNG)
 
 
 def test_a_task_is_asked_as_evaluate_asks_it(run, tiny_data, tmp_path, capsys):
@@ -517,6 +547,7 @@ def test_one_sweep_at_a_time_writes_to_a_folder(plan, tmp_path, capsys):
         ({"seeds": "[-1]"}, "seeds are whole numbers from 0 on"),
         ({"seeds": "[0.5]"}, "seeds=0.5 must be a whole number"),
         ({"calibration_documents": "[0]"}, "calibration_documents are whole numbers from 1 on"),
+        ({"calibration_documents": "[-1]"}, "calibration_documents are whole numbers from 1 on"),
         ({"documents": "1"}, "documents must be at least 2"),
         ({"document_tokens": "1"}, "document_tokens must be at least 2"),
         ({"models": "[a]"}, "models=['a'] must be `name: path` lines"),

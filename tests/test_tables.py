@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import io
 
 import pytest
 from rich.console import Console
 
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text, short_names
 
 TABLE = Table(
     "Memory", ("part", "GiB", ""), (("weights", "1.5", "fp32"), ("all", "12.0", "")), notes=1
@@ -84,3 +85,18 @@ def test_names_stay_whole_on_a_narrow_terminal() -> None:
     stream = io.StringIO()
     Console(file=stream, width=30).print(table.rich())
     assert name in stream.getvalue()
+
+
+def test_no_text_of_a_csv_is_a_formula_and_numbers_stay():
+    cells = ["=1+1", "+law", "-law", "@law", "\tlaw", "\rlaw", "law=1", "-1.5", "+2", "-inf", "-"]
+    [header, row] = csv.reader(io.StringIO(csv_text(cells, [[*cells[:-1], -0.5]])))
+    guarded = ["'=1+1", "'+law", "'-law", "'@law", "'\tlaw", "'\nlaw"]
+    assert header == [*guarded, *cells[6:-1], "'-"]
+    assert row == [*guarded, *cells[6:-1], "-0.5"]
+
+
+def test_short_names_tell_paths_apart():
+    assert short_names(["a/x.json", "b/y.json"]) == ["x", "y"]
+    assert short_names(["a/x.json", "b/x.json"]) == ["a/x", "b/x"]
+    assert short_names(["a/x.json", "a/x"]) == ["x.json", "x"]
+    assert short_names(["a/x.json", "a/x.json"]) == ["x", "x"]

@@ -42,16 +42,12 @@ log = logging.getLogger("emotrain")
 SKIP = "leave it out with --skip-broken"
 
 
-@dataclass(frozen=True)
-class StepRecord:
-    """What is kept of a checkpoint. Domains are by name."""
+@dataclass(frozen=True, kw_only=True)
+class StepNumbers:
+    """What a checkpoint is found to be by itself."""
 
     step: int
     checkpoint: str
-    subsets: dict[str, dict[str, tuple[tuple[int, ...], ...]]]
-    """Share kept -> domain -> for each layer the experts that it chooses."""
-    routing: dict[str, tuple[tuple[float, ...], ...]]
-    """Domain -> for each layer its mean routing probability."""
     domain_cosine: float | None
     """Of the mean routing of two domains, mean over pairs and layers."""
     document_effective_experts: float
@@ -64,12 +60,20 @@ class StepRecord:
     """Mean over banks."""
 
 
-@dataclass(frozen=True)
-class StepCoverage:
+@dataclass(frozen=True, kw_only=True)
+class StepRecord(StepNumbers):
+    """What is kept of a checkpoint. Domains are by name."""
+
+    subsets: dict[str, dict[str, tuple[tuple[int, ...], ...]]]
+    """Share kept -> domain -> for each layer the experts that it chooses."""
+    routing: dict[str, tuple[tuple[float, ...], ...]]
+    """Domain -> for each layer its mean routing probability."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCoverage(StepNumbers):
     """A checkpoint of a run beside the last one that was measured."""
 
-    step: int
-    checkpoint: str
     subset_jaccard: dict[str, dict[str, float]]
     """Share kept -> domain -> Jaccard index of its subset with that of the last step, mean over
     layers."""
@@ -78,12 +82,6 @@ class StepCoverage:
     routing_cosine: dict[str, float]
     """Domain -> cosine of its mean routing with that of the last step, mean over layers."""
     routing_cosine_mean: float
-    domain_cosine: float | None
-    document_effective_experts: float
-    domain_effective_experts: float
-    between: dict[str, float | None]
-    within: dict[str, float | None]
-    held_out_modularity: float | None
 
 
 @dataclass(frozen=True)
@@ -264,28 +262,28 @@ def _record(measured: Coverage) -> StepRecord:
     modularities = [of.held_out_modularity for of in measured.together]
     known = [value for value in modularities if value is not None]
     return StepRecord(
-        measured.step,
-        measured.checkpoint,
-        {
+        step=measured.step,
+        checkpoint=measured.checkpoint,
+        subsets={
             keep: {
                 name: tuple(tuple(np.flatnonzero(kept_JN[j]).tolist()) for kept_JN in layers)
                 for j, name in enumerate(measured.names)
             }
             for keep, layers in measured.subsets.items()
         },
-        {
+        routing={
             name: tuple(
                 tuple(float(f"{share:.6g}") for share in share_JN[j])
                 for share_JN in measured.routing
             )
             for j, name in enumerate(measured.names)
         },
-        measured.domain_cosine,
-        mean("document"),
-        mean("domain"),
-        {keep: of.between for keep, of in measured.overlap.items()},
-        {keep: of.within for keep, of in measured.overlap.items()},
-        float(np.mean(known)) if known else None,
+        domain_cosine=measured.domain_cosine,
+        document_effective_experts=mean("document"),
+        domain_effective_experts=mean("domain"),
+        between={keep: of.between for keep, of in measured.overlap.items()},
+        within={keep: of.within for keep, of in measured.overlap.items()},
+        held_out_modularity=float(np.mean(known)) if known else None,
     )
 
 
@@ -355,17 +353,13 @@ def _compare(record: StepRecord, last: StepRecord, names: Sequence[str]) -> Step
         )
         for name in names
     }
+    own = {field.name: getattr(record, field.name) for field in dataclasses.fields(StepNumbers)}
     return StepCoverage(
-        record.step,
-        record.checkpoint,
-        jaccard,
-        {keep: float(np.mean(list(of.values()))) for keep, of in jaccard.items()},
-        cosine,
-        float(np.mean(list(cosine.values()))),
-        record.domain_cosine,
-        record.document_effective_experts,
-        record.domain_effective_experts,
-        record.between,
-        record.within,
-        record.held_out_modularity,
+        **own,
+        subset_jaccard=jaccard,
+        subset_jaccard_mean={
+            keep: float(np.mean(list(of.values()))) for keep, of in jaccard.items()
+        },
+        routing_cosine=cosine,
+        routing_cosine_mean=float(np.mean(list(cosine.values()))),
     )

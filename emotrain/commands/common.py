@@ -4,7 +4,6 @@ result."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +138,6 @@ def new_file(out: str, example: str) -> Path:
     if path.exists() and not path.is_dir():
         raise ExistingFileError(f"{path}: exists; remove it or choose another --out")
     return output_file(out, example)
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of paths, of JSON without the ending, where these tell them apart."""
-    names = [Path(path).resolve().name.removesuffix(".json") for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
 
 
 def finish(args: argparse.Namespace, result: dict[str, Any], text: str) -> None:

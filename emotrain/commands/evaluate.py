@@ -101,6 +101,13 @@ def _add_settings(parser: argparse.ArgumentParser, default: EvaluationSettings) 
         help=f"most held-out documents of a domain (default: {default.documents}); more of them, "
         f"smaller errors",
     )
+    parser.add_argument(
+        "--control-documents",
+        type=int,
+        metavar="N",
+        help="of them, those that the random and the other domain's experts are measured on: "
+        "half of them save a quarter of the time (default: all)",
+    )
     add_document_tokens(parser, default.document_tokens)
     parser.add_argument(
         "--domains",

@@ -11,7 +11,14 @@ from emotrain.distributed.launcher import Launch
 from emotrain.errors import UserError
 from emotrain.progress import ProgressBar
 
-OF_DOMAINS = ("data", "documents", "document_tokens", "domains", "cross_domain")
+OF_DOMAINS = (
+    "data",
+    "documents",
+    "control_documents",
+    "document_tokens",
+    "domains",
+    "cross_domain",
+)
 OF_CHOICE = ("keep", "calibration_documents", "random_seeds")
 OF_TASKS = ("shots_from", "split", "normalisation", "answer_tokens")
 OF_BOTH = ("subset", "shots", "limit")

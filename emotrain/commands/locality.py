@@ -13,10 +13,10 @@ from emotrain.commands.common import (
     add_micro_batch,
     finish,
     output_file,
-    short_names,
 )
 from emotrain.files import json_text, write_whole
 from emotrain.progress import ProgressBar
+from emotrain.tables import short_names
 
 DESCRIPTION = """\
 Measure how local the choice of experts is, on held-out documents: what share of the routed slots

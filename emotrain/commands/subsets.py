@@ -15,8 +15,8 @@ from emotrain.commands.common import (
     finish,
     new_file,
     output_file,
-    short_names,
 )
+from emotrain.tables import short_names
 
 if TYPE_CHECKING:
     from emotrain.modular.algebra import Operand, Overlap

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from emotrain.sweeps.cells import prepared
-    from emotrain.sweeps.plan import read_plan
+    from emotrain.sweeps.plan import in_words, read_plan
     from emotrain.sweeps.run import run_sweep
     from emotrain.sweeps.summary import tables
 
@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     for cell, why in summary.failed:
         words = f"{cell.model}, {cell.subject}, {cell.method}, keep {cell.keep:g}"
         print(
-            f"failed: {words}, {cell.calibration_documents} documents, seed {cell.seed}: {why}",
+            f"failed: {words}, {in_words(cell.calibration_documents)} documents, seed {cell.seed}: "
+            f"{why}",
             file=sys.stderr,
         )
     if summary.failed:

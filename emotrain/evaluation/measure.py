@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -41,15 +40,9 @@ from emotrain.evaluation.results import (
     Evaluation,
     ExpertCounts,
     Measurement,
-    RoutingSummary,
     SubsetLosses,
 )
-from emotrain.evaluation.routing import (
-    cosine_table,
-    entropy_nats,
-    mean_of_pairs,
-    sum_by_group,
-)
+from emotrain.evaluation.routing import finite, routing_summary, sum_by_group
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.evaluation.tables import subset_csv, tables
 from emotrain.files import json_text, make_writable, write_whole
@@ -69,9 +62,10 @@ from emotrain.training.spread_model import layout_of, load_to_predict
 
 log = logging.getLogger("emotrain")
 
-ArmLosses = dict[str, dict[Arm, Tensor | None]]
-"""float64 [U] by share kept and arm: sum of each document's losses, the mean over the runs of an
-arm; None without runs."""
+ArmLosses = dict[str, dict[Arm, tuple[Tensor, Tensor] | None]]
+"""By share kept and arm, float64 [u] and int64 [u]: the sum of the losses of each document that the
+arm was measured on, the mean over its runs, and the numbers of these documents among all; None
+without runs."""
 
 
 def evaluate(
@@ -173,25 +167,31 @@ def measure(
         for keep, kept in sizes.items()
         for arm, of_arm in _arms(model.config, selected[keep], kept, settings).items()
     }
-    each = [None, *(subsets for of_arm in runs.values() for subsets in of_arm)]
     documents = [domains[name].held_out for name in names]
-    group_U, batches = group_of_each(documents), packed(documents, len(each))
-    what = f"full model and {len(each) - 1} subsets"
-    full, *others = losses_of_arms(
-        model, batches, group_U, each, track, what, precision, rows_per_batch, ranks
-    )
-    rest = iter(others)
-    losses = {key: _mean([next(rest).loss_U for _ in of_arm]) for key, of_arm in runs.items()}
-    # Where nothing is left out, every arm is the full model, by definition and bit for bit.
-    arms: ArmLosses = {
-        keep: {
-            arm: losses[keep, arm]
-            if keep in sizes
-            else (full.loss_U if _has_arm(arm, settings, len(names)) else None)
-            for arm in ARMS
-        }
-        for keep in counts
-    }
+    fewer = [held_out[: settings.control_documents or None] for held_out in documents]
+    index_u = _numbers_of_first(documents, fewer)
+    together = len(index_u) == sum(map(len, documents))
+    own_choice = {key: of for key, of in runs.items() if together or key[1] == "selected"}
+    controls = {key: of for key, of in runs.items() if key not in own_choice}
+
+    def losses_of(
+        documents: Sequence[Sequence[np.ndarray]], each: Sequence[Subsets | None], what: str
+    ) -> list[DocumentLosses]:
+        group_U, batches = group_of_each(documents), packed(documents, len(each))
+        return losses_of_arms(
+            model, batches, group_U, each, track, what, precision, rows_per_batch, ranks
+        )
+
+    each = [None, *(subsets for of_arm in own_choice.values() for subsets in of_arm)]
+    full, *others = losses_of(documents, each, f"full model and {len(each) - 1} subsets")
+    whole_U = torch.arange(len(full.loss_U))
+    losses = _by_run(own_choice, others, whole_U)
+    if controls:
+        each = [subsets for of_arm in controls.values() for subsets in of_arm]
+        others = losses_of(fewer, each, f"{len(each)} subsets of the controls")
+        losses |= _by_run(controls, others, index_u)
+    arms = _table_of_arms(losses, full, counts, sizes, settings, len(names))
+    group_U = group_of_each(documents)
     by_domain, mean = _summary(names, domains, full, arms, group_U)
     return Measurement(
         settings=dataclasses.replace(
@@ -251,9 +251,11 @@ def _summary(
     increase = {
         keep: {
             arm: None
-            if loss_U is None
-            else mean_increase(loss_U - full.loss_U, full.targets_U, group_U)
-            for arm, loss_U in by_arm.items()
+            if found is None
+            else mean_increase(
+                found[0] - full.loss_U[found[1]], full.targets_U[found[1]], group_U[found[1]]
+            )
+            for arm, found in by_arm.items()
         }
         for keep, by_arm in arms.items()
     }
@@ -261,14 +263,14 @@ def _summary(
     def table(value: Callable[[Tensor, Tensor], Tensor]) -> dict[str, ByArm]:
         return {
             keep: ByArm(
-                **{arm: None if pair is None else _finite(value(*pair)) for arm, pair in of.items()}
+                **{arm: None if pair is None else finite(value(*pair)) for arm, pair in of.items()}
             )
             for keep, of in increase.items()
         }
 
     def of_domain(j: int, name: str) -> DomainLosses:
         return DomainLosses(
-            loss_nats=_finite(loss_J[j]),
+            loss_nats=finite(loss_J[j]),
             subset_loss_nats=table(lambda inc_J, _: loss_J[j] + inc_J[j]),
             increase_nats=table(lambda inc_J, _: inc_J[j]),
             standard_error_nats=table(lambda _, error_J: error_J[j]),
@@ -278,7 +280,7 @@ def _summary(
         )
 
     mean = SubsetLosses(
-        loss_nats=_finite(loss_J.mean()),
+        loss_nats=finite(loss_J.mean()),
         subset_loss_nats=table(lambda inc_J, _: (loss_J + inc_J).mean()),
         increase_nats=table(lambda inc_J, _: inc_J.mean()),
         # Domains hold different documents, so their errors are independent.
@@ -304,27 +306,6 @@ def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple
     return increase_J, error_J
 
 
-def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> RoutingSummary:
-    """How far the domains part ways: cosine of their mean routing, and experts that one document
-    spreads over."""
-    cosines, effective = [], []
-    for scores_UN in full.routing:
-        effective.append(entropy_nats(scores_UN).exp().mean())
-        if num_groups > 1:
-            cosines.append(mean_of_pairs(cosine_table(sum_by_group(scores_UN, group_U))))
-    return RoutingSummary(
-        domain_cosine_per_layer=tuple(map(_finite, cosines)),
-        domain_cosine=_finite(torch.stack(cosines).mean()) if cosines else None,
-        effective_experts_per_layer=tuple(map(_finite, effective)),
-        effective_experts=_finite(torch.stack(effective).mean()) if effective else None,
-    )
-
-
-def _finite(value: Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
 def group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:
     """int64 [U]: the group of each document of all groups."""
     lengths = torch.tensor([len(group) for group in documents])
@@ -336,8 +317,50 @@ def with_own(subsets: Subsets, own: Subsets) -> Subsets:
     return tuple(a_JN | b_JN.to(a_JN.device) for a_JN, b_JN in zip(subsets, own, strict=True))
 
 
-def _mean(runs: Sequence[Tensor]) -> Tensor | None:
-    return torch.stack(list(runs)).mean(dim=0) if runs else None
+def _table_of_arms(
+    losses: Mapping[tuple[str, Arm], tuple[Tensor, Tensor] | None],
+    full: DocumentLosses,
+    counts: Mapping[str, Sequence[int]],
+    sizes: Mapping[str, Sequence[int]],
+    settings: EvaluationSettings,
+    num_groups: int,
+) -> ArmLosses:
+    """Where nothing is left out (`sizes` lacks the share), every arm is the full model, by
+    definition and bit for bit."""
+    everything = full.loss_U, torch.arange(len(full.loss_U))
+    return {
+        keep: {
+            arm: losses[keep, arm]
+            if keep in sizes
+            else (everything if _has_arm(arm, settings, num_groups) else None)
+            for arm in ARMS
+        }
+        for keep in counts
+    }
+
+
+def _numbers_of_first(
+    groups: Sequence[Sequence[np.ndarray]], fewer: Sequence[Sequence[np.ndarray]]
+) -> Tensor:
+    """int64 [u]: the numbers of the first documents of each group among those of all groups."""
+    ends = np.cumsum([len(group) for group in groups])
+    starts = [int(end) - len(group) for end, group in zip(ends, groups, strict=True)]
+    first = [torch.arange(len(few)) + start for start, few in zip(starts, fewer, strict=True)]
+    return torch.cat(first)
+
+
+def _by_run(
+    runs: Mapping[tuple[str, Arm], Sequence[Subsets]],
+    found: Sequence[DocumentLosses],
+    index_u: Tensor,
+) -> dict[tuple[str, Arm], tuple[Tensor, Tensor] | None]:
+    """The mean over the runs of each share and arm, of losses that lie in the order of the runs."""
+    rest = iter(found)
+    losses = {key: [next(rest).loss_U for _ in of_arm] for key, of_arm in runs.items()}
+    return {
+        key: (torch.stack(of_arm).mean(dim=0), index_u) if of_arm else None
+        for key, of_arm in losses.items()
+    }
 
 
 def _has_arm(arm: Arm, settings: EvaluationSettings, num_groups: int) -> bool:

@@ -175,7 +175,7 @@ def read_evaluation(file: Path) -> Evaluation:
     return Evaluation.from_json(value, file)
 
 
-LATER_KEYS = {EvaluationSettings: ("document_tokens", "domains")}
+LATER_KEYS = {EvaluationSettings: ("control_documents", "document_tokens", "domains")}
 """Fields that files of before lack. Their defaults say what was done then."""
 
 

@@ -6,8 +6,13 @@ of a pass, J their groups, X rows of any kind.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from emotrain.evaluation.perplexity import DocumentLosses
+from emotrain.evaluation.results import RoutingSummary
 
 
 def sum_by_group(values_UX: Tensor, group_U: Tensor, num_groups: int | None = None) -> Tensor:
@@ -42,3 +47,24 @@ def mean_of_pairs(table_XX: Tensor) -> Tensor:
     """Mean over two different rows; NaN for one row."""
     num_pairs = len(table_XX) * (len(table_XX) - 1)
     return (table_XX.sum() - table_XX.trace()) / num_pairs
+
+
+def routing_summary(full: DocumentLosses, group_U: Tensor, num_groups: int) -> RoutingSummary:
+    """How far the domains part ways: cosine of their mean routing, and experts that one document
+    spreads over."""
+    cosines, effective = [], []
+    for scores_UN in full.routing:
+        effective.append(entropy_nats(scores_UN).exp().mean())
+        if num_groups > 1:
+            cosines.append(mean_of_pairs(cosine_table(sum_by_group(scores_UN, group_U))))
+    return RoutingSummary(
+        domain_cosine_per_layer=tuple(map(finite, cosines)),
+        domain_cosine=finite(torch.stack(cosines).mean()) if cosines else None,
+        effective_experts_per_layer=tuple(map(finite, effective)),
+        effective_experts=finite(torch.stack(effective).mean()) if effective else None,
+    )
+
+
+def finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -17,6 +17,9 @@ class EvaluationSettings:
     """Training documents of a domain that choose its experts."""
     documents: int = 64
     """Most held-out documents of a domain."""
+    control_documents: int = 0
+    """Held-out documents of a domain, the first ones, that the controls `random` and `cross_domain`
+    are measured on: fewer cost less and have larger errors. 0: all that the loss is measured on."""
     document_tokens: int = 0
     """Tokens of a document that count, from its start; 0 means all. Documents, not tokens, are the
     independent draws: shorter ones cost little certainty and save time."""
@@ -41,6 +44,11 @@ class EvaluationSettings:
         if self.documents < 2:
             raise UserError(
                 f"documents={self.documents} gives no standard error; give at least 2 a domain"
+            )
+        if self.control_documents < 0 or self.control_documents == 1:
+            raise UserError(
+                f"control_documents={self.control_documents} gives no standard error; give at "
+                f"least 2 a domain, or 0 for all"
             )
         if self.document_tokens < 0 or self.document_tokens == 1:
             raise UserError(

@@ -38,10 +38,12 @@ def mean_table(evaluations: Sequence[tuple[str, Measurement]]) -> Table:
         for keep in result.keeps
     ]
     header = (*(["model"] if several else []), "experts kept", "loss", *ARM_NAMES.values())
+    fewer = sorted({result.settings.control_documents for _, result in evaluations} - {0})
+    controls = f" (of controls the first {' or '.join(map(str, fewer))} a domain)" if fewer else ""
     return Table(
         "Loss with the experts a domain chose itself, and its increase over the full model by who "
         "chose them, in nats/token; "
-        "mean over domains, unweighted; ± standard error over documents",
+        f"mean over domains, unweighted; ± standard error over documents{controls}",
         header,
         tuple(rows),
         names=1 + several,

@@ -24,7 +24,7 @@ from emotrain.explorer.page import ModelView, build_page
 from emotrain.explorer.routing import route, shown_layers
 from emotrain.explorer.vocabulary import token_bytes
 from emotrain.progress import Track, untracked
-from emotrain.report.runs import labels_of
+from emotrain.tables import short_names
 from emotrain.training.checkpoint import find, load_model, load_state
 from emotrain.training.checkpoint_folders import identity, read_config
 
@@ -117,7 +117,7 @@ def explore(
     documents = read_documents(dataset, split, settings.documents, document_tokens, ids)
     words = token_bytes(dataset.tokenizer())
     label = label_groups_by(documents, words)
-    names = labels_of([Path(checkpoint).resolve() for checkpoint in checkpoints])
+    names = short_names(checkpoints)
     views = [
         _view(
             names[m],

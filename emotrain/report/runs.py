@@ -15,6 +15,7 @@ from emotrain.errors import MissingFileError, UserError
 from emotrain.evaluation.figures import MOST_LINES
 from emotrain.evaluation.results import Evaluation, read_evaluation
 from emotrain.report.history import History, Loads, read_history, read_loads
+from emotrain.tables import short_names
 from emotrain.training import environment, expert_loads
 from emotrain.training.engine import Phase
 
@@ -65,21 +66,9 @@ def read_runs(folders: Sequence[str | Path]) -> list[Run]:
             raise UserError(f"{path}: is named twice; name each run once")
     if len(paths) > MOST_LINES:
         raise UserError(f"{len(paths)} runs: a page tells at most {MOST_LINES} apart; name fewer")
-    return [_read_run(path, label) for path, label in zip(paths, labels_of(resolved), strict=True)]
-
-
-def labels_of(paths: Sequence[Path]) -> list[str]:
-    """For each path its last parts, as few as tell it from the others."""
-    labels = []
-    for path in paths:
-        others = [other for other in paths if other != path]
-        length = 1
-        while length < len(path.parts) and any(
-            other.parts[-length:] == path.parts[-length:] for other in others
-        ):
-            length += 1
-        labels.append("/".join(path.parts[-length:]))
-    return labels
+    return [
+        _read_run(path, label) for path, label in zip(paths, short_names(resolved), strict=True)
+    ]
 
 
 def _read_run(folder: Path, label: str) -> Run:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from emotrain.evaluation.figures import COLORS, png
 from emotrain.evaluation.plots import shown
-from emotrain.sweeps.plan import FULL
+from emotrain.sweeps.plan import ALL, FULL, by_amount, in_words
 from emotrain.sweeps.summary import ROW_NAMES, Row, Summary, as_csv, most_documents, words_of
 
 if TYPE_CHECKING:
@@ -121,15 +121,17 @@ def _by_method(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _by_size(figure: Figure, rows: Sequence[Row]) -> None:
+    sizes = sorted({row.calibration_documents for row in rows}, key=by_amount)
+    # "All" is another number in each domain, and stands apart.
+    place = {size: 3.0 * max(sizes) if size == ALL else float(size) for size in sizes}
     for axes, own in _panels(figure, rows):
         for index, keep in enumerate(sorted({row.keep for row in own}, reverse=True)):
             of_keep = [row for row in own if row.keep == keep]
             label = next((row.experts for row in of_keep if row.experts), f"{keep:.3g}")
-            points = _points(of_keep, lambda row: row.calibration_documents, change=True)
+            points = _points(of_keep, lambda row: place[row.calibration_documents], change=True)
             _draw(axes, points, index, STYLES[index % len(STYLES)], label)
-        sizes = sorted({row.calibration_documents for row in own})
         axes.set_xscale("log")
-        axes.set_xticks(sizes, list(map(str, sizes)))
+        axes.set_xticks(list(place.values()), list(map(in_words, place)))
         axes.minorticks_off()
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set(

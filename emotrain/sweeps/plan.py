@@ -4,6 +4,7 @@ by how much text, drawn how often, are measured on what."""
 from __future__ import annotations
 
 import difflib
+import math
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from emotrain.config.reading import read_settings
 from emotrain.errors import UserError
 from emotrain.subsets.selection import METHODS
 
+ALL = -1
+"""As a number of calibration documents: as many as there are. Written `all`."""
 FULL = "full"
 """The method of a cell that keeps all experts: what every other one is compared with."""
 
@@ -42,7 +45,7 @@ class Plan:
     """Who chooses: those of `emotrain select --method`. The figures of one method show the
     first."""
     calibration_documents: tuple[int, ...] = (8,)
-    """Documents of a domain that choose its experts."""
+    """Documents of a domain that choose its experts; `all` of its training split, too."""
     seeds: tuple[int, ...] = (0,)
     """Each a draw of its own: of the calibration documents, or of the experts (`random`)."""
     documents: int = 64
@@ -76,8 +79,9 @@ class Plan:
             (self.methods, f"methods is empty; choose some of {', '.join(METHODS)}"),
             (self.seeds and min(self.seeds) >= 0, "seeds are whole numbers from 0 on, at least 1"),
             (
-                self.calibration_documents and min(self.calibration_documents) >= 1,
-                "calibration_documents are whole numbers from 1 on, at least one of them",
+                self.calibration_documents
+                and all(size >= 1 or size == ALL for size in self.calibration_documents),
+                "calibration_documents are whole numbers from 1 on, or all; at least one of them",
             ),
             (self.documents >= 2, "documents must be at least 2: one gives no standard error"),
             (
@@ -108,6 +112,8 @@ def read_plan(path: str | Path) -> Plan:
                 near = difflib.get_close_matches(key, types, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(types)}"
                 raise UserError(f"{key} is not a key of a plan; {hint}")
+            if key == "calibration_documents" and isinstance(value, list):
+                value = [ALL if x == "all" else 0 if x == ALL else x for x in value]
             values[key] = _value(key, value, types[key])
         if "models" not in values:
             raise UserError("models is missing; name at least one, as in `EMO: runs/quickstart`")
@@ -150,7 +156,7 @@ class Cell:
     """Of `emotrain select --method`; `FULL` keeps all experts."""
     keep: float
     calibration_documents: int
-    """0 where no text chooses."""
+    """0 where no text chooses, `ALL` where all of it does."""
     seed: int
 
 
@@ -165,6 +171,18 @@ def cells_of(plan: Plan, domains: Sequence[str]) -> list[Cell]:
         found.append(Cell(model, kind, name, FULL, 1.0, 0, 0))
         for method, keep in product(plan.methods, sorted(plan.keep, reverse=True)):
             sizes = (0,) if method == "random" else plan.calibration_documents
-            for size, seed in product(sizes, plan.seeds):
-                found.append(Cell(model, kind, name, method, keep, size, seed))
+            for size in sizes:
+                # Of all documents there is one draw.
+                for seed in plan.seeds[:1] if size == ALL else plan.seeds:
+                    found.append(Cell(model, kind, name, method, keep, size, seed))
     return found
+
+
+def in_words(size: int) -> str:
+    """A number of calibration documents as tables show it."""
+    return "all" if size == ALL else str(size or "–")
+
+
+def by_amount(size: int) -> float:
+    """What numbers of calibration documents are ordered by."""
+    return math.inf if size == ALL else size

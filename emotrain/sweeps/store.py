@@ -23,7 +23,7 @@ from typing import Any
 
 from emotrain.errors import UserError
 from emotrain.files import json_text, write_whole
-from emotrain.sweeps.plan import Cell
+from emotrain.sweeps.plan import ALL, Cell
 
 log = logging.getLogger("emotrain")
 
@@ -83,7 +83,8 @@ class Entry:
         settings = {"format": FORMAT, **of_cell, **depends_on}
         digest = hashlib.sha256(json_text(settings).encode()).hexdigest()[:16]
         name = cell.subject.rpartition("/")[2]
-        words = (name, cell.method, cell.keep, cell.calibration_documents, cell.seed)
+        size = "all" if cell.calibration_documents == ALL else cell.calibration_documents
+        words = (name, cell.method, cell.keep, size, cell.seed)
         # A name is any text, and that of a folder is not.
         name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", str(word))[:40] for word in words)
         return cls(cell, settings, out / "cells" / f"{name.lstrip('.')}-{digest}")

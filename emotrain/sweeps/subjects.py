@@ -7,6 +7,7 @@ was interrupted, or grew, ends like one that was not."""
 from __future__ import annotations
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from emotrain.modular.select import (
     own_experts,
     random_select,
 )
-from emotrain.sweeps.plan import FULL, Cell, Plan
+from emotrain.sweeps.plan import ALL, FULL, Cell, Plan
 
 Text = Sequence[np.ndarray]
 """Token ids of documents."""
@@ -155,6 +156,8 @@ class Domain(Subject):
         return documents_of(self.dataset, split, self.name, count, self.plan.document_tokens)
 
     def calibration(self, size: int, seed: int) -> Text:
+        if size == ALL:
+            return self._every_one()
         there = self._documents("train", size * (seed + 1))
         if len(there) < size * (seed + 1):
             raise UserError(
@@ -162,6 +165,12 @@ class Domain(Subject):
                 f"from document {size * seed} on: lower calibration_documents or seeds"
             )
         return there[size * seed :]
+
+    def _every_one(self) -> Text:
+        there = self._documents("train", sys.maxsize)
+        if not there:
+            raise UserError(f"domain {self.name!r} has no train documents; leave it out")
+        return there
 
     def run(self, subsets: Sequence[Subsets | None]) -> list[tuple[str, list[float], list[float]]]:
         held_out = self._documents("valid", self.plan.documents)

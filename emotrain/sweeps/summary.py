@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from emotrain.evaluation.tables import plain
 from emotrain.sweeps.cells import Sweep
-from emotrain.sweeps.plan import FULL, Cell, Plan
+from emotrain.sweeps.plan import ALL, FULL, Cell, Plan, by_amount, in_words
 from emotrain.sweeps.store import Entry, Measured
 from emotrain.tables import Table, csv_text
 
@@ -95,12 +95,13 @@ class Summary:
         ]
 
     def to_json(self) -> dict[str, Any]:
+        sizes = ["all" if size == ALL else size for size in self.plan.calibration_documents]
         return {
             "cells": len(self.cells),
-            "failed": [{**asdict(cell), "error": why} for cell, why in self.failed],
-            "plan": asdict(self.plan),
-            "means": [asdict(row) for row in self.means],
-            "subjects": [asdict(row) for row in self.subjects],
+            "failed": [{**_named(asdict(cell)), "error": why} for cell, why in self.failed],
+            "plan": {**asdict(self.plan), "calibration_documents": sizes},
+            "means": [_named(asdict(row)) for row in self.means],
+            "subjects": [_named(asdict(row)) for row in self.subjects],
         }
 
 
@@ -195,7 +196,7 @@ def _mean_table(summary: Summary, metric: str) -> Table:
                 row.model,
                 "–" if row.method == FULL else row.method,
                 row.experts or f"{row.keep:.3g} of each layer",
-                str(row.calibration_documents or "–"),
+                in_words(row.calibration_documents),
                 "–" if row.method == FULL else str(row.seeds),
                 plain(row.value, 3),
                 "" if row.method == FULL and not row.missing_cells else _change(row),
@@ -218,7 +219,7 @@ def _subject_table(summary: Summary, model: str, metric: str) -> Table:
     }
     keeps = sorted({keep for _, keep in rows if keep < 1}, reverse=True)
     names = list(dict.fromkeys(subject for subject, _ in rows))
-    by_text = f", by {documents} documents" if documents else ""
+    by_text = f", by {in_words(documents)} documents" if documents else ""
     labels = {keep: f"{keep:g}" for keep in keeps}
     labels |= {row.keep: row.experts for row in rows.values() if row.experts and row.keep < 1}
     return Table(
@@ -245,12 +246,18 @@ def _change(row: Row) -> str:
 
 def most_documents(plan: Plan, method: str) -> int:
     """The calibration size that tables and figures of one size show: the largest."""
-    return 0 if method == "random" else max(plan.calibration_documents)
+    return 0 if method == "random" else max(plan.calibration_documents, key=by_amount)
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     """Rows of equal keys; None is an empty field."""
-    return csv_text(names, ([row[name] for name in names] for row in rows)).encode()
+    return csv_text(names, ([_named(row)[name] for name in names] for row in rows)).encode()
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or a cell with `all` for all calibration documents."""
+    size = row["calibration_documents"]
+    return {**row, "calibration_documents": "all" if size == ALL else size}
 
 
 ROW_NAMES = tuple(field.name for field in fields(Row))

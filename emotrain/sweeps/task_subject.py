@@ -10,7 +10,7 @@ import numpy as np
 
 from emotrain.data.tokenizer import TextTokenizer
 from emotrain.modular.select import Subsets
-from emotrain.sweeps.plan import Plan
+from emotrain.sweeps.plan import ALL, Plan
 from emotrain.sweeps.subjects import Subject, Text
 from emotrain.tasks.arms import Arm
 from emotrain.tasks.evaluation import ask, questions_of
@@ -28,7 +28,10 @@ class TaskSubject(Subject):
     tokenizer: TextTokenizer | None = None
 
     def calibration(self, size: int, seed: int) -> Text:
-        texts = self._task.calibration(size * (seed + 1))[:size]
+        if size == ALL:
+            texts = self._task.calibration()
+        else:
+            texts = self._task.calibration(size * (seed + 1))[:size]
         ids = encode_texts(self._session.tokenizer, texts)
         return [np.array(one, dtype=np.uint32) for one in ids]
 

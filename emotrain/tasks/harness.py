@@ -7,9 +7,7 @@ it is used.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from emotrain.files import json_text, make_writable, write_whole
 from emotrain.generation.sampling import Sampling
 from emotrain.progress import Track, untracked
 from emotrain.subsets.selection import tokenizer_fingerprint
-from emotrain.tables import Table
+from emotrain.tables import Table, csv_text
 from emotrain.tasks.arms import Arm, fixed_arms
 from emotrain.tasks.evaluation import arm_info
 from emotrain.tasks.generating import generate
@@ -206,11 +204,8 @@ class HarnessEvaluation:
     def write(self, folder: Path) -> list[Path]:
         """Write lm_eval.json, .md, .csv and a line a question; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
-        stream = io.StringIO()
-        writer = csv.writer(stream, lineterminator="\n")
         rows = self.to_json()["scores"]
-        writer.writerow(rows[0] if rows else ())
-        writer.writerows(row.values() for row in rows)
+        scores = csv_text(tuple(rows[0]) if rows else (), (tuple(row.values()) for row in rows))
         samples = [
             json_text({"experts": arm.name, "task": task, **_plain(sample)}, ensure_ascii=False)
             for arm, run in zip(self.arms, self.runs, strict=True)
@@ -220,7 +215,7 @@ class HarnessEvaluation:
         texts = {
             "lm_eval.json": json_text(self.to_json(), indent=1, ensure_ascii=False) + "\n",
             "lm_eval.md": self.table().markdown(),
-            "lm_eval.csv": stream.getvalue(),
+            "lm_eval.csv": scores,
             "lm_eval_questions.jsonl": "".join(f"{line}\n" for line in samples),
         }
         return [write_whole(folder / name, text.encode()) for name, text in texts.items()]

@@ -69,15 +69,16 @@ class Task:
         shown = [spaced(shot.prompt, shot.answer) for shot in fitting[: self.num_shots]]
         return BETWEEN.join([*shown, item.prompt])
 
-    def calibration(self, count: int) -> list[str]:
+    def calibration(self, count: int = 0) -> list[str]:
         """Examples as the paper shows them to choose experts by (spec 7.2): their shots, the
-        question and its answer. None of them is asked.
+        question and its answer. None of them is asked. `count` of them, 0 for all.
 
         Raises:
             UserError: fewer than `count`.
         """
         asked = {item.asks for item in self.file.items if item.split == self.questions[0].split}
         unasked = [example for example in self.examples if example.asks not in asked]
+        count = count or max(1, len(unasked))
         if len(unasked) < count:
             raise UserError(
                 f"{self.examples_from}: has {len(unasked)} examples that are not asked, {count} "

@@ -93,8 +93,9 @@ class Panel {
       this.button(data.domainOf(number), () => app.filter("domain", new Set([domain])),
         `Filter by domain ${data.domainOf(number)}`),
       element("span", {textContent: "Tokens by"}),
-      ...["expert", "cluster"].map((by) => {
-        const button = this.button(by, () => app.go({tokens: by}), `Colour tokens by ${by}`);
+      ...[["expert", "expert"], ["cluster", "expert's cluster"]].map(([by, name]) => {
+        const button = this.button(name, () => app.go({tokens: by}), `Colour tokens by ${by === "expert"
+          ? "their expert" : "the cluster of documents that uses their expert most"}`);
         button.ariaPressed = String(state.tokens === by);
         return button;
       }));
@@ -109,7 +110,8 @@ class Panel {
     choose, element("div", {className: "columns"}, ...columns));
   }
 
-  /** A document's tokens as one model routes them, with a legend of its experts or clusters. */
+  /** A document's tokens as one model routes them, with a legend of its experts, or of the clusters of
+   * documents that use these experts most: what its experts are for, not clusters of tokens. */
   tokens(number, m, texts, ofLayers) {
     const {app} = this, {data, state} = app, model = data.models[m];
     const layer = Math.min(state.layer, model.layers.length - 1), first = ofLayers[layer];
@@ -148,7 +150,7 @@ class Panel {
     order.slice(0, NUM_TINTS).forEach((value, tint) => {
       const name = value < 0 ? "none" : byCluster ? `${value} ${model.clusters[value]}` : `${value}`;
       const share = `${Math.round((100 * counts.get(value)) / first.length)} %`;
-      const chip = this.button("", () => focus(value), `${byCluster ? "Cluster" : "Expert"} ${name}, ${share}: show its tokens`);
+      const chip = this.button("", () => focus(value), `${byCluster ? "Experts of cluster" : "Expert"} ${name}, ${share}: show their tokens`);
       chip.dataset.value = value;
       chip.ariaPressed = "false";
       chip.style.setProperty("--t", colorOf(tint));
