@@ -49,6 +49,7 @@ def test_json_keys_are_stable() -> None:
         "domains",
         "document_tokens",
         "calibration_documents",
+        "control_documents",
         "documents",
         "seed",
         "random_seeds",

@@ -190,7 +190,7 @@ def test_all_documents_choose_in_one_draw(run, tiny_data, tmp_path):
     [row] = [row for row in result["means"] if row["calibration_documents"] == "all"]
     assert row["seeds"] == 1 and row["change_spread"] is None
     table = (out / "sweep.md").read_text()
-    assert "by all documents" in table and "| all | 1 |" in table
+    assert "by 1 document;" in table and "| all | 1 |" in table
     rows = lines_of(out, "figures/calibration.csv")
     assert [row["calibration_documents"] for row in rows] == ["1", "all"]
     summary = Summary.of(prepared(read_plan(tmp_path / "plan.yaml"), out, "cpu"))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from emotrain.evaluation.tables import plain
 from emotrain.sweeps.cells import Sweep
-from emotrain.sweeps.plan import ALL, FULL, Cell, Plan, by_amount, in_words
+from emotrain.sweeps.plan import ALL, FULL, Cell, Plan, in_words
 from emotrain.sweeps.store import Entry, Measured
 from emotrain.tables import Table, csv_text
 
@@ -219,7 +219,8 @@ def _subject_table(summary: Summary, model: str, metric: str) -> Table:
     }
     keeps = sorted({keep for _, keep in rows if keep < 1}, reverse=True)
     names = list(dict.fromkeys(subject for subject, _ in rows))
-    by_text = f", by {in_words(documents)} documents" if documents else ""
+    plural = "" if documents == 1 else "s"
+    by_text = f", by {in_words(documents)} document{plural}" if documents else ""
     labels = {keep: f"{keep:g}" for keep in keeps}
     labels |= {row.keep: row.experts for row in rows.values() if row.experts and row.keep < 1}
     return Table(
@@ -245,8 +246,9 @@ def _change(row: Row) -> str:
 
 
 def most_documents(plan: Plan, method: str) -> int:
-    """The calibration size that tables and figures of one size show: the largest."""
-    return 0 if method == "random" else max(plan.calibration_documents, key=by_amount)
+    """The calibration size that tables and figures of one size show: the largest of which there are
+    several draws, and so a spread; all documents where nothing else is there."""
+    return 0 if method == "random" else max(plan.calibration_documents)
 
 
 def as_csv(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> bytes:
