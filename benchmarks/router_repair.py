@@ -6,7 +6,8 @@ For every domain: `emotrain select` keeps 6.25 % of the experts, `emotrain extra
 and `emotrain finetune --teacher RUN` tunes a part of the subset for 50 steps on the domain's
 training documents. Losses are those of held-out documents, in nats a token; recovered is the share
 of what the extracted model has lost against the full one that tuning has won back. It may be more
-than 1: the subset learns the domain, too.
+than 1: the subset learns the domain, too. Of a subset that has lost no more than two standard
+errors (over documents, of the difference) there is nothing to win back, and no share.
 
 Every cell is a file in OUT: a run that was stopped goes on with the cells that are missing.
 """
@@ -27,7 +28,7 @@ import torch
 
 from emotrain.cli import main as emotrain
 from emotrain.data.formats import Dataset
-from emotrain.evaluation.perplexity import document_losses, pack
+from emotrain.evaluation.perplexity import DocumentLosses, document_losses, pack
 from emotrain.evaluation.reading import read_domains
 from emotrain.evaluation.settings import EvaluationSettings
 from emotrain.files import json_text, write_whole
@@ -49,6 +50,7 @@ class Arm:
 ARMS = (
     Arm("router", "router", 1e-2),
     Arm("router, temperature 2", "router", 1e-2, temperature=2.0),
+    Arm("router, half labels", "router", 1e-2, teacher_weight=0.5),
     Arm("router, labels", "router", 1e-2, teacher_weight=0.0),
     Arm("router, chosen once", "router", 1e-2, method="router_once"),
     Arm("router, norms", "router,norms", 1e-2),
@@ -70,12 +72,21 @@ class Cell:
     full_nats: float
     subset_nats: float
     repaired_nats: float
+    lost_standard_error_nats: float
+    """Of subset_nats - full_nats."""
+    won_standard_error_nats: float
+    """Of subset_nats - repaired_nats."""
 
     @property
-    def recovered(self) -> float:
-        """Share of the loss that came back; of a subset that has lost nothing there is none."""
+    def lost(self) -> bool:
+        """Whether the subset has lost more than chance explains."""
+        return self.subset_nats - self.full_nats > 2 * self.lost_standard_error_nats
+
+    @property
+    def recovered(self) -> float | None:
+        """Share of the loss that came back."""
         lost = self.subset_nats - self.full_nats
-        return (self.subset_nats - self.repaired_nats) / lost if lost > 0 else float("nan")
+        return (self.subset_nats - self.repaired_nats) / lost if self.lost else None
 
 
 def command(*words: object) -> None:
@@ -86,8 +97,8 @@ def command(*words: object) -> None:
         sys.exit(f"emotrain {' '.join(map(str, words))}: exit code {code}")
 
 
-def loss_of(checkpoint: Path, data: Path, domain: str, args: argparse.Namespace) -> tuple:
-    """Mean loss of a domain's held-out documents, and how many documents and targets they are."""
+def loss_of(checkpoint: Path, data: Path, domain: str, args: argparse.Namespace) -> DocumentLosses:
+    """The losses of a domain's held-out documents."""
     config, model = load_model(find(checkpoint))
     settings = EvaluationSettings(
         calibration_documents=1,
@@ -97,9 +108,21 @@ def loss_of(checkpoint: Path, data: Path, domain: str, args: argparse.Namespace)
     )
     held_out = read_domains(data, config, find(checkpoint), settings)[domain].held_out
     batches = pack(held_out, config.data.sequence_length, 16, config.model.attention.document_mask)
-    losses = document_losses(model, batches, torch.zeros(len(held_out), dtype=torch.int64))
-    targets = int(losses.targets_U.sum())
-    return float(losses.loss_U.sum()) / targets, len(held_out), targets
+    return document_losses(model, batches, torch.zeros(len(held_out), dtype=torch.int64))
+
+
+def mean_of(losses: DocumentLosses) -> float:
+    """Nats a token."""
+    return float(losses.loss_U.sum() / losses.targets_U.sum())
+
+
+def standard_error(one: DocumentLosses, other: DocumentLosses) -> float:
+    """Of the difference of two means over the same documents, as a ratio of sums."""
+    targets_U = one.targets_U.double()
+    difference_U = one.loss_U.double() - other.loss_U.double()
+    rest_U = difference_U - difference_U.sum() / targets_U.sum() * targets_U
+    spread = rest_U.square().sum() * len(rest_U) / (len(rest_U) - 1)
+    return float(spread.sqrt() / targets_U.sum())
 
 
 def measure(arm: Arm, domain: str, args: argparse.Namespace) -> Cell:
@@ -121,11 +144,14 @@ def measure(arm: Arm, domain: str, args: argparse.Namespace) -> Cell:
             f"optimizer.lr={arm.lr}", f"training.global_batch={args.batch}",
             f"training.micro_batch={args.batch}", "losses.balance=0.0",
             "training.tensorboard=false", f"training.run_dir={tuned}")  # fmt: skip
-    full, documents, targets = loss_of(run, data, domain, args)
-    before, after = (loss_of(place, data, domain, args)[0] for place in (small, tuned))
+    full, before, after = (loss_of(place, data, domain, args) for place in (run, small, tuned))
     shutil.rmtree(tuned)
     kept = len(json.loads(subset.read_text())["experts_kept_per_layer"][0])
-    return Cell(domain, arm.name, kept, args.steps, documents, targets, full, before, after)
+    return Cell(
+        domain, arm.name, kept, args.steps, len(full.loss_U), int(full.targets_U.sum()),
+        mean_of(full), mean_of(before), mean_of(after),
+        standard_error(before, full), standard_error(before, after),
+    )  # fmt: skip
 
 
 def cell_of(arm: Arm, domain: str, args: argparse.Namespace) -> Cell:
@@ -135,8 +161,9 @@ def cell_of(arm: Arm, domain: str, args: argparse.Namespace) -> Cell:
         return Cell(**json.loads(file.read_text()))
     cell = measure(arm, domain, args)
     write_whole(file, json_text(asdict(cell), indent=1).encode())
-    print(f"{domain}, {arm.name}: full {cell.full_nats:.3f}, subset {cell.subset_nats:.3f}, "
-          f"repaired {cell.repaired_nats:.3f}, recovered {cell.recovered:.0%}",
+    share = "nothing to win back" if cell.recovered is None else f"recovered {cell.recovered:.0%}"
+    print(f"{domain}, {arm.name}: full {cell.full_nats:.3f}, subset {cell.subset_nats:.3f} "
+          f"(± {cell.lost_standard_error_nats:.3f}), repaired {cell.repaired_nats:.3f}, {share}",
           file=sys.stderr)  # fmt: skip
     return cell
 
@@ -154,7 +181,8 @@ def summary(arm: Arm, cells: Sequence[Cell]) -> dict:
         "subset_nats": subset,
         "repaired_nats": repaired,
         "recovered": (subset - repaired) / (subset - full),
-        "domains_recovering_a_third": sum(cell.recovered >= 1 / 3 for cell in cells),
+        "domains_that_lost": sum(cell.lost for cell in cells),
+        "domains_recovering_a_third": sum((cell.recovered or 0) >= 1 / 3 for cell in cells),
         "cells": [asdict(cell) | {"recovered": cell.recovered} for cell in cells],
     }
 
@@ -173,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--arms", nargs="*", default=[], choices=[arm.name for arm in ARMS], help="default: all"
     )
-    parser.add_argument("--documents", type=int, default=16, help="held-out ones a domain")
+    parser.add_argument("--documents", type=int, default=64, help="held-out ones a domain")
     parser.add_argument("--calibration-documents", type=int, default=16)
     parser.add_argument("--document-tokens", type=int, default=512)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -185,11 +213,14 @@ def main() -> None:
     if args.json:
         print(json_text({"run": str(args.run), "keep": args.keep, "arms": found}))
         return
-    print(f"{'arm':28} {'full':>7} {'subset':>7} {'repaired':>8} {'recovered':>9}  domains ≥ 1/3")
+    print(
+        f"{'arm':28} {'full':>7} {'subset':>7} {'repaired':>8} {'recovered':>9}  "
+        "domains ≥ 1/3, of those that lost"
+    )
     for arm in found:
         print(f"{arm['name']:28} {arm['full_nats']:7.3f} {arm['subset_nats']:7.3f} "
               f"{arm['repaired_nats']:8.3f} {arm['recovered']:9.0%}  "
-              f"{arm['domains_recovering_a_third']} of {arm['domains']}")  # fmt: skip
+              f"{arm['domains_recovering_a_third']} of {arm['domains_that_lost']}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def peak_bytes(*words: str | Path) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(10800)
 @pytest.mark.parametrize("num_layers", [1, 16])
 def test_the_released_shapes_pass_through_in_little_memory(tmp_path: Path, num_layers: int) -> None:
     probe = tmp_path / "probe"

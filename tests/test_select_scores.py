@@ -118,6 +118,7 @@ def test_scoring_leaves_the_hidden_states_those_of_the_model():
 def test_budgets_are_counted_as_written():
     assert read_keep("4", TINY).counts == (4, 4, 4)
     assert read_keep("0.5", TINY).counts == (4, 4, 4)  # 4.5 experts, rounded to even
+    assert read_keep("0.17", TINY).counts == (2, 2, 2)  # 1.53 experts
     assert read_keep("9,2,3", TINY).counts == (9, 2, 3)
     assert read_keep("4", UNEQUAL).counts == (4, 3, 4), "a layer with fewer keeps what it has"
     assert read_keep("total:10", TINY).total == 10
@@ -133,6 +134,7 @@ def test_budgets_are_counted_as_written():
         ("total:5", "3 layers keep 6 to 27 experts together"),
         ("total:28", "3 layers keep 6 to 27 experts together"),
         ("1.5", "keep=1.5 is not a share"),
+        ("0.16", "is 1.4 of the 9 experts of the largest layer, which keeps at least 2"),
         ("-3", "give a number of experts a layer (32), a share (0.25)"),
         ("many", "give a number of experts a layer (32), a share (0.25)"),
     ],

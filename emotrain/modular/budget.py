@@ -10,7 +10,7 @@ import numpy as np
 
 from emotrain.config import ModelConfig
 from emotrain.errors import UserError
-from emotrain.modular.counts import check_counts, experts_kept
+from emotrain.modular.counts import check_counts, counted_experts, experts_kept
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Bytes of a unit of memory."""
@@ -56,6 +56,7 @@ def read_keep(text: str, config: ModelConfig) -> Budget:
         counts = tuple(map(int, text.split(",")))
     elif re.fullmatch(r"\d*\.\d+", text):
         counts = experts_kept(config, float(text))
+        _check_share(text, config)
     else:
         raise UserError(
             f"--keep {text}: give a number of experts a layer (32), a share (0.25), a number for "
@@ -63,6 +64,17 @@ def read_keep(text: str, config: ModelConfig) -> Budget:
         )
     check_counts(config, counts)
     return Budget(text, counts)
+
+
+def _check_share(text: str, config: ModelConfig) -> None:
+    """Refuse a share below the smallest subset in every layer: none has so little."""
+    least, most = config.experts.shared + 1, max(counted_experts(config))
+    if float(text) * most < least - 0.5:
+        raise UserError(
+            f"--keep {text}: is {float(text) * most:.2g} of the {most} experts of the largest "
+            f"layer, which keeps at least {least}, {least - 1} of them shared; give "
+            f"{least / most:.2g} or more"
+        )
 
 
 def read_size(text: str) -> int:
