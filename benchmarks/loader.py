@@ -68,7 +68,8 @@ def next_of(batches: Iterator[Any], _position: int) -> None:
 def _milliseconds_a_block(windows: BestFitWindows) -> float:
     """Processor time of reading and packing one block, the best of some."""
     taken = []
-    for index in range(20):
+    blocks = windows.store.shard_tokens[0] // windows.sequence_length // BLOCK_SEQUENCES
+    for index in range(min(blocks, 20)):
         started = time.process_time()
         windows._packed(0, index)
         taken.append((time.process_time() - started) * 1e3)
