@@ -116,9 +116,10 @@ class FarDataset(Dataset):
                     f"{content.name}: has {content.size} bytes, {MANIFEST} says {info.bytes}; copy "
                     f"it again or run `emotrain prepare` again"
                 )
+        self._contents = {content.name: content for content in contents}
 
     def _map(self, info: ShardInfo) -> Shard:
-        content = remote.look(self.name_of(info))
+        content = self._contents[self.name_of(info)]
 
         def refused(fault: str) -> NoReturn:
             raise UserError(f"{content.name}: {fault}; copy the shard again")
