@@ -72,7 +72,9 @@ def environment(folder: Path, python: str, torch_version: str, triton_version: s
         base = sys.executable
     subprocess.run([base, "-m", "venv", folder], check=True)
     versions = (f"torch=={torch_version}", f"triton=={triton_version}")
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+    # Most of what comes is never imported: what is compiles itself.
+    options = ("--quiet", "--no-cache-dir", "--no-compile")
+    pip = [folder / "bin" / "python", "-m", "pip", "install", *options]
     done = subprocess.run(
         [*pip, *versions, "-e", f"{ROOT}[test]"], capture_output=True, text=True, timeout=3600
     )
