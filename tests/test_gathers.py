@@ -5,6 +5,7 @@ the first is asked for before the layer in front of it runs."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from emotrain.config import Config
+from emotrain.distributed import parallelize
 from emotrain.distributed.parallelize import build_model, reduction_groups
 from emotrain.distributed.ranks import Ranks
 from emotrain.training.engine import NativeEngine
@@ -211,3 +213,12 @@ def test_torch_without_them_trains_alike(monkeypatch) -> None:
     case = Case(2, 1, 2, 2)
     for record in case.train(steps=2):
         assert_same(record, one_process("published", "mixed", case.rows, 2))
+
+
+def test_where_torch_has_no_such_groups_none_is_looked_for(monkeypatch) -> None:
+    """The state of a module has other names in torch 2.11."""
+    for name in ("set_separate_reduce_scatter_group", "set_reduce_scatter_max_input_buffers"):
+        monkeypatch.delattr(FSDPModule, name, raising=False)
+    module = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(_fsdp_param_group=None))
+    monkeypatch.setattr(parallelize, "_spread_modules", lambda model: [module])
+    assert reduction_groups(None) == {}

@@ -304,6 +304,8 @@ def reduction_groups(model: Transformer) -> dict[str, ProcessGroup]:
     """The groups of processes that gradients alone are reduced in, by the axis of the mesh; none
     where gathers and reductions share theirs."""
     groups: dict[str, ProcessGroup] = {}
+    if not hasattr(FSDPModule, "set_separate_reduce_scatter_group"):
+        return groups
     for module in _spread_modules(model):
         for gathered in module._get_fsdp_state()._fsdp_param_groups:
             info = gathered.mesh_info
