@@ -438,7 +438,7 @@ def test_pools_and_tasks_of_evaluations_are_curves(tmp_path):
 
     page = page_of(folders[0])
     assert columns(page) == [
-        ("loss_nats", "pools of 32 experts"),
+        ("without pools", "pools of 32 experts"),
         ("law",),
         ("law",),
         ("capitals", "capitals, 0.25 kept", "rivers"),

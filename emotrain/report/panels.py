@@ -240,7 +240,7 @@ class Panels:
         quantity, _, rest = name.partition("/")
         if self.several or quantity not in QUANTITIES:
             return name, key
-        return quantity, _kept(rest) or quantity
+        return quantity, _kept(rest) or {"loss_nats": "without pools"}.get(quantity, quantity)
 
     def others(self) -> tuple[list[Plot], list[str]]:
         """Plots of the keys that no section knows, and the keys that are left out."""
