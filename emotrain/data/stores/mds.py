@@ -165,7 +165,11 @@ def _known(part: Part) -> tuple[int, int, str]:
     tokens = part.places().tokens
     counts = np.diff(tokens)
     even = int(counts[0]) if (counts == counts[0]).all() else 0
-    identity = json.dumps(part.hashes, sort_keys=True) if part.hashes else sampled(part.content)
+    identity = (
+        json.dumps(part.hashes, sort_keys=True, allow_nan=False)
+        if part.hashes
+        else sampled(part.content)
+    )
     return int(tokens[-1]), even, f"{part.samples} {part.layout} {identity}"
 
 
