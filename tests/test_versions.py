@@ -27,6 +27,7 @@ STACKS = [("3.12", "2.11.0", "3.6.0"), ("3.13", "2.12.1", "3.7.1")]
 SENSITIVE = [
     *("varlen", "fsdp_versions", "transformer", "training", "parallelize", "layout", "dispatch"),
     *("checkpoint_layouts", "kernels_*", "gathers", "host_waits", "deepspeed*", "plan*"),
+    *("evaluation_layouts", "while_training", "placement", "sharing", "gpu_benchmark"),
 ]
 """Tests of what depends on torch and Triton most, by the name of their files."""
 

@@ -332,7 +332,9 @@ def assert_as_before_a_step(engine: NativeEngine) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     for module in model.modules():
         if hasattr(module, "unshard"):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            state = module._get_fsdp_state()
+            # Torch 2.11 knows of one.
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 assert group.is_sharded and group._all_gather_result is None
 
 
