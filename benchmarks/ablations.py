@@ -340,25 +340,24 @@ def table_of(results: Mapping[str, Any], plan: Plan) -> Table:
     }
 
     def shown(row: Mapping[str, Any], name: str) -> str:
-        if "missing_seeds" in row:
-            return f"no seed {row['missing_seeds'][0]}"
-        if name not in row["mean"]:
+        if name not in row.get("mean", {}):
             return ""
         sign = "+" if "/" in name or "gap" in name else ""
         text = format(row["mean"][name], f"{sign}.3f")
         spread = row["most"][name] - row["least"][name]
         return text if len(row["seeds"]) == 1 else f"{text} ({spread:.3f})"
 
+    def seeds(row: Mapping[str, Any]) -> str:
+        if "missing_seeds" in row:
+            return f"no {', '.join(map(str, row['missing_seeds']))}"
+        return str(len(row["seeds"]))
+
     return Table(
         "Loss in nats a token, and its increase with a share of the experts that training "
         "documents or the document's own first half chose; mean over seeds (spread)",
         ("row", "seeds", *columns),
         tuple(
-            (
-                name,
-                str(len(row.get("seeds", ()))),
-                *(shown(row, column) for column in columns.values()),
-            )
+            (name, seeds(row), *(shown(row, column) for column in columns.values()))
             for name, row in results["rows"].items()
         ),
     )
