@@ -471,7 +471,7 @@ def test_a_small_step_extrapolates(overrides: dict[str, Any]) -> None:
 
 
 def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None:
-    """A real step of 8 micro-batches takes the memory of one, but for counts of experts and
+    """A real step of 16 micro-batches takes the memory of one, but for counts of experts and
     documents: what is added is the same, to the byte, with twice as many tokens."""
 
     def peak(schedule: str, micro_batches: int, tokens: int) -> int:
@@ -489,12 +489,12 @@ def test_the_running_schedule_keeps_no_tokens_of_earlier_micro_batches() -> None
         return meter.peak_bytes
 
     added = {
-        tokens: peak("running", 8, tokens) - peak("running", 1, tokens) for tokens in (64, 128)
+        tokens: peak("running", 16, tokens) - peak("running", 1, tokens) for tokens in (64, 128)
     }
     assert added[64] == added[128]
     # With one micro-batch the peak may be at another time of the step than with several.
     of_one = peak("joint", 3, 64) - peak("joint", 2, 64)
-    assert added[64] < 7 * of_one / 100
+    assert added[64] < 15 * of_one / 100
     assert peak("joint", 8, 64) - peak("joint", 2, 64) == 6 * of_one
 
 
