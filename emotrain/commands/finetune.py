@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from emotrain.commands.common import add_checkpoint, add_json, finish
 from emotrain.errors import EXIT_INTERRUPTED
@@ -123,10 +122,7 @@ def run(args: argparse.Namespace) -> int:
         finish(args, {"config": str(file), "steps": config.num_steps}, f"wrote {file}")
         return 0
     with join(config.training.device, config.training.collective_timeout_s) as ranks:
-        options: dict[str, Any] = {}
-        if config.evaluation.every:
-            options["observe"] = observer(config, ranks)
-        summary = train(config, ranks, **options)
+        summary = train(config, ranks, observe=observer(config, ranks))
     if ranks.is_first:
         last = summary["metrics"].get("loss")
         finish(

@@ -52,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     with join(config.training.device, config.training.collective_timeout_s) as ranks:
         for line in warnings_of(config) if ranks.is_first else ():
             logging.getLogger(__name__).warning("warning: %s", line)
-        if config.evaluation.every:
-            options["observe"] = observer(config, ranks)
-        summary = train(config, ranks, **options)
+        summary = train(config, ranks, observe=observer(config, ranks), **options)
     if ranks.is_first:
         last = summary["metrics"].get("loss")
         finish(

@@ -144,8 +144,8 @@ def measure(
 ) -> Measurement:
     """Select experts for all domains and shares at once, and measure every arm in one pass; see
     `evaluate`."""
-    names, has_own = sorted(domains), dict(model.config.experts.exclusive)
-    exclusive = [name if name in has_own else "" for name in names]
+    names = sorted(domains)
+    exclusive = exclusive_domains(names, model.config)
 
     def packed(documents: Sequence[Sequence[np.ndarray]], copies: int = 1) -> list[PackedBatch]:
         rows, mask = max(1, rows_per_batch // copies), model.config.attention.document_mask
@@ -304,6 +304,12 @@ def mean_increase(change_U: Tensor, targets_U: Tensor, group_U: Tensor) -> tuple
         sum_by_group(residual_U.square(), group_U) * documents_J / (documents_J - 1)
     ).sqrt() / targets_J
     return increase_J, error_J
+
+
+def exclusive_domains(names: Sequence[str], config: ModelConfig) -> list[str]:
+    """Each domain's name where the model has exclusive experts for it, else empty."""
+    has_own = dict(config.experts.exclusive)
+    return [name if name in has_own else "" for name in names]
 
 
 def group_of_each(documents: Sequence[Sequence[np.ndarray]]) -> Tensor:

@@ -13,7 +13,7 @@ from emotrain.config import ModelConfig, PoolConfig
 from emotrain.distributed.ranks import Ranks
 from emotrain.distributed.shares import ALONE
 from emotrain.errors import UserError
-from emotrain.evaluation.measure import group_of_each
+from emotrain.evaluation.measure import exclusive_domains, group_of_each
 from emotrain.evaluation.perplexity import losses_of_arms, pack_groups
 from emotrain.evaluation.reading import DomainDocuments
 from emotrain.evaluation.routing import sum_by_group
@@ -54,11 +54,11 @@ def pool_losses(
         precision: run under autocast in this dtype; None means in the model's own.
         ranks: those that have the model between them, all of which get the same.
     """
-    names, has_own = sorted(domains), dict(model.config.experts.exclusive)
+    names = sorted(domains)
     documents = [domains[name].held_out for name in names]
     batches = pack_groups(
         documents,
-        [name if name in has_own else "" for name in names],
+        exclusive_domains(names, model.config),
         row_length,
         rows_per_batch,
         model.config.attention.document_mask,

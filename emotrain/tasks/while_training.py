@@ -17,14 +17,17 @@ from emotrain.tasks.evaluation import Asked
 from emotrain.tasks.results import METRICS
 from emotrain.tasks.session import Session
 from emotrain.tasks.settings import TaskSettings
+from emotrain.training.run import Observer, unobserved
 
 
-def observer(config: Config, ranks: Ranks) -> TrainingEvaluation:
-    """What `evaluation.*` asks of a run, as its `observe`.
+def observer(config: Config, ranks: Ranks) -> Observer:
+    """What `evaluation.*` asks of a run, as its `observe`: nothing where `evaluation.every` is 0.
 
     Raises:
         UserError: see `TrainingEvaluation` and `TrainingTasks`.
     """
+    if not config.evaluation.every:
+        return unobserved
     tasks = [TrainingTasks(config, ranks)] if config.evaluation.tasks else []
     return TrainingEvaluation(config, ranks, tasks)
 

@@ -56,11 +56,16 @@ Observer = Callable[[Engine, int, bool], dict[str, Any]]
 metrics of the step, often none. All ranks call it alike."""
 
 
+def unobserved(engine: Engine, step: int, is_last: bool) -> dict[str, Any]:
+    """No metrics: an `Observer`."""
+    return {}
+
+
 def train(
     config: Config,
     ranks: Ranks | None = None,
     build_engine: Callable[[Config, Ranks, bool], Engine] = build_engine,
-    observe: Observer = lambda engine, step, is_last: {},
+    observe: Observer = unobserved,
 ) -> dict[str, Any]:
     """Train as configured, from the newest checkpoint of the run if there is one. Returns a summary
     of the run.
