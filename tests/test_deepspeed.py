@@ -35,8 +35,8 @@ from emotrain.config import Config, config_from_dict, config_to_dict, load_confi
 from emotrain.distributed.mesh import experts_of_rank
 from emotrain.distributed.ranks import Ranks
 from emotrain.errors import UserError
-from emotrain.evaluation.while_training import TrainingEvaluation
 from emotrain.model.transformer import Transformer
+from emotrain.tasks.while_training import observer
 from emotrain.training import checkpoint
 from emotrain.training import run as run_module
 from emotrain.training.deepspeed import DeepSpeedEngine
@@ -47,7 +47,7 @@ from tests import test_layout as layout
 from tests.conftest import ROOT, tiny_settings
 from tests.processes import run_script
 from tests.python_of_forks import python_of_forks
-from tests.test_evaluation_run import write_data
+from tests.test_while_training import with_more
 
 # Before it is first imported: it would take a GPU that is there.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -253,29 +253,33 @@ def test_forward_and_backward_passes_in_turn(stage, ep, tmp_path):
 
 
 def train_and_evaluate(recorder: Recorder) -> None:
-    observe = TrainingEvaluation(recorder.settings, recorder.ranks)
+    observe = observer(recorder.settings, recorder.ranks)
     for step in range(1, 3):
         recorder.step(step)
         found = observe(recorder.engine, step, False)
-        recorder.numbers[-1].append(found["evaluation/increase_nats/0.5/selected"])
+        del found["evaluation/seconds"]
+        assert {name.split("/")[1] for name in found} >= {"increase_nats", "tasks"}
+        recorder.numbers[-1] += found.values()
 
 
 @pytest.mark.parametrize(("stage", "ep"), [(2, 2), pytest.param(1, 1, marks=pytest.mark.long)])
-def test_evaluation_while_training_changes_nothing(stage, ep, tmp_path):
-    """And finds what one native process finds."""
+def test_evaluation_while_training_changes_nothing(stage, ep, tiny_data, tmp_path):
+    """And finds what one native process finds, on documents and on tasks."""
     values = config_to_dict(config(ep, 4))
-    values["evaluation"] = {"every": 1, "data": str(write_data(tmp_path / "data")), "keep": [0.5]}
-    values["evaluation"] |= {"documents": 3, "calibration_documents": 2}
+    values["model"]["vocab_size"] = 320
+    values["data"] |= {"path": str(tiny_data), "sequence_length": 32}
+    values["evaluation"] = with_more(tmp_path) | {"every": 1}
     settings = config_from_dict(values)
     oracle = native(replace(settings, parallel=replace(settings.parallel, ep=1)))
     train_and_evaluate(oracle)
-    wanted = oracle.record()["numbers"][:, -1:]
+    wanted = oracle.record()["numbers"]
     without = run(tmp_path, settings, options(stage), train, 2)
     for record, other in zip(
         run(tmp_path, settings, options(stage), train_and_evaluate), without, strict=True
     ):
-        torch.testing.assert_close(record["numbers"][:, -1:], wanted, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(record["numbers"][:, :-1], other["numbers"], rtol=0, atol=0)
+        trained, found = record["numbers"].tensor_split([other["numbers"].shape[1]], dim=1)
+        torch.testing.assert_close(found, wanted[:, -found.shape[1] :], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(trained, other["numbers"], rtol=0, atol=0)
         torch.testing.assert_close(record["parameters"], other["parameters"], rtol=0, atol=0)
 
 

@@ -169,7 +169,8 @@ class _Published:
         if of_layers not in (None, [shared] * layers):
             raise UserError(
                 f"{self.file}: num_shared_experts_per_layer={of_layers!r} is not supported, only "
-                f"num_shared_experts={shared} in every layer; convert the model to that"
+                f"num_shared_experts={shared} for each of {layers} layers; convert the model to "
+                f"that"
             )
         return shared
 
