@@ -115,13 +115,14 @@ def test_a_plan_that_is_none_gets_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_the_committed_plan_is_one_and_its_settings_are_known(ablations: ModuleType) -> None:
+def test_the_committed_plans_are_plans_and_their_settings_are_known(ablations: ModuleType) -> None:
     from emotrain.config import load_config
 
-    plan = ablations.read_plan(ROOT / "configs/ablations/pools.yaml")
-    assert sum(len(row.seeds) for row in plan.rows) <= 60
-    for row in plan.rows:
-        load_config(ROOT / plan.base, list(row.settings))
+    plans = [ablations.read_plan(file) for file in (ROOT / "configs/ablations").glob("*.yaml")]
+    assert sum(len(row.seeds) for plan in plans for row in plan.rows) <= 60
+    for plan in plans:
+        for row in plan.rows:
+            load_config(ROOT / plan.base, list(row.settings))
 
 
 PLAN = """

@@ -580,9 +580,10 @@ def test_the_command_says_what_it_lacks(plan, tmp_path, capsys):
         read_plan(tmp_path / "empty.yaml")
 
 
-def test_the_plan_of_the_repository_is_one():
-    plan = read_plan(ROOT / "configs/sweeps/quickstart.yaml")
-    assert plan.out and len(cells_of(plan, ["a", "b"])) > 2
+def test_the_plans_of_the_repository_are_plans():
+    plans = [read_plan(file) for file in (ROOT / "configs/sweeps").glob("*.yaml")]
+    assert len(plans) >= 2
+    assert all(plan.out and len(cells_of(plan, ["a", "b"])) > 2 for plan in plans)
 
 
 def test_every_command_of_the_page_runs(run, tiny_data, tmp_path, monkeypatch, capsys):
