@@ -186,15 +186,9 @@ def folder_of(out: Path, row: str, seed: int) -> Path:
 def cell(plan: Plan, row: Row, seed: int, out: Path, args: argparse.Namespace) -> None:
     """Train and measure a row with a seed, if that is not done."""
     folder = folder_of(out, row.name, seed)
-    settings = [f"data.path={args.data}", f"training.seed={seed}", *row.settings, *args.settings]
-    if row.begins:
-        from emotrain.training.checkpoint import find
-
-        begin = find(folder_of(out, row.begins, seed) / "run")
-        settings = [setting.replace("{checkpoint}", str(begin)) for setting in settings]
     asked = {
         "base": plan.base.read_text(encoding="utf-8"),
-        "settings": settings,
+        "settings": settings_of(row, seed, args),
         "keep": list(row.keep),
         "documents": args.documents,
     }
@@ -203,15 +197,35 @@ def cell(plan: Plan, row: Row, seed: int, out: Path, args: argparse.Namespace) -
         if _read(done)["asked"] == asked:
             return
         raise UserError(f"{done} is of other settings; give another --out, or remove {folder}")
+    run_dir = train(plan, row, seed, out, args)
+    measured = measure_cell(run_dir, args.data, row.keep, args.documents)
+    write_whole(done, json_text({"asked": asked, **measured}, indent=1).encode())
+
+
+def settings_of(row: Row, seed: int, args: argparse.Namespace) -> list[str]:
+    return [f"data.path={args.data}", f"training.seed={seed}", *row.settings, *args.settings]
+
+
+def train(plan: Plan, row: Row, seed: int, out: Path, args: argparse.Namespace) -> Path:
+    """The folder of a row's run, which goes on where it was; that of the row before it first,
+    which may be measured but not there."""
+    from emotrain.training.checkpoint import find
+
+    settings = settings_of(row, seed, args)
+    if row.begins:
+        [before] = [of for of in plan.rows if of.name == row.begins]
+        begin = find(train(plan, before, seed, out, args))
+        settings = [setting.replace("{checkpoint}", str(begin)) for setting in settings]
     print(f"== {row.name}, seed {seed}", file=sys.stderr)
-    command = ["-m", "emotrain.cli", "train", str(plan.base), *settings]
-    command = [sys.executable, *command, f"training.run_dir={folder / 'run'}"]
+    run_dir = folder_of(out, row.name, seed) / "run"
+    command = [sys.executable, "-m", "emotrain.cli", "train", str(plan.base), *settings]
     # Only results belong on stdout.
-    code = subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    code = subprocess.run(
+        [*command, f"training.run_dir={run_dir}"], stdout=sys.stderr, check=False
+    ).returncode
     if code:
         raise RunError(f"{row.name}, seed {seed}: training ended with exit code {code}")
-    measured = measure_cell(folder / "run", args.data, row.keep, args.documents)
-    write_whole(done, json_text({"asked": asked, **measured}, indent=1).encode())
+    return run_dir
 
 
 def measure_cell(run_dir: Path, data: str, keep: Sequence[float], documents: int) -> dict[str, Any]:

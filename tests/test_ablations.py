@@ -7,6 +7,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -171,7 +172,9 @@ def test_rows_are_trained_measured_and_gone_on_with(
     first = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert first["pools"]["seeds"] == [0] and first["tuned"] == {"missing_seeds": [0]}
     assert ablations.main(command) == 0
-    assert trained == ["plain-0", "plain-1", "pools-0", "pools-1", "pools-1", "tuned-0"]
+    # The run that another one begins from is asked for again, and has nothing left to do.
+    rest = ["plain-0", "tuned-0"]
+    assert trained == ["plain-0", "plain-1", "pools-0", "pools-1", "pools-1", *rest]
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     cells = [json.loads((out / f"pools-{seed}/cell.json").read_text()) for seed in (0, 1)]
     losses = [cell["full_loss_nats"] for cell in cells]
@@ -189,5 +192,12 @@ def test_rows_are_trained_measured_and_gone_on_with(
     assert {line["row"] for line in lines} == {"plain", "pools", "tuned"}
     assert (out / "ablations.png").read_bytes().startswith(b"\x89PNG")
     assert "| pools | 2 |" in (out / "ablations.md").read_text()
+    # What is measured needs no run, as where results were copied; what is not, trains it again.
+    shutil.rmtree(out / "plain-0/run")
+    assert ablations.main(command) == 0
+    assert trained[5:] == rest
+    shutil.rmtree(out / "tuned-0")
+    assert ablations.main(command) == 0
+    assert trained[5:] == rest + rest
     assert ablations.main([*command, "optimizer.lr=1e-4"]) == 2
     assert "is of other settings; give another --out" in capsys.readouterr().err
