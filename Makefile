@@ -59,7 +59,7 @@ lint: $(VENV)/.installed  ## the formatter, the linter and the type checker, non
 modularity: $(DATA)/dataset.json  ## the proof in small: EMO against a standard MoE, up to 90 minutes on 2 cores
 	$(BIN)/python benchmarks/modularity.py --data $(DATA) --out runs/modularity
 
-ablations: $(DATA)/dataset.json  ## which pool teaches modules best: some 25 runs of the quickstart's size, resumable
+ablations: $(DATA)/dataset.json  ## which pool teaches modules best: 33 runs of the quickstart's size, resumable
 	$(BIN)/python benchmarks/ablations.py configs/ablations/pools.yaml --data $(DATA)
 
 benchmarks: $(DATA)/dataset.json  ## router, step and expert timings, also against transformers (on an idle machine), and the kernels' roofline
