@@ -55,8 +55,8 @@ class Row:
     seeds: tuple[int, ...]
     keep: tuple[float, ...]
     """Shares of the experts to measure; none for a model without subsets."""
-    begins: str
-    """The row that it goes on from; empty for none."""
+    begins: Row | None
+    """The row that it goes on from."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ def read_plan(file: Path) -> Plan:
         raise UserError(f"{file}: not readable as a plan ({reason})") from None
     _check_keys(file, "the plan", plan, PLAN_KEYS, {"base", "standard", "rows"})
     _check_keys(file, "rows", plan["rows"], None, {plan["standard"]})
-    rows: list[Row] = []
+    rows: dict[str, Row] = {}
     for name, row in plan["rows"].items():
         _check_keys(file, f"row {name!r}", row, ROW_KEYS, set())
-        begins = row.get("from", "")
-        if begins and begins not in [of.name for of in rows]:
+        begins = str(row.get("from", ""))
+        if begins and begins not in rows:
             raise UserError(f"{file}: row {name!r} is from {begins!r}, which is no row above it")
         seeds, keep = (
             row.get(key, plan.get(key, otherwise))
@@ -107,8 +107,10 @@ def read_plan(file: Path) -> Plan:
         ):
             if not isinstance(values, list) or not all(map(fits, values)):
                 raise UserError(f"{file}: row {name!r} needs {what}, not {values!r}")
-        rows.append(Row(str(name), tuple(settings), tuple(seeds), tuple(keep), begins))
-    return Plan(Path(plan["base"]), plan["standard"], tuple(rows))
+        rows[str(name)] = Row(
+            str(name), tuple(settings), tuple(seeds), tuple(keep), rows.get(begins)
+        )
+    return Plan(Path(plan["base"]), plan["standard"], tuple(rows.values()))
 
 
 def _check_keys(
@@ -163,6 +165,7 @@ def run(args: argparse.Namespace) -> int:
             if not args.table and (not args.only or row.name in args.only):
                 cell(plan, row, seed, out, args)
     results = summary(plan, out)
+    out.mkdir(parents=True, exist_ok=True)
     table = table_of(results, plan)
     write_whole(out / "ablations.json", (json_text(results, indent=1) + "\n").encode())
     write_whole(out / "ablations.md", table.markdown().encode())
@@ -213,8 +216,7 @@ def train(plan: Plan, row: Row, seed: int, out: Path, args: argparse.Namespace) 
 
     settings = settings_of(row, seed, args)
     if row.begins:
-        [before] = [of for of in plan.rows if of.name == row.begins]
-        begin = find(train(plan, before, seed, out, args))
+        begin = find(train(plan, row.begins, seed, out, args))
         settings = [setting.replace("{checkpoint}", str(begin)) for setting in settings]
     print(f"== {row.name}, seed {seed}", file=sys.stderr)
     run_dir = folder_of(out, row.name, seed) / "run"
@@ -306,7 +308,8 @@ def summary(plan: Plan, out: Path) -> dict[str, Any]:
         }
         for row in plan.rows
     }
-    standard = cells[plan.standard]
+    # With --seeds, no seed of the standard row may be left.
+    standard = cells.get(plan.standard, {})
     rows: dict[str, dict[str, Any]] = {}
     for row in plan.rows:
         found = cells[row.name]

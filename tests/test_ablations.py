@@ -126,6 +126,19 @@ def test_the_committed_plans_are_plans_and_their_settings_are_known(ablations: M
             load_config(ROOT / plan.base, list(row.settings))
 
 
+def test_seeds_that_the_standard_row_lacks_leave_the_others_their_rows(
+    ablations: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("base: x\nstandard: a\nrows: {a: {}, b: {from: a, seeds: [0, 1]}}")
+    command = [str(plan), "--table", "--seeds", "1", "--out", str(tmp_path / "out"), "--json"]
+    assert ablations.main(command) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows == {"b": {"missing_seeds": [1]}}
+    standard, other = ablations.read_plan(plan).rows
+    assert other.begins == standard and standard.begins is None
+
+
 PLAN = """
 base: {base}
 standard: plain

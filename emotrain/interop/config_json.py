@@ -170,7 +170,7 @@ class _Published:
             raise UserError(
                 f"{self.file}: num_shared_experts_per_layer={of_layers!r} is not supported, only "
                 f"num_shared_experts={shared} for each of {layers} layers; convert the model to "
-                f"that"
+                "that"
             )
         return shared
 
